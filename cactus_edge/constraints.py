@@ -1,0 +1,396 @@
+"""What a graph must satisfy before anything is computed with it.
+
+Each predicate's docstring is the text of the error and the line in ``docs/operators.md``; a
+predicate returns the detail of what is broken, or an empty string. ``validate`` runs them all, on
+the graph as it is read and, for those about multipliers, on a resolved one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import numpy as np
+
+from cactus_edge import scales
+from cactus_edge.errors import InvalidGraphError
+from cactus_edge.graph import (
+    Add,
+    Conv2D,
+    Dequantize,
+    DepthwiseConv2D,
+    DType,
+    FullyConnected,
+    Graph,
+    Int64Array,
+    Linear,
+    Operator,
+    Pad,
+    Pool2D,
+    Quantization,
+    Quantize,
+    Reshape,
+    Softmax,
+    Tensor,
+    window_geometry,
+)
+from cactus_edge.semantics import Rounding
+
+ACCUMULATOR_LIMIT = 1 << 27
+
+Predicate = Callable[[Graph, Operator], str]
+_RULES: list[tuple[tuple[type[Operator], ...], Predicate]] = []
+
+
+def _rule(*kinds: type[Operator]) -> Callable[[Predicate], Predicate]:
+    def register(predicate: Predicate) -> Predicate:
+        _RULES.append((kinds, predicate))
+        return predicate
+
+    return register
+
+
+def rules_of(kind: type[Operator]) -> list[str]:
+    """The rules that apply to an operator class, as sentences; for the generated manual."""
+    return [_sentence(rule) for kinds, rule in _RULES if issubclass(kind, kinds)]
+
+
+def _sentence(predicate: Predicate) -> str:
+    return " ".join((predicate.__doc__ or "").split())
+
+
+def validate(graph: Graph) -> None:
+    """Check every rule.
+
+    Raises:
+        InvalidGraphError: the first rule that is broken, with operator, index and detail.
+    """
+    _check_wiring(graph)
+    for tensor in graph.tensors:
+        _check_tensor(tensor)
+    for index, op in enumerate(graph.operators):
+        for kinds, predicate in _RULES:
+            if isinstance(op, kinds) and (detail := predicate(graph, op)):
+                raise InvalidGraphError(
+                    f"operator {index} ({op.kind} '{op.name}'): {_sentence(predicate)} ({detail})"
+                )
+
+
+def _check_wiring(graph: Graph) -> None:
+    if not graph.core:
+        raise InvalidGraphError("the graph has no operator that computes")
+    count = len(graph.tensors)
+    known = {graph.input}
+    indices = [graph.input, graph.output]
+    indices += [i for op in graph.operators for i in (*op.inputs, op.output)]
+    if any(not 0 <= index < count for index in indices):
+        raise InvalidGraphError(f"a tensor index is outside 0..{count - 1}")
+    last = len(graph.operators) - 1
+    for index, op in enumerate(graph.operators):
+        where = f"operator {index} ({op.kind} '{op.name}')"
+        if len(op.inputs) != (2 if isinstance(op, Add) else 1):
+            raise InvalidGraphError(f"{where}: takes {len(op.inputs)} activations")
+        missing = [graph.tensors[i].name for i in op.inputs if i not in known]
+        if missing:
+            raise InvalidGraphError(f"{where}: input '{missing[0]}' is not computed before it")
+        if op.output in known:
+            name = graph.tensors[op.output].name
+            raise InvalidGraphError(f"{where}: tensor '{name}' is computed twice")
+        tail = all(isinstance(o, (Softmax, Dequantize)) for o in graph.operators[index:])
+        misplaced = isinstance(op, Quantize) and index > 0
+        misplaced |= isinstance(op, Softmax) and not tail
+        misplaced |= isinstance(op, Dequantize) and index != last
+        if misplaced:
+            raise InvalidGraphError(f"{where}: only at the edge of the graph")
+        known.add(op.output)
+    if graph.output not in known or graph.output == graph.input:
+        raise InvalidGraphError("the graph's output is not computed")
+    core = {graph.core_input} | {op.output for op in graph.core}
+    if graph.logits not in core:
+        raise InvalidGraphError("the graph's logits are not computed by an integer operator")
+    for index in core:
+        if graph.tensors[index].dtype is DType.FLOAT32:
+            raise InvalidGraphError(
+                f"tensor '{graph.tensors[index].name}' is float32; "
+                "only a QUANTIZE at the start and a DEQUANTIZE at the end may touch float"
+            )
+
+
+def _check_tensor(tensor: Tensor) -> None:
+    if not tensor.shape or tensor.shape[0] != 1 or min(tensor.shape) < 1:
+        raise InvalidGraphError(
+            f"tensor '{tensor.name}' has shape {list(tensor.shape)}; "
+            "every extent must be at least 1 and the batch must be 1"
+        )
+    if tensor.quantization is None:
+        return
+    try:
+        scales.decode_float32(tensor.quantization.scale_bits)
+    except InvalidGraphError as error:
+        raise InvalidGraphError(f"tensor '{tensor.name}': {error}") from None
+    lower, upper = tensor.dtype.range
+    if not lower <= tensor.quantization.zero_point <= upper:
+        raise InvalidGraphError(
+            f"tensor '{tensor.name}': zero point {tensor.quantization.zero_point} "
+            f"is outside {tensor.dtype.value}"
+        )
+
+
+def _tensors(graph: Graph, op: Operator) -> tuple[Tensor, Tensor]:
+    return graph.tensors[op.inputs[0]], graph.tensors[op.output]
+
+
+def _same_shape(expected: tuple[int, ...], tensor: Tensor) -> str:
+    if tensor.shape == expected:
+        return ""
+    return f"output is {list(tensor.shape)}, computed {list(expected)}"
+
+
+@_rule(Linear)
+def weights_fit(graph: Graph, op: Operator) -> str:
+    """Weights are symmetric int8, or int2 to int4 values stored as INT4; zero point 0."""
+    weights = cast(Linear, op).weights
+    if not 2 <= weights.bits <= 8:
+        return f"{weights.bits} bits"
+    limit = 1 << (weights.bits - 1)
+    lowest, highest = int(weights.values.min()), int(weights.values.max())
+    if lowest < -limit or highest >= limit:
+        return f"values {lowest}..{highest} in {weights.bits} bits"
+    return ""
+
+
+@_rule(Linear)
+def bias_fits(graph: Graph, op: Operator) -> str:
+    """One int32 bias and one or a single weight scale for each output channel."""
+    linear = cast(Linear, op)
+    if linear.bias.shape != (linear.channels,):
+        return f"bias {list(linear.bias.shape)}, {linear.channels} channels"
+    if linear.weights.scale_bits.size not in (0, 1, linear.channels):
+        return f"{linear.weights.scale_bits.size} scales, {linear.channels} channels"
+    return ""
+
+
+@_rule(Conv2D)
+def convolution_shape(graph: Graph, op: Operator) -> str:
+    """Input is [1, height, width, channels]; any stride, dilation, SAME or VALID padding."""
+    conv = cast(Conv2D, op)
+    source, target = _tensors(graph, op)
+    shape = conv.weights.values.shape
+    if len(source.shape) != 4 or len(shape) != 4:
+        return f"input {list(source.shape)}, weights {list(shape)}"
+    if min(*conv.stride, *conv.dilation) < 1:
+        return f"stride {conv.stride}, dilation {conv.dilation}"
+    if isinstance(op, DepthwiseConv2D):
+        if shape[0] != 1 or shape[3] % source.shape[3]:
+            return f"weights {list(shape)} on {source.shape[3]} channels"
+    elif shape[3] != source.shape[3]:
+        return f"weights {list(shape)} on {source.shape[3]} channels"
+    extents = tuple(
+        window_geometry(
+            source.shape[1 + a], shape[1 + a], conv.stride[a], conv.dilation[a], conv.padding
+        )[0]
+        for a in (0, 1)
+    )
+    return _same_shape((1, *extents, conv.channels), target)
+
+
+@_rule(FullyConnected)
+def fully_connected_shape(graph: Graph, op: Operator) -> str:
+    """Weights are [out, in], ``in`` being the number of elements of the input."""
+    source, target = _tensors(graph, op)
+    shape = cast(Linear, op).weights.values.shape
+    if len(shape) != 2 or source.size != shape[1]:
+        return f"weights {list(shape)}, input of {source.size} elements"
+    return _same_shape((1, shape[0]), target)
+
+
+@_rule(Add)
+def add_shape(graph: Graph, op: Operator) -> str:
+    """Both operands have the output's shape; nothing is broadcast."""
+    a, b = (graph.tensors[i].shape for i in op.inputs)
+    target = graph.tensors[op.output].shape
+    return "" if a == b == target else f"{list(a)} + {list(b)} -> {list(target)}"
+
+
+@_rule(Pool2D)
+def pool_shape(graph: Graph, op: Operator) -> str:
+    """Input is [1, height, width, channels]; any window, stride, SAME or VALID padding."""
+    pool = cast(Pool2D, op)
+    source, target = _tensors(graph, op)
+    if len(source.shape) != 4 or min(*pool.window, *pool.stride) < 1:
+        return f"input {list(source.shape)}, window {pool.window}, stride {pool.stride}"
+    extents = tuple(
+        window_geometry(source.shape[1 + a], pool.window[a], pool.stride[a], 1, pool.padding)[0]
+        for a in (0, 1)
+    )
+    return _same_shape((1, *extents, source.shape[3]), target)
+
+
+@_rule(Pad)
+def pad_shape(graph: Graph, op: Operator) -> str:
+    """Only height and width of [1, height, width, channels] are padded, with the zero point."""
+    paddings = cast(Pad, op).paddings
+    source, target = _tensors(graph, op)
+    if len(source.shape) != 4 or len(paddings) != 4:
+        return f"input {list(source.shape)}, {len(paddings)} pairs"
+    if min(min(pair) for pair in paddings) < 0 or paddings[0] != (0, 0) or paddings[3] != (0, 0):
+        return f"paddings {paddings}"
+    expected = tuple(e + b + a for e, (b, a) in zip(source.shape, paddings, strict=True))
+    return _same_shape(expected, target)
+
+
+@_rule(Reshape)
+def reshape_shape(graph: Graph, op: Operator) -> str:
+    """Input and output have the same number of elements."""
+    source, target = _tensors(graph, op)
+    return "" if source.size == target.size else f"{list(source.shape)} -> {list(target.shape)}"
+
+
+@_rule(Pool2D, Pad, Reshape)
+def same_quantization(graph: Graph, op: Operator) -> str:
+    """Input and output have one type, scale and zero point."""
+    source, target = _tensors(graph, op)
+    same = (source.dtype, source.quantization) == (target.dtype, target.quantization)
+    return "" if same else f"'{source.name}' and '{target.name}' differ"
+
+
+@_rule(Linear, Add, Pool2D)
+def clamp_fits(graph: Graph, op: Operator) -> str:
+    """Fused activations are NONE, RELU and RELU6; the clamp lies in the output's type."""
+    lower, upper = graph.output_range(op)
+    least, greatest = graph.tensors[op.output].dtype.range
+    return "" if least <= lower <= upper <= greatest else f"clamp {lower}..{upper}"
+
+
+@_rule(Linear)
+def accumulator_fits(graph: Graph, op: Operator) -> str:
+    """No accumulator can reach 2^27 (XNNPACK's int4 kernels wrap there, int32 at 2^31)."""
+    linear = cast(Linear, op)
+    source = graph.tensors[op.inputs[0]]
+    lower, upper = stored_range(graph, op.inputs[0])
+    largest = max(abs(lower - source.zero_point), abs(upper - source.zero_point))
+    weights = _by_channel(linear)
+    bound = np.abs(weights).sum(axis=1) * largest + np.abs(linear.bias.astype(np.int64))
+    worst = int(bound.argmax())
+    if int(bound[worst]) < ACCUMULATOR_LIMIT:
+        return ""
+    return f"channel {worst} may reach {int(bound[worst])}"
+
+
+@_rule(Linear)
+def multiplier_fits(graph: Graph, op: Operator) -> str:
+    """Every effective multiplier lies in (0, 1), where requantization is monotone."""
+    linear = cast(Linear, op)
+    parameters = linear.requantization
+    if parameters is None:
+        return ""
+    if parameters.rounding.shape != (linear.channels,):
+        return f"{parameters.rounding.size} multipliers, {linear.channels} channels"
+    rows = zip(
+        parameters.rounding.tolist(),
+        parameters.multiplier.tolist(),
+        parameters.shift.tolist(),
+        strict=True,
+    )
+    for channel, (rounding, multiplier, shift) in enumerate(rows):
+        if not _parameters_fit(rounding, multiplier, shift):
+            return f"channel {channel}: rounding {rounding}, {multiplier}, shift {shift}"
+    return ""
+
+
+_PARAMETER_RANGES = {
+    Rounding.DOUBLE_HALF_AWAY: (0, 1 << 31, 0, 31),
+    Rounding.DOUBLE_HALF_UP: (0, 1 << 31, 0, 31),
+    Rounding.SINGLE: (0, 1 << 31, 1, 62),
+    Rounding.FLOAT32: (1 << 23, 1 << 24, 24, 54),
+    Rounding.FLOAT64: (1 << 52, 1 << 53, 53, 84),
+}
+
+
+def _parameters_fit(rounding: int, multiplier: int, shift: int) -> bool:
+    if rounding not in _PARAMETER_RANGES:
+        return False
+    low, high, least, most = _PARAMETER_RANGES[Rounding(rounding)]
+    if not (low <= multiplier < high and least <= shift <= most):
+        return False
+    return rounding != Rounding.SINGLE or multiplier >> shift == 0
+
+
+@_rule(Add)
+def add_multipliers_fit(graph: Graph, op: Operator) -> str:
+    """The factors of both operands and of the sum lie in [0, 1), where ADD is monotone."""
+    parameters = cast(Add, op).requantization
+    if parameters is None:
+        return ""
+    m_a, s_a, m_b, s_b, m_o, s_o = parameters.integers
+    fits = min(parameters.integers) >= 0 and max(m_a, m_b, m_o) < 1 << 31
+    fits &= max(s_a, s_b, s_o) <= 62
+    return "" if fits else f"integers {parameters.integers}"
+
+
+@_rule(Quantize)
+def quantize_edge(graph: Graph, op: Operator) -> str:
+    """Float32 input, int8 or uint8 output with a scale, the same shape; first operator only."""
+    source, target = _tensors(graph, op)
+    fits = source.dtype is DType.FLOAT32 and target.dtype is not DType.FLOAT32
+    fits &= target.quantization is not None and source.shape == target.shape
+    return "" if fits else f"{source.dtype.value} {list(source.shape)} -> {target.dtype.value}"
+
+
+@_rule(Softmax)
+def softmax_edge(graph: Graph, op: Operator) -> str:
+    """On int8 logits with a scale, beta 1, output int8 of scale 1/256 and zero point -128."""
+    source, target = _tensors(graph, op)
+    fits = source.quantization is not None and source.shape == target.shape
+    fits &= target.quantization == Quantization.of(1 / 256, -128)  # float: exact
+    fits &= source.dtype is DType.INT8 and target.dtype is DType.INT8
+    return "" if fits else f"'{source.name}' -> '{target.name}'"
+
+
+@_rule(Dequantize)
+def dequantize_edge(graph: Graph, op: Operator) -> str:
+    """Integer input with a scale, float32 output of the same shape; last operator only."""
+    source, target = _tensors(graph, op)
+    fits = target.dtype is DType.FLOAT32 and source.quantization is not None
+    fits &= source.shape == target.shape
+    return "" if fits else f"{source.dtype.value} -> {target.dtype.value}"
+
+
+def stored_range(graph: Graph, tensor: int) -> tuple[int, int]:
+    """Smallest and largest integer that an activation can hold, from its producer's clamp."""
+    for op in graph.core:
+        if op.output != tensor:
+            continue
+        if isinstance(op, Pad):
+            lower, upper = stored_range(graph, op.inputs[0])
+            zero_point = graph.tensors[tensor].zero_point
+            return min(lower, zero_point), max(upper, zero_point)
+        if isinstance(op, Reshape):
+            return stored_range(graph, op.inputs[0])
+        if isinstance(op, Pool2D):
+            lower, upper = stored_range(graph, op.inputs[0])
+            least, greatest = graph.output_range(op)
+            return max(least, min(lower, greatest)), min(greatest, max(upper, least))
+        return graph.output_range(op)
+    return graph.tensors[tensor].dtype.range
+
+
+def _by_channel(op: Linear) -> Int64Array:
+    """Weights as int64 [out, everything else]."""
+    values = op.weights.values.astype(np.int64)
+    if isinstance(op, DepthwiseConv2D):
+        values = np.moveaxis(values, 3, 0)
+    return values.reshape(op.channels, -1)
+
+
+def accumulator_bounds(graph: Graph, op: Linear) -> tuple[Int64Array, Int64Array]:
+    """Int64 [out] each: least and greatest accumulator over all storable inputs.
+
+    Padding contributes exact zeros, so both ends are taken together with 0 for every tap.
+    """
+    source = graph.tensors[op.inputs[0]]
+    lower, upper = (v - source.zero_point for v in stored_range(graph, op.inputs[0]))
+    weights = _by_channel(op)
+    ends = np.stack([weights * lower, weights * upper, np.zeros_like(weights)])
+    bias = op.bias.astype(np.int64)
+    return ends.min(axis=0).sum(axis=1) + bias, ends.max(axis=0).sum(axis=1) + bias

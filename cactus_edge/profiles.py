@@ -1,0 +1,296 @@
+"""Rounding profiles: which arithmetic each runtime uses, and the integers that follow from it.
+
+The file format does not say how an accumulator is rounded; each runtime decides by itself, by
+operator, by scale granularity, sometimes by shape. ``PROFILES`` is the measured table, and
+``resolve(graph, profile)`` writes the integers of one profile into every operator.
+
+Measured for tflite-runtime 2.14, LiteRT (ai-edge-litert) 1.4 to 2.3 and tflite-micro on x86_64 and
+emulated aarch64, by sweeping accumulators across every rounding boundary; the tests repeat it for
+every runtime that is installed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cactus_edge import scales
+from cactus_edge.errors import InvalidGraphError, UsageError
+from cactus_edge.graph import (
+    Add,
+    AddRequantization,
+    DepthwiseConv2D,
+    FullyConnected,
+    Graph,
+    Linear,
+    Operator,
+    Requantization,
+    Tensor,
+)
+from cactus_edge.scales import ScaleArithmetic
+from cactus_edge.semantics import AddRounding, Rounding
+
+
+@dataclass(frozen=True)
+class Method:
+    """A rounding and the arithmetic that forms its factor."""
+
+    rounding: Rounding
+    scale: ScaleArithmetic = ScaleArithmetic.FLOAT64
+
+
+_DOUBLE = Method(Rounding.DOUBLE_HALF_AWAY)
+_DOUBLE_PRODUCT = Method(Rounding.DOUBLE_HALF_AWAY, ScaleArithmetic.FLOAT32_PRODUCT)
+_NEON = Method(Rounding.DOUBLE_HALF_UP)
+_NEON_PRODUCT = Method(Rounding.DOUBLE_HALF_UP, ScaleArithmetic.FLOAT32_PRODUCT)
+_SINGLE = Method(Rounding.SINGLE)
+_SINGLE_PRODUCT = Method(Rounding.SINGLE, ScaleArithmetic.FLOAT32_PRODUCT)
+_FLOAT32 = Method(Rounding.FLOAT32, ScaleArithmetic.FLOAT32)
+_FLOAT32_REASSOCIATED = Method(Rounding.FLOAT32, ScaleArithmetic.FLOAT32_REASSOCIATED)
+_RNDNU = Method(Rounding.SINGLE, ScaleArithmetic.FLOAT32)
+_FLOAT64 = Method(Rounding.FLOAT64)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One runtime's arithmetic. Pairs are (per-tensor, per-channel).
+
+    ``depthwise_vector``: the first ``8 * floor(channels / 8)`` channels of a depthwise layer.
+    ``vector``: FULLY_CONNECTED at batch 1 with at least 4 outputs and 16 inputs.
+    ``one_channel``: convolutions with a single output channel.
+    ``packed``: the profile whose convolutions apply to int4 weights, and whose FULLY_CONNECTED
+    applies to int4 weights with an odd number of inputs, where a delegate leaves them alone.
+    """
+
+    name: str
+    summary: str
+    fully_connected: tuple[Method, Method]
+    convolution: tuple[Method, Method]
+    depthwise: Method
+    add: AddRounding = AddRounding.DOUBLE_HALF_AWAY
+    depthwise_vector: Method | None = None
+    vector: Method | None = None
+    one_channel: Method | None = None
+    packed: str | None = None
+
+
+_TABLE = (
+    Profile(
+        "tflite-micro",
+        "TFLite Micro, and CMSIS-NN in its default build",
+        (_DOUBLE, _DOUBLE),
+        (_DOUBLE, _DOUBLE),
+        _DOUBLE,
+    ),
+    Profile(
+        "tflite-reference",
+        "tflite-runtime 2.14, BUILTIN_REF, every CPU",
+        (_DOUBLE_PRODUCT, _DOUBLE),
+        (_DOUBLE, _DOUBLE),
+        _DOUBLE,
+    ),
+    Profile(
+        "tflite-x86",
+        "tflite-runtime 2.14, default and BUILTIN_WITHOUT_DEFAULT_DELEGATES, x86_64",
+        (_NEON_PRODUCT, _NEON),
+        (_NEON, _NEON),
+        _DOUBLE,
+    ),
+    Profile(
+        "tflite-arm",
+        "tflite-runtime 2.14, default and BUILTIN_WITHOUT_DEFAULT_DELEGATES, aarch64",
+        (_DOUBLE_PRODUCT, _DOUBLE),
+        (_DOUBLE, _DOUBLE),
+        _DOUBLE,
+        depthwise_vector=_NEON,
+        vector=_NEON,
+    ),
+    Profile(
+        "tflite-xnnpack-x86",
+        "tflite-runtime 2.14 with the XNNPACK delegate asked for, x86_64",
+        (_FLOAT32, _NEON),
+        (_FLOAT32, _FLOAT32),
+        _FLOAT32,
+        add=AddRounding.FIXED_POINT,
+        packed="tflite-x86",
+    ),
+    Profile(
+        "tflite-xnnpack-arm",
+        "tflite-runtime 2.14 with the XNNPACK delegate asked for, aarch64",
+        (_RNDNU, _DOUBLE),
+        (_RNDNU, _FLOAT32_REASSOCIATED),
+        _FLOAT32_REASSOCIATED,
+        add=AddRounding.FIXED_POINT,
+        one_channel=_RNDNU,
+        packed="tflite-arm",
+    ),
+    Profile(
+        "litert-reference",
+        "LiteRT, BUILTIN_REF, every CPU",
+        (_FLOAT64, _FLOAT64),
+        (_DOUBLE, _DOUBLE),
+        _DOUBLE,
+    ),
+    Profile(
+        "litert-x86",
+        "LiteRT, BUILTIN_WITHOUT_DEFAULT_DELEGATES, x86_64",
+        (_NEON_PRODUCT, _NEON),
+        (_NEON, _NEON),
+        _NEON,
+        depthwise_vector=_NEON,
+    ),
+    Profile(
+        "litert-arm",
+        "LiteRT, BUILTIN_WITHOUT_DEFAULT_DELEGATES, aarch64",
+        (_SINGLE_PRODUCT, _SINGLE),
+        (_SINGLE, _SINGLE),
+        _DOUBLE,
+        depthwise_vector=_NEON,
+        vector=_NEON,
+    ),
+    Profile(
+        "litert-xnnpack-x86",
+        "LiteRT, default (XNNPACK), x86_64",
+        (_FLOAT32, _FLOAT32),
+        (_FLOAT32, _FLOAT32),
+        _FLOAT32,
+        add=AddRounding.FIXED_POINT,
+        packed="litert-x86",
+    ),
+    Profile(
+        "litert-xnnpack-arm",
+        "LiteRT, default (XNNPACK), aarch64",
+        (_FLOAT32, _FLOAT32),
+        (_FLOAT32, _FLOAT32),
+        _FLOAT32,
+        add=AddRounding.FIXED_POINT,
+        packed="litert-arm",
+    ),
+    Profile(
+        "single-rounding",
+        "CMSIS-NN built with CMSIS_NN_USE_SINGLE_ROUNDING",
+        (_SINGLE, _SINGLE),
+        (_SINGLE, _SINGLE),
+        _SINGLE,
+        add=AddRounding.SINGLE,
+    ),
+)
+PROFILES: dict[str, Profile] = {profile.name: profile for profile in _TABLE}
+DEFAULT = "tflite-micro"
+
+
+def profile_of(name: str) -> Profile:
+    """The profile of this name.
+
+    Raises:
+        UsageError: no such profile; the message lists the names.
+    """
+    if name not in PROFILES:
+        raise UsageError(f"no rounding profile '{name}'; known: {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+def methods(op: Linear, profile: Profile) -> tuple[tuple[int, Method], ...]:
+    """Runs of output channels with their method: ``(end, method)``, ends ascending."""
+    per_channel = int(op.weights.per_channel)
+    channels = op.channels
+    packed = op.weights.bits <= 4
+    fallback = PROFILES[profile.packed] if profile.packed else None
+    if isinstance(op, FullyConnected):
+        depth = op.weights.values.shape[1]
+        if fallback and packed and depth % 2:
+            return methods(op, fallback)
+        if profile.vector and channels >= 4 and depth >= 16:
+            return ((channels, profile.vector),)
+        return ((channels, profile.fully_connected[per_channel]),)
+    if fallback and packed:
+        return methods(op, fallback)
+    if profile.one_channel and channels == 1:
+        return ((channels, profile.one_channel),)
+    if isinstance(op, DepthwiseConv2D):
+        vector_end = 8 * (channels // 8)
+        if profile.depthwise_vector and vector_end:
+            return ((vector_end, profile.depthwise_vector), (channels, profile.depthwise))
+        return ((channels, profile.depthwise),)
+    return ((channels, profile.convolution[per_channel]),)
+
+
+def factor(graph: Graph, op: Linear, method: Method) -> list[tuple[int, int]]:
+    """``(multiplier, shift)`` of each channel's scale, one entry where the scale is per-tensor."""
+    inputs = _scale(graph.tensors[op.inputs[0]], op)
+    output = _scale(graph.tensors[op.output], op)
+    pairs: list[tuple[int, int]] = []
+    for channel, bits in enumerate(op.weights.scale_bits.tolist()):
+        try:
+            weight = scales.decode_float32(bits)
+            real = scales.effective(method.scale, inputs, weight, output)
+            pairs.append(scales.parameters(method.rounding, real))
+        except InvalidGraphError as error:
+            raise InvalidGraphError(f"{op.kind} '{op.name}', channel {channel}: {error}") from None
+    if len(pairs) not in (1, op.channels):
+        raise InvalidGraphError(
+            f"{op.kind} '{op.name}': {len(pairs)} weight scales for {op.channels} channels"
+        )
+    return pairs
+
+
+def _scale(tensor: Tensor, op: Operator) -> scales.Binary:
+    if tensor.quantization is None:
+        raise InvalidGraphError(f"{op.kind} '{op.name}': tensor '{tensor.name}' has no scale")
+    try:
+        return scales.decode_float32(tensor.quantization.scale_bits)
+    except InvalidGraphError as error:
+        raise InvalidGraphError(f"{op.kind} '{op.name}': tensor '{tensor.name}': {error}") from None
+
+
+def requantization(graph: Graph, op: Linear, profile: Profile) -> Requantization:
+    """The integers of ``op`` under ``profile``.
+
+    Raises:
+        InvalidGraphError: a scale is missing or unusable, or a factor is outside [2**-31, 1).
+    """
+    rounding = np.zeros(op.channels, np.int64)
+    multiplier, shift = rounding.copy(), rounding.copy()
+    start = 0
+    for end, method in methods(op, profile):
+        pairs = np.array(factor(graph, op, method), np.int64)
+        pairs = np.broadcast_to(pairs, (op.channels, 2))
+        rounding[start:end] = int(method.rounding)
+        multiplier[start:end] = pairs[start:end, 0]
+        shift[start:end] = pairs[start:end, 1]
+        start = end
+    return Requantization(rounding, multiplier, shift)
+
+
+def add_requantization(graph: Graph, op: Add, rounding: AddRounding) -> AddRequantization:
+    """The integers of an ADD.
+
+    Raises:
+        InvalidGraphError: a scale is missing or unusable, or a factor does not fit.
+    """
+    a, b = (_scale(graph.tensors[index], op) for index in op.inputs)
+    try:
+        integers = scales.add_parameters(rounding, a, b, _scale(graph.tensors[op.output], op))
+    except InvalidGraphError as error:
+        raise InvalidGraphError(f"ADD '{op.name}': {error}") from None
+    return AddRequantization(rounding, integers)
+
+
+def resolve(graph: Graph, name: str = DEFAULT) -> Graph:
+    """``graph`` with the integers of the named profile in every operator that has none yet."""
+    profile = profile_of(name)
+
+    def resolved(op: Operator) -> Operator:
+        if isinstance(op, Linear) and op.requantization is None:
+            return replace(op, requantization=requantization(graph, op, profile))
+        if isinstance(op, Add) and op.requantization is None:
+            return replace(op, requantization=add_requantization(graph, op, profile.add))
+        return op
+
+    return replace(graph, operators=tuple(resolved(op) for op in graph.operators))
+
+
+def is_resolved(graph: Graph) -> bool:
+    """Whether every operator that rescales carries its integers."""
+    return all(op.requantization is not None for op in graph.core if isinstance(op, (Linear, Add)))

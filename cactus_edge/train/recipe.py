@@ -1,0 +1,322 @@
+"""One TOML file per training run, read strictly.
+
+Contract: ``load_recipe`` returns a frozen ``Recipe`` in which every field has a value, or raises
+one ``DataError`` that names file, section and key and says what to write instead. Unknown keys are
+errors. ``write_recipe`` writes the resolved recipe, which loads to an equal ``Recipe``.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import tomli_w
+
+from cactus_edge.errors import DataError
+
+Fraction = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
+UnitInterval = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+PositiveUnit = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
+NonNegative = Annotated[float, msgspec.Meta(ge=0.0)]
+Positive = Annotated[float, msgspec.Meta(gt=0.0)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+PositiveCount = Annotated[int, msgspec.Meta(ge=1)]
+Bits = Annotated[int, msgspec.Meta(ge=2, le=8)]
+
+
+class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which data.
+
+    Attributes:
+        name: ``digits``, ``mnist``, ``fashion-mnist``, ``cifar10`` or the path of an ``.npz``.
+        validation: fraction of the training data held out for everything that is tuned.
+        augment: ``flip-crop`` mirrors images and shifts them by up to two pixels.
+    """
+
+    name: str
+    validation: Annotated[float, msgspec.Meta(gt=0.0, le=0.5)] = 0.1
+    augment: Literal["none", "flip-crop"] = "none"
+
+
+class NetworkChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which network of ``zoo.NETWORKS``, and a factor for the width of its hidden layers."""
+
+    name: str
+    width: Positive = 1.0
+
+
+class Objective(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The certified loss and its schedules (epochs may be fractions).
+
+    Attributes:
+        epsilon: radius in training, in units of the pixel range [0, 1] (2/255 is 0.0078431).
+        certify_epsilon: radius of the reported certified accuracy; 0 means ``epsilon``.
+        loss: ``ibp`` bounds the whole box; ``sabr`` a small box around an attack.
+        sabr_lambda: size of SABR's small box relative to the whole.
+        attack_steps: steps of the attack that places SABR's box.
+        lambda_max: final weight of the certified loss; the standard loss has the rest.
+        lambda_ramp: epochs over which that weight grows from 0; 0 means constant.
+        warmup: epochs with epsilon 0 before it grows.
+        epsilon_ramp: epochs over which epsilon grows.
+        shi_regulariser: weight of Shi et al.'s regulariser, active while epsilon grows.
+        l1: weight of the sum of absolute weights.
+        initialisation: ``default`` is torch's, ``ibp`` is Shi et al.'s.
+    """
+
+    epsilon: PositiveUnit
+    certify_epsilon: UnitInterval = 0.0
+    loss: Literal["ibp", "sabr"] = "ibp"
+    sabr_lambda: PositiveUnit = 0.4
+    attack_steps: PositiveCount = 8
+    lambda_max: UnitInterval = 0.75
+    lambda_ramp: NonNegative = 0.0
+    warmup: NonNegative = 0.0
+    epsilon_ramp: NonNegative = 0.0
+    shi_regulariser: NonNegative = 0.5
+    l1: NonNegative = 0.0
+    initialisation: Literal["default", "ibp"] = "default"
+
+    @property
+    def reported_epsilon(self) -> float:
+        """The radius at which certified accuracy is reported."""
+        return self.certify_epsilon or self.epsilon
+
+
+class Dense(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="dense", tag_field="kind"):
+    """The network as it is."""
+
+
+class Pruned(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="pruned", tag_field="kind"
+):
+    """The network without the ``sparsity`` smallest weights."""
+
+    sparsity: Fraction
+
+
+class Quantized(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="quantized", tag_field="kind"
+):
+    """The network with ``bits``-bit weights (realised as ``compression.quantizer`` says)."""
+
+    bits: Bits
+
+
+class PrunedQuantized(
+    msgspec.Struct,
+    frozen=True,
+    forbid_unknown_fields=True,
+    tag="pruned-quantized",
+    tag_field="kind",
+):
+    """Pruned, then quantized."""
+
+    sparsity: Fraction
+    bits: Bits
+
+
+class Perturbed(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="perturbed", tag_field="kind"
+):
+    """Weights moved adversarially by up to half a quantization step of ``bits`` bits."""
+
+    bits: Bits
+    steps: PositiveCount = 1
+    sparsity: Fraction = 0.0
+
+
+Member = Dense | Pruned | Quantized | PrunedQuantized | Perturbed
+
+
+class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The compression set C(theta).
+
+    Attributes:
+        members: what the loss is averaged over.
+        draw: ``all`` members in every step, or ``one`` member drawn per step (same expectation at
+            the cost of a single network).
+        quantizer: how quantized members get their weights: rounding with a straight-through
+            gradient, or the adversarial perturbation that bounds any rounding.
+        activations: quantized members propagate ``float`` or fake-quantized ``int8`` activations.
+        scope: magnitude pruning ``layer`` by layer, or over the ``global`` ranking of weights.
+        prune_last: whether the output layer is pruned too.
+        mask_refresh: masks are recomputed every ``step`` or every ``epoch``.
+    """
+
+    members: Annotated[tuple[Member, ...], msgspec.Meta(min_length=1)] = (Dense(),)
+    draw: Literal["all", "one"] = "all"
+    quantizer: Literal["straight-through", "weight-perturbation"] = "straight-through"
+    activations: Literal["float", "int8"] = "float"
+    scope: Literal["layer", "global"] = "layer"
+    prune_last: bool = True
+    mask_refresh: Literal["step", "epoch"] = "step"
+
+
+class Optimizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Adam and its schedule.
+
+    Attributes:
+        epochs: passes over the training split.
+        batch_size: samples per step; an incomplete last batch is left out.
+        learning_rate: before the first milestone.
+        milestones: fractions of all epochs after which the rate is multiplied by ``decay``.
+        decay: the factor at each milestone.
+        gradient_clip: largest norm of the gradient; 0 switches clipping off.
+    """
+
+    epochs: PositiveCount
+    batch_size: PositiveCount = 256
+    learning_rate: Positive = 5e-4
+    milestones: tuple[PositiveUnit, ...] = (0.7, 0.9)
+    decay: PositiveUnit = 0.2
+    gradient_clip: NonNegative = 10.0
+
+
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that determines a training run.
+
+    Attributes:
+        data: see ``Data``.
+        network: see ``NetworkChoice``.
+        objective: see ``Objective``.
+        optimizer: see ``Optimizer``.
+        compression: see ``Compression``.
+        seed: of initialisation, order, augmentation, attacks and draws.
+        threads: of torch on the CPU; 0 leaves torch's choice.
+    """
+
+    data: Data
+    network: NetworkChoice
+    objective: Objective
+    optimizer: Optimizer
+    compression: Compression = Compression()
+    seed: Count = 0
+    threads: Count = 0
+
+    def __post_init__(self) -> None:
+        """Check what involves several keys."""
+        ramp = self.objective.warmup + self.objective.epsilon_ramp
+        if ramp > self.optimizer.epochs or self.objective.lambda_ramp > self.optimizer.epochs:
+            raise ValueError(
+                f"[objective] warmup + epsilon_ramp and lambda_ramp must not exceed [optimizer] "
+                f"epochs = {self.optimizer.epochs}"
+            )
+
+
+def member_name(member: Member) -> str:
+    """Short stable name of a member, used in metrics: ``pruned 70%, 4 bit``."""
+    match member:
+        case Dense():
+            return "dense"
+        case Pruned():
+            return f"pruned {member.sparsity:.4g}"
+        case Quantized():
+            return f"quantized {member.bits} bit"
+        case PrunedQuantized():
+            return f"pruned {member.sparsity:.4g}, quantized {member.bits} bit"
+        case Perturbed():
+            pruned = f"pruned {member.sparsity:.4g}, " if member.sparsity else ""
+            return f"{pruned}perturbed {member.bits} bit"
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe.
+
+    Raises:
+        DataError: no such file, not TOML, unknown key, wrong type or value out of range.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot read the recipe: {error}") from error
+    return parse_recipe(text, str(path))
+
+
+def parse_recipe(text: str, where: str = "recipe") -> Recipe:
+    """Check the text of a recipe; ``where`` is the name that errors carry."""
+    try:
+        return msgspec.toml.decode(text.encode(), type=Recipe)
+    except msgspec.ValidationError as error:
+        raise DataError(f"{where}: {_explain(str(error))}") from error
+    except msgspec.DecodeError as error:
+        raise DataError(f"{where}: not a TOML file: {error}") from error
+
+
+def format_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as TOML: every key with its value."""
+    document: dict[str, object] = msgspec.to_builtins(recipe)
+    scalars = {key: value for key, value in document.items() if not isinstance(value, dict)}
+    return tomli_w.dumps(scalars | document)
+
+
+def _explain(message: str) -> str:
+    """Turn msgspec's message into section, key and remedy."""
+    matched = re.fullmatch(r"(?P<what>.*?)(?: - at `\$(?P<path>.*)`)?", message, re.DOTALL)
+    assert matched is not None  # the pattern matches every text
+    what, path = matched["what"], matched["path"] or ""
+    keys = [key for key in path.split(".") if key]
+    place = f"[{keys[0]}] {'.'.join(keys[1:])}".strip() if keys else "top level"
+    unknown = re.search(r"unknown field `(.*)`", what)
+    kind = _type_at(path)
+    if unknown:
+        what = f"unknown key '{unknown[1]}'"
+    return f"{place}: {what}{_remedy(kind, fields=unknown is not None)}"
+
+
+def _type_at(path: str) -> object:
+    """The annotation at a path such as ``.compression.members[...].sparsity``."""
+    kind: object = Recipe
+    for key in re.findall(r"\.(\w+)|(\[)", path):
+        name, index = key
+        if index:
+            arguments = typing.get_args(_bare(kind))
+            kind = arguments[0] if arguments else None
+        elif isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            kind = typing.get_type_hints(kind, include_extras=True).get(name)
+        else:
+            candidates = [
+                typing.get_type_hints(option, include_extras=True).get(name)
+                for option in typing.get_args(_bare(kind))
+                if isinstance(option, type) and issubclass(option, msgspec.Struct)
+            ]
+            kind = next((candidate for candidate in candidates if candidate), None)
+    return kind
+
+
+def _bare(kind: object) -> object:
+    """Strip ``Annotated``."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
+
+
+def _remedy(kind: object, *, fields: bool) -> str:
+    """What may be written there."""
+    bare = _bare(kind)
+    if isinstance(bare, type) and issubclass(bare, msgspec.Struct):
+        names = ", ".join(field.name for field in msgspec.structs.fields(bare))
+        return f"; known keys: {names}" if fields else f"; needed and known keys: {names}"
+    if typing.get_origin(bare) is Literal:
+        return f"; use one of {', '.join(repr(choice) for choice in typing.get_args(bare))}"
+    if typing.get_origin(bare) is types.UnionType:
+        options = (getattr(option, "__struct_config__", None) for option in typing.get_args(bare))
+        tags = ", ".join(repr(option.tag) for option in options if option is not None)
+        return f"; kind is one of {tags}" if tags else ""
+    if typing.get_origin(kind) is Annotated:
+        limits = [m for m in typing.get_args(kind)[1:] if isinstance(m, msgspec.Meta)]
+        texts = [
+            f"{word} {value:g}"
+            for meta in limits
+            for word, value in (
+                ("at least", meta.ge),
+                ("above", meta.gt),
+                ("at most", meta.le),
+                ("below", meta.lt),
+            )
+            if value is not None
+        ]
+        name = bare.__name__ if isinstance(bare, type) else ""
+        return f"; write a number ({name}) {' and '.join(texts)}" if texts else ""
+    return ""

@@ -1,0 +1,125 @@
+"""Proof that a model computes the same integers under every rounding profile.
+
+Requantization is monotone, so two profiles agree on a channel if and only if they agree on both
+ends of each step: for every level k, at the least accumulator that reaches k and at the one below
+it. Those few hundred points, within the accumulators that the channel can reach, are evaluated
+under every method that any profile uses for that operator. ADD is compared on all pairs.
+Pools, PAD and RESHAPE have one arithmetic everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cactus_edge import profiles, semantics
+from cactus_edge.constraints import accumulator_bounds, stored_range
+from cactus_edge.graph import Add, Graph, Int64Array, Linear, Requantization
+from cactus_edge.profiles import Method
+from cactus_edge.semantics import AddRounding, Rounding
+
+
+@dataclass(frozen=True)
+class LayerAgreement:
+    """Which output channels of a layer differ between profiles; an ADD counts as one channel."""
+
+    name: str
+    channels: int
+    disagreeing: tuple[int, ...]
+
+
+def agreement(graph: Graph) -> list[LayerAgreement]:
+    """One entry for each operator that rescales; explicitly resolved operators always agree."""
+    entries: list[LayerAgreement] = []
+    for op in graph.core:
+        if isinstance(op, Linear):
+            bad = () if op.requantization else disagreeing_channels(graph, op)
+            entries.append(LayerAgreement(op.name, op.channels, bad))
+        elif isinstance(op, Add):
+            bad = () if op.requantization or _add_agrees(graph, op) else (0,)
+            entries.append(LayerAgreement(op.name, 1, bad))
+    return entries
+
+
+def is_universal(graph: Graph) -> bool:
+    """Whether every profile computes the same integers on every input."""
+    return not any(entry.disagreeing for entry in agreement(graph))
+
+
+def _all_methods(op: Linear) -> list[tuple[Method, Int64Array]]:
+    """Every method that some profile uses on ``op``, with the channels it applies to."""
+    used: dict[Method, Int64Array] = {}
+    for profile in profiles.PROFILES.values():
+        start = 0
+        for end, method in profiles.methods(op, profile):
+            mask = used.setdefault(method, np.zeros(op.channels, np.int64))
+            mask[start:end] = 1
+            start = end
+    return list(used.items())
+
+
+def disagreeing_channels(graph: Graph, op: Linear) -> tuple[int, ...]:
+    """Output channels on which two profiles differ for some reachable accumulator."""
+    lower, upper = accumulator_bounds(graph, op)
+    limits = graph.output_range(op)
+    zero_point = graph.tensors[op.output].zero_point
+    points: Int64Array | None = None
+    expected: Int64Array | None = None
+    bad = np.zeros(op.channels, bool)
+    reference = Method(Rounding.DOUBLE_HALF_AWAY)
+    for method, applies in [(reference, np.ones(op.channels, np.int64)), *_all_methods(op)]:
+        pairs = np.array(profiles.factor(graph, op, method), np.int64)
+        pairs = np.broadcast_to(pairs, (op.channels, 2))
+        parameters = Requantization(np.int64(method.rounding), pairs[:, 0], pairs[:, 1])
+        if points is None:
+            points = step_points(parameters, lower, upper, zero_point, limits)
+        values = _stored(parameters, points, zero_point, limits)
+        expected = values if expected is None else expected
+        bad |= (values != expected).any(axis=0) & (applies == 1)
+    return tuple(np.flatnonzero(bad).tolist())
+
+
+def step_points(
+    parameters: Requantization,
+    lower: Int64Array,
+    upper: Int64Array,
+    zero_point: int,
+    limits: tuple[int, int],
+) -> Int64Array:
+    """Int64 [points, channels]: both sides of every step within [lower, upper], and the ends."""
+    levels = np.arange(limits[0] + 1, limits[1] + 1, dtype=np.int64)[:, None]
+    low = np.broadcast_to(lower, (levels.size, lower.size)).copy()
+    high = np.broadcast_to(upper + 1, low.shape).copy()
+    while (low < high).any():
+        middle = (low + high) >> 1
+        reaches = _stored(parameters, middle, zero_point, limits) >= levels
+        high = np.where(reaches, middle, high)
+        low = np.where(reaches, low, middle + 1)
+        low = np.minimum(low, high)
+    ends = np.stack([lower, upper])
+    points = np.concatenate([ends, low, low - 1])
+    return np.clip(points, lower, upper)
+
+
+def _stored(
+    parameters: Requantization, accumulator: Int64Array, zero_point: int, limits: tuple[int, int]
+) -> Int64Array:
+    code = Rounding(int(parameters.rounding[0]))
+    rounded = semantics.REQUANTIZE[code](accumulator, parameters.multiplier, parameters.shift)
+    return semantics.clamp(rounded + zero_point, *limits)  # pyright: ignore
+
+
+def _add_agrees(graph: Graph, op: Add) -> bool:
+    (low_a, high_a), (low_b, high_b) = (stored_range(graph, i) for i in op.inputs)
+    zero_a, zero_b = (graph.tensors[i].zero_point for i in op.inputs)
+    a = np.arange(low_a, high_a + 1, dtype=np.int64)[:, None] - zero_a
+    b = np.arange(low_b, high_b + 1, dtype=np.int64)[None, :] - zero_b
+    limits = graph.output_range(op)
+    zero_point = graph.tensors[op.output].zero_point
+    results: list[Int64Array] = []
+    for rounding in AddRounding:
+        integers = profiles.add_requantization(graph, op, rounding).integers
+        rounded = semantics.ADD[rounding](a, b, *integers)
+        results.append(semantics.clamp(rounded + zero_point, *limits))  # pyright: ignore
+    return all(np.array_equal(results[0], other) for other in results[1:])
