@@ -1,7 +1,9 @@
 """cactus_edge: train, convert, run and certify quantized networks, bit for bit as deployed.
 
 The names below are the public interface; they are imported on first use, so that a device needs
-neither torch nor Numba to read a model or to check a certificate.
+neither torch nor Numba to read a model or to check a certificate. Functions that share the name of
+their module are imported from it: ``cactus_edge.execute.execute``, ``cactus_edge.certify.certify``,
+``cactus_edge.check.check``, ``cactus_edge.constraints.validate``.
 """
 
 from __future__ import annotations
@@ -36,16 +38,16 @@ _PUBLIC = {
     "Rounding": "semantics",
     "PROFILES": "profiles",
     "resolve": "profiles",
-    "validate": "constraints",
     "is_universal": "universal",
-    "execute": "execute",
     "execute_all": "execute",
     "Session": "runtime",
     "read_tflite": "flatbuffer",
     "write_tflite": "flatbuffer",
+    "Certifier": "certify",
+    "Perturbation": "inputs",
+    "Request": "certify",
     "attack": "certify",
-    "certify": "certify",
-    "check": "check",
+    "twin": "certify",
     "lower": "train.lower",
     "benchmark": "bench",
 }
@@ -57,7 +59,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use (PEP 562)."""
     if name not in _PUBLIC:
         raise AttributeError(f"module 'cactus_edge' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f"cactus_edge.{_PUBLIC[name]}"), name)
+    module = importlib.import_module(f"cactus_edge.{_PUBLIC[name]}")
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

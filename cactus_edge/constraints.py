@@ -17,8 +17,8 @@ from cactus_edge.errors import InvalidGraphError
 from cactus_edge.graph import (
     Add,
     Conv2D,
-    Dequantize,
     DepthwiseConv2D,
+    Dequantize,
     DType,
     FullyConnected,
     Graph,
@@ -339,9 +339,10 @@ def quantize_edge(graph: Graph, op: Operator) -> str:
 
 @_rule(Softmax)
 def softmax_edge(graph: Graph, op: Operator) -> str:
-    """On int8 logits with a scale, beta 1, output int8 of scale 1/256 and zero point -128."""
+    """On one vector of int8 logits, beta 1, output int8 of scale 1/256 and zero point -128."""
     source, target = _tensors(graph, op)
     fits = source.quantization is not None and source.shape == target.shape
+    fits &= source.size == source.shape[-1]
     fits &= target.quantization == Quantization.of(1 / 256, -128)  # float: exact
     fits &= source.dtype is DType.INT8 and target.dtype is DType.INT8
     return "" if fits else f"'{source.name}' -> '{target.name}'"
@@ -358,21 +359,20 @@ def dequantize_edge(graph: Graph, op: Operator) -> str:
 
 def stored_range(graph: Graph, tensor: int) -> tuple[int, int]:
     """Smallest and largest integer that an activation can hold, from its producer's clamp."""
-    for op in graph.core:
-        if op.output != tensor:
-            continue
+    producers = {op.output: op for op in graph.core}
+    passed: list[Operator] = []
+    while isinstance(op := producers.get(tensor), (Pad, Reshape, Pool2D)):
+        passed.append(op)
+        tensor = op.inputs[0]
+    lower, upper = graph.output_range(op) if op else graph.tensors[tensor].dtype.range
+    for op in reversed(passed):
         if isinstance(op, Pad):
-            lower, upper = stored_range(graph, op.inputs[0])
-            zero_point = graph.tensors[tensor].zero_point
-            return min(lower, zero_point), max(upper, zero_point)
-        if isinstance(op, Reshape):
-            return stored_range(graph, op.inputs[0])
-        if isinstance(op, Pool2D):
-            lower, upper = stored_range(graph, op.inputs[0])
+            zero_point = graph.tensors[op.output].zero_point
+            lower, upper = min(lower, zero_point), max(upper, zero_point)
+        elif isinstance(op, Pool2D):
             least, greatest = graph.output_range(op)
-            return max(least, min(lower, greatest)), min(greatest, max(upper, least))
-        return graph.output_range(op)
-    return graph.tensors[tensor].dtype.range
+            lower, upper = max(least, min(lower, greatest)), min(greatest, max(upper, least))
+    return lower, upper
 
 
 def _by_channel(op: Linear) -> Int64Array:

@@ -104,7 +104,9 @@ def _scaled(x: Binary, exponent: int, width: int) -> Binary:
     return Binary(x.significand, x.exponent + exponent)
 
 
-def effective(arithmetic: ScaleArithmetic, inputs: Binary, weight: Binary, output: Binary) -> Binary:
+def effective(
+    arithmetic: ScaleArithmetic, inputs: Binary, weight: Binary, output: Binary
+) -> Binary:
     """``input_scale * weight_scale / output_scale`` as a runtime computes it."""
     match arithmetic:
         case ScaleArithmetic.FLOAT64:
@@ -118,7 +120,7 @@ def effective(arithmetic: ScaleArithmetic, inputs: Binary, weight: Binary, outpu
 
 
 def quantize_multiplier(real: Binary) -> tuple[int, int]:
-    """TFLite's ``QuantizeMultiplier``: ``(multiplier, shift)``, real = multiplier / 2**(31 + shift).
+    """TFLite's ``QuantizeMultiplier``: ``(m, shift)`` with ``real = m * 2**-(31 + shift)``.
 
     Raises:
         InvalidGraphError: the factor rounds to 1 or more.

@@ -128,8 +128,8 @@ def requantize_float64(accumulator: int, multiplier: int, shift: int) -> int:
     """LiteRT's reference FULLY_CONNECTED: ``std::round(double(accumulator) * scale)``.
 
     Real factor ``multiplier * 2**-shift`` with the 53-bit significand of the float64 scale. The
-    product has up to 80 bits, so it is formed as ``high * 2**27 + low`` and rounded to 53 bits, half
-    to even, before it is rounded to an integer, half away from zero.
+    product has up to 80 bits, so it is formed as ``high * 2**27 + low`` and rounded to 53 bits,
+    half to even, before it is rounded to an integer, half away from zero.
     """
     sign = (accumulator > 0) * 1 - (accumulator < 0) * 1
     magnitude = accumulator * sign

@@ -1,0 +1,270 @@
+"""Verdicts for many samples: bounds of the twin, elided margins, then an optional attack.
+
+One exact propagation runs for each group of profiles that compute the same integers on this model
+(a single one for a universal model); ``certified`` is their conjunction. A verdict is taken only
+from integers that the kernels and ``semantics`` computed; a counterexample counts only after the
+reference executor has reproduced it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cactus_edge import decision, profiles, universal
+from cactus_edge.certificate import Bounds, Sample
+from cactus_edge.certify import attack as attacks
+from cactus_edge.certify import margin
+from cactus_edge.certify.twin import Twin, twin
+from cactus_edge.constraints import validate
+from cactus_edge.errors import CactusEdgeError
+from cactus_edge.execute import execute
+from cactus_edge.graph import Add, Graph, Int64Array, Linear
+from cactus_edge.runtime import Session
+
+CHUNK = 500
+Counterexample = tuple[Int64Array, str, str]
+"""Stored input, how it was found ("sample" or "attack"), the profile that misclassifies it."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Profiles that compute the same integers on a model, and the resolved graph of one of them."""
+
+    names: tuple[str, ...]
+    graph: Graph
+
+
+def groups(graph: Graph, names: Sequence[str]) -> tuple[bool, list[Group]]:
+    """Whether the model is universal, and the groups among the named profiles.
+
+    Raises:
+        InvalidGraphError: a profile cannot represent the model's scales.
+    """
+    if universal.is_universal(graph):
+        every = tuple(profiles.PROFILES)
+        return True, [Group(every, _resolved(graph, profiles.DEFAULT))]
+    found: dict[bytes, Group] = {}
+    for name in names:
+        resolved = _resolved(graph, name)
+        key = _integers(resolved)
+        known = found.get(key)
+        found[key] = Group((*known.names, name), known.graph) if known else Group((name,), resolved)
+    return False, list(found.values())
+
+
+def _resolved(graph: Graph, name: str) -> Graph:
+    resolved = profiles.resolve(graph, name)
+    validate(resolved)
+    return resolved
+
+
+def _integers(graph: Graph) -> bytes:
+    parts: list[bytes] = []
+    for op in graph.core:
+        if isinstance(op, Linear) and op.requantization is not None:
+            r = op.requantization
+            parts += [r.rounding.tobytes(), r.multiplier.tobytes(), r.shift.tobytes()]
+        elif isinstance(op, Add):
+            parts.append(repr(op.requantization).encode())
+    return b"|".join(parts)
+
+
+class Certifier:
+    """Compiled once for a model; ``bounds`` and ``verdicts`` take any number of boxes."""
+
+    def __init__(self, graph: Graph, names: Sequence[str] = tuple(profiles.PROFILES)) -> None:
+        """Build the twin of each group.
+
+        Raises:
+            InvalidGraphError: the model breaks a constraint under one of the profiles.
+            UnsupportedModelError: the model has no twin.
+        """
+        self.graph = graph
+        self.universal, self.groups = groups(graph, names)
+        self._engines = [_Engine(group.graph) for group in self.groups]
+
+    def bounds(self, lower: Int64Array, upper: Int64Array) -> list[tuple[Int64Array, Int64Array]]:
+        """Stored logits' bounds over each box, for each group: int64 [samples, classes]."""
+        return [engine.propagate(lower, upper)[:2] for engine in self._engines]
+
+    def predictions(self, stored: Int64Array) -> Int64Array:
+        """Winning index under the first group, int64 [samples]."""
+        return decision.predict(self._engines[0].logits(stored))
+
+    def verdicts(
+        self,
+        first: int,
+        stored: Int64Array,
+        lower: Int64Array,
+        upper: Int64Array,
+        labels: Int64Array,
+        settings: attacks.Settings | None = None,
+    ) -> list[Sample]:
+        """A verdict for each sample; errors of this package become the verdict ``error``."""
+        try:
+            return self._verdicts(first, stored, lower, upper, labels, settings)
+        except CactusEdgeError as error:
+            return [
+                Sample(first + i, int(label), -1, "error", "none", message=str(error))
+                for i, label in enumerate(labels)
+            ]
+
+    def _verdicts(
+        self,
+        first: int,
+        stored: Int64Array,
+        lower: Int64Array,
+        upper: Int64Array,
+        labels: Int64Array,
+        settings: attacks.Settings | None,
+    ) -> list[Sample]:
+        count = len(labels)
+        classes = self.graph.tensors[self.graph.logits].size
+        gaps = np.stack([decision.gaps(self.graph, int(label), classes) for label in labels])
+        certified = np.ones(count, bool)
+        plain = np.ones(count, bool)
+        witness: list[tuple[Bounds, ...]] = [()] * count
+        broken: dict[int, Counterexample] = {}
+        for engine, group in zip(self._engines, self.groups, strict=True):
+            low, high, by_bounds, by_margin = engine.prove(lower, upper, labels, gaps)
+            plain &= by_bounds
+            certified &= by_margin
+            for i in range(count):
+                pair = Bounds(tuple(low[i].tolist()), tuple(high[i].tolist()))
+                witness[i] = (*witness[i], pair)
+            wrong = decision.surely_wrong(self.graph, engine.logits(stored), labels)
+            for i in np.flatnonzero(wrong).tolist():
+                broken.setdefault(i, (stored[i], "sample", group.names[0]))
+        if settings is not None:
+            attack_open(self.groups, settings, certified, broken, (stored, lower, upper, labels))
+        predictions = self.predictions(stored)
+        return [
+            _sample(
+                (first + i, int(labels[i]), int(predictions[i])),
+                (bool(certified[i]), bool(plain[i])),
+                witness[i],
+                stored[i],
+                broken.get(i),
+            )
+            for i in range(count)
+        ]
+
+
+def attack_open(
+    groups: list[Group],
+    settings: attacks.Settings,
+    closed: np.ndarray,
+    broken: dict[int, Counterexample],
+    box: tuple[Int64Array, Int64Array, Int64Array, Int64Array],
+) -> None:
+    """Attack the samples that are neither ``closed`` nor ``broken``; add what is found.
+
+    A counterexample counts only when it lies in the box and the reference executor misclassifies
+    it. ``box`` is (stored, lower, upper, labels).
+    """
+    stored, lower, upper, labels = box
+    for group in groups:
+        rest = np.array([i for i in np.flatnonzero(~closed) if i not in broken], np.int64)
+        if not rest.size:
+            return
+        found = attacks.search(
+            group.graph, stored[rest], lower[rest], upper[rest], labels[rest], settings
+        )
+        for i, point in zip(rest.tolist(), found, strict=True):
+            if point is None:
+                continue
+            logits = execute(group.graph, point[None])
+            inside = bool(((lower[i] <= point) & (point <= upper[i])).all())
+            if inside and decision.surely_wrong(group.graph, logits, labels[i : i + 1])[0]:
+                broken[i] = (point, "attack", group.names[0])
+
+
+def attack_boxes(
+    groups: list[Group],
+    first: int,
+    box: tuple[Int64Array, Int64Array, Int64Array, Int64Array],
+    settings: attacks.Settings,
+) -> list[Sample]:
+    """``refuted`` or ``unknown`` for each box (stored, lower, upper, labels)."""
+    stored, _, _, labels = box
+    broken: dict[int, Counterexample] = {}
+    predictions = np.zeros(len(labels), np.int64)
+    for group in reversed(groups):
+        logits = Session(group.graph).run(stored).astype(np.int64)
+        predictions = decision.predict(logits)
+        wrong = decision.surely_wrong(group.graph, logits, labels)
+        broken.update({i: (stored[i], "sample", group.names[0]) for i in np.flatnonzero(wrong)})
+    closed = np.zeros(len(labels), bool)
+    attack_open(groups, settings, closed, broken, box)
+    return [
+        _sample(
+            (first + i, int(labels[i]), int(predictions[i])),
+            (False, False),
+            (),
+            stored[i],
+            broken.get(i),
+        )
+        for i in range(len(labels))
+    ]
+
+
+class _Engine:
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.twin: Twin = twin(graph)
+        self.layer = margin.last_layer(graph)
+        wanted = [graph.logits] if self.layer is None else [self.layer.source, graph.logits]
+        self.session = Session(self.twin.graph, tensors=wanted)
+        self.plain = Session(graph)
+
+    def logits(self, stored: Int64Array) -> Int64Array:
+        return self.plain.run(stored).astype(np.int64)
+
+    def propagate(
+        self, lower: Int64Array, upper: Int64Array
+    ) -> tuple[Int64Array, Int64Array, dict[int, np.ndarray]]:
+        values = self.session.run_tensors(self.twin.stack(lower, upper))
+        low, high = self.twin.split(self.graph.logits, values[self.graph.logits])
+        return low, high, values
+
+    def prove(
+        self, lower: Int64Array, upper: Int64Array, labels: Int64Array, gaps: Int64Array
+    ) -> tuple[Int64Array, Int64Array, np.ndarray, np.ndarray]:
+        """Bounds of the logits; bool [samples]: proved by bounds, proved by bounds or margins."""
+        low, high, values = self.propagate(lower, upper)
+        rows = np.arange(len(labels))
+        plain = low[rows, labels][:, None] >= high + gaps
+        plain[rows, labels] = True
+        if self.layer is None:
+            return low, high, plain.all(axis=1), plain.all(axis=1)
+        hidden = self.twin.split(self.layer.source, values[self.layer.source])
+        _, proved = margin.wins(self.layer, *hidden, labels, gaps)
+        return low, high, plain.all(axis=1), proved.all(axis=1)
+
+
+def _sample(
+    head: tuple[int, int, int],
+    proof: tuple[bool, bool],
+    witness: tuple[Bounds, ...],
+    stored: Int64Array,
+    broken: Counterexample | None,
+) -> Sample:
+    certified, plain = proof
+    if certified and broken is not None:
+        raise AssertionError(f"sample {head[0]} is both certified and refuted: a defect")
+    if certified:
+        return Sample(*head, "certified", "interval" if plain else "elided-margin", witness)
+    if broken is not None:
+        point, method, profile = broken
+        difference = (point - stored).astype("<i2").tobytes().hex() if method == "attack" else ""
+        return Sample(*head, "refuted", method, witness, counterexample=difference, profile=profile)
+    return Sample(*head, "unknown", "elided-margin", witness)
+
+
+def chunks(count: int, size: int = CHUNK) -> Iterator[slice]:
+    """Consecutive slices that cover ``count`` samples."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

@@ -1,0 +1,438 @@
+"""The independent checker: re-derives every line of a certificate from model and data alone.
+
+The trusted base is this file with ``graph``, ``semantics`` and the tables it reads; it shares no
+code with the certifier, the executors or the kernels, and uses no float and no compiled code. Its
+interval propagation differs from the certifier's on purpose: not a doubled network, but sums and
+radii. With ``s = lower + upper`` and ``r = upper - lower`` of a layer's input less zero points,
+``W s + 2 b`` and ``|W| r`` are the sum and the difference of the accumulator's bounds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from cactus_edge import certificate, decision, inputs, profiles, semantics, universal
+from cactus_edge.certificate import Certificate, Sample
+from cactus_edge.constraints import validate
+from cactus_edge.datasets import Dataset
+from cactus_edge.flatbuffer import read_tflite
+from cactus_edge.graph import (
+    Add,
+    AveragePool2D,
+    Conv2D,
+    DepthwiseConv2D,
+    FullyConnected,
+    Graph,
+    Int64Array,
+    Linear,
+    MaxPool2D,
+    Operator,
+    Pad,
+    Padding,
+    Pool2D,
+    Requantization,
+    Reshape,
+    window_geometry,
+)
+from cactus_edge.semantics import Rounding
+
+Box = tuple[Int64Array, Int64Array]
+_CHUNK = 250
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """``problems`` is empty when the certificate holds."""
+
+    samples: int
+    problems: tuple[str, ...]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing was found wrong."""
+        return not self.problems
+
+
+def check(
+    claim: Certificate,
+    model: bytes,
+    data: Dataset,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    most: int = 20,
+) -> CheckResult:
+    """Recompute a certificate.
+
+    Args:
+        claim: the certificate as loaded.
+        model: the bytes of the ``.tflite`` file.
+        data: the split that the certificate names.
+        progress: called with (samples done, samples in all).
+        most: stop after this many problems.
+
+    Raises:
+        UnsupportedModelError: the model cannot be read.
+    """
+    graph = read_tflite(model, claim.model.file)
+    problems = list(_head(claim, model, graph, data))
+    if problems:
+        return CheckResult(0, tuple(problems))
+    groups = _groups(graph, claim.arithmetic.profiles)
+    first, count = claim.data.first, claim.data.count
+    done = 0
+    for start in range(0, count, _CHUNK):
+        part = slice(start, min(start + _CHUNK, count))
+        images = data.images[first + part.start : first + part.stop]
+        labels = data.labels[first + part.start : first + part.stop].astype(np.int64)
+        problems += _samples(
+            claim, graph, groups, claim.samples[part], images, labels, first + start
+        )
+        done = part.stop
+        if progress:
+            progress(done, count)
+        if len(problems) >= most:
+            break
+    return CheckResult(done, tuple(problems[:most]))
+
+
+def _head(claim: Certificate, model: bytes, graph: Graph, data: Dataset) -> Iterator[str]:
+    """Everything but the samples."""
+    if claim.digest != certificate.digest(claim):
+        yield "digest: the certificate was changed after it was written"
+    sha256 = hashlib.sha256(model).hexdigest()
+    if (claim.model.sha256, claim.model.bytes) != (sha256, len(model)):
+        yield f"model: the certificate is about sha256 {claim.model.sha256}, the file has {sha256}"
+    if claim.model.fingerprint != graph.fingerprint():
+        yield "model: the fingerprint of the arithmetic differs"
+    rounding = "universal" if universal.is_universal(graph) else "conjunction"
+    if claim.arithmetic.rounding != rounding:
+        yield f"arithmetic: claimed '{claim.arithmetic.rounding}', the model is '{rounding}'"
+    names = claim.arithmetic.profiles
+    unknown = [name for name in names if name not in profiles.PROFILES]
+    if not names or unknown or len(set(names)) != len(names):
+        yield f"arithmetic: profiles {list(names)} are not distinct known profiles"
+    if rounding == "universal" and set(names) != set(profiles.PROFILES):
+        yield "arithmetic: a universal model is certified for every profile"
+    if claim.input_map != inputs.input_map(graph).describe():
+        yield "input map: differs from the model's"
+    rule = "argmax of the stored logits, the lowest index wins a tie"
+    rule += "; taken behind SOFTMAX" if graph.has_softmax else ""
+    if claim.property.decision != rule:
+        yield f"decision rule: claimed '{claim.property.decision}', the model's is '{rule}'"
+    if claim.data.sha256 != data.sha256 or claim.data.split != data.split:
+        yield f"data: the certificate is about {claim.data.name} {claim.data.split} of another hash"
+    last = claim.data.first + claim.data.count
+    fits = 0 <= claim.data.first < last <= len(data.labels)
+    if not fits or len(claim.samples) != claim.data.count:
+        yield f"data: {len(claim.samples)} samples for range {claim.data.first}..{last - 1}"
+    attacked = claim.summary.attack_accuracy is not None
+    if claim.summary != certificate.summarize(claim.samples, attacked):
+        yield "summary: does not follow from the samples"
+
+
+def _groups(graph: Graph, names: tuple[str, ...]) -> list[tuple[Graph, tuple[str, ...]]]:
+    """Resolved graphs with the profiles they stand for, in the order of the claim."""
+    if universal.is_universal(graph):
+        return [(_resolved(graph, profiles.DEFAULT), names)]
+    found: list[tuple[Graph, tuple[str, ...]]] = []
+    seen: dict[str, int] = {}
+    for name in names:
+        resolved = _resolved(graph, name)
+        key = resolved.fingerprint()
+        if key in seen:
+            known, together = found[seen[key]]
+            found[seen[key]] = (known, (*together, name))
+        else:
+            seen[key] = len(found)
+            found.append((resolved, (name,)))
+    return found
+
+
+def _resolved(graph: Graph, name: str) -> Graph:
+    resolved = profiles.resolve(graph, name)
+    validate(resolved)
+    return resolved
+
+
+def _samples(
+    claim: Certificate,
+    graph: Graph,
+    groups: list[tuple[Graph, tuple[str, ...]]],
+    samples: tuple[Sample, ...],
+    images: np.ndarray,
+    labels: Int64Array,
+    first: int,
+) -> list[str]:
+    radius = Fraction(claim.property.radius)
+    stored = inputs.stored(graph, images)
+    box = inputs.box(graph, images, inputs.Perturbation(claim.property.kind, radius))
+    points = [logits_box(resolved, (stored, stored))[0][0] for resolved, _ in groups]
+    bounds = [logits_box(resolved, box) for resolved, _ in groups]
+    problems: list[str] = []
+    for i, sample in enumerate(samples):
+        where = f"sample {first + i}"
+        if (sample.index, sample.label) != (first + i, int(labels[i])):
+            problems.append(f"{where}: index or label differs from the data")
+            continue
+        if sample.verdict == "error":
+            continue
+        if sample.prediction != int(points[0][i].argmax()):
+            problems.append(f"{where}: predicted {points[0][i].argmax()}, not {sample.prediction}")
+        if [(b.lower, b.upper) for b in sample.bounds] != [
+            (tuple(low[i].tolist()), tuple(high[i].tolist())) for (low, high), _ in bounds
+        ]:
+            problems.append(f"{where}: bounds of the logits differ")
+        own = [(hidden[0][i], hidden[1][i]) for _, hidden in bounds]
+        resolved = [g for g, _ in groups]
+        if sample.verdict == "certified":
+            if not all(
+                _holds(g, (low[i], high[i]), h, sample.label)
+                for g, ((low, high), _), h in zip(resolved, bounds, own, strict=True)
+            ):
+                problems.append(f"{where}: 'certified' cannot be re-derived")
+        elif sample.verdict == "refuted":
+            problem = _counterexample(graph, groups, sample, stored[i], (box[0][i], box[1][i]))
+            problems += [f"{where}: {problem}"] if problem else []
+        elif sample.label != sample.prediction and not graph.has_softmax:
+            problems.append(f"{where}: '{sample.verdict}', yet the sample itself is misclassified")
+        elif all(
+            _holds(g, (low[i], high[i]), h, sample.label)
+            for g, ((low, high), _), h in zip(resolved, bounds, own, strict=True)
+        ):
+            problems.append(f"{where}: '{sample.verdict}', yet it can be certified")
+    return problems
+
+
+def _counterexample(
+    graph: Graph,
+    groups: list[tuple[Graph, tuple[str, ...]]],
+    sample: Sample,
+    stored: Int64Array,
+    box: Box,
+) -> str:
+    """What is wrong with a refutation, or an empty string."""
+    try:
+        difference = np.frombuffer(bytes.fromhex(sample.counterexample), "<i2").astype(np.int64)
+    except ValueError:
+        return "the counterexample is not hexadecimal int16"
+    if difference.size not in (0, stored.size):
+        return f"the counterexample has {difference.size} elements, not {stored.size}"
+    point = stored + difference.reshape(stored.shape) if difference.size else stored
+    if not ((box[0] <= point) & (point <= box[1])).all():
+        return "the counterexample lies outside the perturbation set"
+    chosen = [resolved for resolved, names in groups if sample.profile in names]
+    if not chosen:
+        return f"the counterexample's profile '{sample.profile}' is not among those certified"
+    logits = logits_box(chosen[0], (point[None], point[None]))[0][0]
+    wrong = decision.surely_wrong(graph, logits, np.array([sample.label]))
+    return "" if wrong[0] else "the counterexample is classified as labelled"
+
+
+def logits_box(graph: Graph, box: Box) -> tuple[Box, Box]:
+    """Bounds of the stored logits and of the last linear layer's input, int64 [samples, -1]."""
+    values = {graph.core_input: box}
+    hidden = box
+    for op in graph.core:
+        if isinstance(op, Linear):
+            hidden = values[op.inputs[0]]
+        values[op.output] = _propagate(graph, op, [values[i] for i in op.inputs])
+    flat = [v.reshape(len(v), -1) for v in (*values[graph.logits], *hidden)]
+    return (flat[0], flat[1]), (flat[2], flat[3])
+
+
+def _propagate(graph: Graph, op: Operator, boxes: list[Box]) -> Box:
+    lower, upper = boxes[0]
+    source, target = graph.tensors[op.inputs[0]], graph.tensors[op.output]
+    limits = graph.output_range(op)
+    if isinstance(op, Linear):
+        least, most = _accumulators(op, lower - source.zero_point, upper - source.zero_point)
+        assert op.requantization is not None
+        low, high = (
+            _stored(op.requantization, a, target.zero_point, limits) for a in (least, most)
+        )
+        return low, high
+    if isinstance(op, Add):
+        assert op.requantization is not None
+        zeros = [graph.tensors[i].zero_point for i in op.inputs]
+        rule, integers = semantics.ADD[op.requantization.rounding], op.requantization.integers
+        ends = [rule(boxes[0][e] - zeros[0], boxes[1][e] - zeros[1], *integers) for e in (0, 1)]
+        low, high = (semantics.clamp(e + target.zero_point, *limits) for e in ends)
+        return low, high  # pyright: ignore
+    if isinstance(op, Pool2D):
+        low, high = (semantics.clamp(_pooled(op, end), *limits) for end in boxes[0])
+        return low, high  # pyright: ignore
+    if isinstance(op, Pad):
+        fill = source.zero_point
+        return tuple(np.pad(end, op.paddings, constant_values=fill) for end in boxes[0])  # pyright: ignore
+    assert isinstance(op, Reshape)
+    return tuple(end.reshape(-1, *target.shape[1:]) for end in boxes[0])  # pyright: ignore
+
+
+def _accumulators(op: Linear, lower: Int64Array, upper: Int64Array) -> Box:
+    """Least and greatest accumulator from sums and radii (see the module's docstring)."""
+    weights = op.weights.values.astype(np.int64)
+    total = _linear(op, lower + upper, weights) + 2 * op.bias.astype(np.int64)
+    spread = _linear(op, upper - lower, np.abs(weights))
+    return (total - spread) >> 1, (total + spread) >> 1
+
+
+def _linear(op: Linear, x: Int64Array, weights: Int64Array) -> Int64Array:
+    if isinstance(op, FullyConnected):
+        return x.reshape(len(x), -1) @ weights.T
+    assert isinstance(op, Conv2D)
+    patches = _patches(x, weights.shape[1:3], op.stride, op.dilation, op.padding, 0)
+    if isinstance(op, DepthwiseConv2D):
+        repeats = op.channels // x.shape[-1]
+        return np.einsum("nhwklc,klc->nhwc", np.repeat(patches, repeats, axis=-1), weights[0])
+    rows = patches.reshape(*patches.shape[:3], -1)
+    return rows @ weights.reshape(op.channels, -1).T
+
+
+def _patches(
+    x: Int64Array,
+    kernel: tuple[int, ...],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    padding: Padding,
+    fill: int,
+) -> Int64Array:
+    """Int64 [samples, out height, out width, kernel height, kernel width, channels]."""
+    axes = []
+    borders = [(0, 0)]
+    for a in (0, 1):
+        count, before, after = window_geometry(
+            x.shape[1 + a], kernel[a], stride[a], dilation[a], padding
+        )
+        borders.append((before, after))
+        axes.append(np.arange(count)[:, None] * stride[a] + np.arange(kernel[a]) * dilation[a])
+    padded = np.pad(x, [*borders, (0, 0)], constant_values=fill)
+    rows, columns = axes
+    return padded[:, rows[:, None, :, None], columns[None, :, None, :]]
+
+
+def _pooled(op: Pool2D, x: Int64Array) -> Int64Array:
+    arguments = (op.window, op.stride, (1, 1), op.padding)
+    if isinstance(op, MaxPool2D):
+        return _patches(x, *arguments, fill=-(1 << 40)).max(axis=(3, 4))
+    assert isinstance(op, AveragePool2D)
+    total = _patches(x, *arguments, fill=0).sum(axis=(3, 4))
+    inside = np.ones((1, *x.shape[1:3], 1), np.int64)
+    count = _patches(inside, *arguments, fill=0).sum(axis=(3, 4))
+    return semantics.average(total, count)  # pyright: ignore
+
+
+def _stored(
+    parameters: Requantization, accumulator: Int64Array, zero_point: int, limits: tuple[int, int]
+) -> Int64Array:
+    """Stored integers of accumulators [..., channels]."""
+    output = np.empty_like(accumulator)
+    for channel in range(accumulator.shape[-1]):
+        rule = semantics.REQUANTIZE[Rounding(int(parameters.rounding[channel]))]
+        output[..., channel] = rule(
+            accumulator[..., channel],
+            int(parameters.multiplier[channel]),
+            int(parameters.shift[channel]),
+        )
+    return semantics.clamp(output + zero_point, *limits)  # pyright: ignore
+
+
+def _holds(graph: Graph, logits: Box, hidden: Box, label: int) -> bool:
+    """Whether the label wins everywhere: by its stored bounds, or through the last layer."""
+    lower, upper = logits
+    gaps = decision.gaps(graph, label, lower.size)
+    rivals = np.flatnonzero(lower[label] < upper + gaps)
+    rivals = rivals[rivals != label]
+    if not rivals.size:
+        return True
+    layer = _last(graph)
+    if layer is None:
+        return False
+    return all(_margin(graph, layer, hidden, label, int(j), int(gaps[j])) for j in rivals)
+
+
+def _last(graph: Graph) -> Linear | None:
+    """The layer whose accumulators become the logits, where it is a matrix on its whole input."""
+    tensor = graph.logits
+    for op in reversed(graph.core):
+        if op.output == tensor and isinstance(op, Reshape):
+            tensor = op.inputs[0]
+        elif op.output == tensor:
+            if isinstance(op, DepthwiseConv2D) or not isinstance(op, Linear):
+                return None
+            source = graph.tensors[op.inputs[0]].shape
+            if isinstance(op, Conv2D):
+                exact = op.weights.values.shape[1:3] == source[1:3] and op.dilation == (1, 1)
+                inside = op.padding is Padding.VALID or source[1:3] == (1, 1)
+                return op if exact and inside else None
+            return op
+    return None
+
+
+def _margin(graph: Graph, op: Linear, hidden: Box, label: int, rival: int, gap: int) -> bool:
+    """``q_label >= q_rival + gap`` for all inputs, step by step of the rival's staircase.
+
+    With positive integers p, ``p_label * a_label - p_rival * a_rival`` is at least its exact
+    minimum over the box, which bounds ``a_label`` from below for each value of ``a_rival``.
+    """
+    zero_point = graph.tensors[op.inputs[0]].zero_point
+    low, high = (end - zero_point for end in hidden)
+    weights = op.weights.values.astype(np.int64).reshape(op.channels, -1)
+    parameters = op.requantization
+    assert parameters is not None
+    own, other = _units(parameters, label, rival)
+
+    def extremes(row: Int64Array, constant: int) -> tuple[int, int]:
+        ends = np.stack([row * low, row * high])
+        return int(ends.min(axis=0).sum()) + constant, int(ends.max(axis=0).sum()) + constant
+
+    bias = [int(b) for b in op.bias]
+    least_own, most_own = extremes(weights[label], bias[label])
+    least, most = extremes(weights[rival], bias[rival])
+    combined = own * weights[label] - other * weights[rival]
+    margin, _ = extremes(combined, own * bias[label] - other * bias[rival])
+    limits = graph.output_range(op)
+    target = graph.tensors[op.output].zero_point
+
+    def logit(channel: int, accumulator: int) -> int:
+        rule = semantics.REQUANTIZE[Rounding(int(parameters.rounding[channel]))]
+        multiplier, shift = int(parameters.multiplier[channel]), int(parameters.shift[channel])
+        return semantics.clamp(rule(accumulator, multiplier, shift) + target, *limits)
+
+    point = least
+    while True:
+        bound = -(-(margin + other * point) // own)
+        bound = min(max(bound, least_own), most_own)
+        level = logit(rival, point)
+        if logit(label, bound) < level + gap:
+            return False
+        if logit(rival, most) == level:
+            return True
+        above = point
+        step = most
+        while above + 1 < step:
+            middle = (above + step) >> 1
+            above, step = (above, middle) if logit(rival, middle) > level else (middle, step)
+        point = step
+
+
+def _units(parameters: Requantization, label: int, rival: int) -> tuple[int, int]:
+    """The two multipliers in common units, rounded to integers; 1 and 1 where they are equal."""
+    factors: list[Fraction] = []
+    for multiplier, shift, code in zip(
+        parameters.multiplier.tolist(),
+        parameters.shift.tolist(),
+        parameters.rounding.tolist(),
+        strict=True,
+    ):
+        double = code in (Rounding.DOUBLE_HALF_AWAY, Rounding.DOUBLE_HALF_UP)
+        factors.append(Fraction(multiplier, 1 << (shift + 31 if double else shift)))
+    largest = max(factors)
+    if min(factors) == largest:
+        return 1, 1
+    own, other = (max(1, round(factors[c] / largest * 4096)) for c in (label, rival))
+    return own, other

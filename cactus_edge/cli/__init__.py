@@ -1,0 +1,72 @@
+"""The command ``cactus-edge``: verbs, exit codes, progress. No logic.
+
+Exit codes: 0 ok, 1 property not met, 2 usage, 3 unsupported model, 4 runtimes disagree, 5 tool
+failure. Whatever this package raises on purpose becomes one line on stderr.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import click
+import typer
+
+import cactus_edge
+from cactus_edge.cli import inspecting, making, proving, running
+from cactus_edge.cli.output import console
+from cactus_edge.errors import CactusEdgeError
+
+app = typer.Typer(
+    name="cactus-edge",
+    help="Train, convert, certify and prove quantized networks, bit for bit as deployed.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (making, inspecting, proving, running):
+    module.register(app)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(cactus_edge.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(  # pyright: ignore[reportUnusedFunction]
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the library's log.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with the project's code."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except CactusEdgeError as error:
+        console.print(f"[red]error:[/red] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        console.print("interrupted; what was finished is saved", highlight=False)
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+def _plain(text: str) -> str:
+    """One line, with nothing that rich would take for markup."""
+    return " ".join(text.split()).replace("[", r"\[")

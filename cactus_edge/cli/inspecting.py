@@ -1,0 +1,81 @@
+"""The verbs ``analyze`` and ``supported-ops``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cactus_edge import files, flatbuffer, manual
+from cactus_edge.analyze import analyze as describe
+from cactus_edge.cli.output import JsonOption, emit, percent, table
+
+
+def analyze(
+    model: Annotated[Path, typer.Argument(help="A .tflite file.", metavar="MODEL")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show layers, widths, zeros, accumulator headroom and where runtimes would disagree.
+
+    Example: cactus-edge analyze model.tflite
+    """
+    graph, content = flatbuffer.load(model)
+    result = describe(graph, content)
+    rows = [
+        (
+            layer.index,
+            layer.kind,
+            layer.name,
+            "x".join(map(str, layer.output_shape[1:])),
+            layer.bits or "-",
+            layer.weights or "-",
+            percent(layer.sparsity) if layer.weights else "-",
+            f"{layer.macs:,}" if layer.macs else "-",
+            f"{layer.accumulator:,}" if layer.accumulator else "-",
+            layer.disagreeing or "-",
+        )
+        for layer in result.layers
+    ]
+    columns = (
+        "#",
+        "operator",
+        "name",
+        "output",
+        "bits",
+        "weights",
+        "zeros %",
+        "MACs",
+        "accumulator <=",
+        "disagreeing",
+    )
+    agreement = "universal" if result.universal else "runtimes disagree"
+    title = f"{model.name}: {result.bytes:,} bytes, {result.macs:,} MACs, {agreement}"
+    emit(result, as_json, table(title, columns, rows))
+
+
+def supported_ops(
+    write: Annotated[
+        Path | None, typer.Option("--write", help="Write the manual as Markdown instead.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the operators, and what each must satisfy.
+
+    Example: cactus-edge supported-ops
+    """
+    if write is not None:
+        files.write(write, manual.markdown().encode(), force=True)
+        return
+    operators = manual.supported()
+    rows = [
+        (kind, "\n".join([summary, *(f"- {rule}" for rule in rules)]))
+        for kind, (summary, rules) in operators.items()
+    ]
+    emit(operators, as_json, table("Supported operators", ("operator", "rules"), rows))
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's verbs."""
+    app.command()(analyze)
+    app.command()(supported_ops)

@@ -1,0 +1,157 @@
+"""The verbs ``train`` and ``convert``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cactus_edge import files
+from cactus_edge.cli.output import ForceOption, JsonOption, console, emit, percent, table
+from cactus_edge.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from cactus_edge.train import EpochRow, StepReport
+
+
+class _Bar:
+    """Shows a training run: epoch, loss, throughput, remaining time."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("train", total=None, text="")
+
+    def step(self, report: StepReport) -> None:
+        left = int(report.seconds_left)
+        text = (
+            f"epoch {report.epoch}  loss {report.loss:.3f}  "
+            f"{report.samples_per_second:,.0f} samples/s  {left // 60}:{left % 60:02d} left"
+        )
+        self._progress.update(
+            self._task, total=report.total_steps, completed=report.step, text=text
+        )
+
+    def epoch(self, row: EpochRow) -> None:
+        self._progress.console.print(
+            f"epoch {row.epoch:3d}  epsilon {row.epsilon:.4f}  loss {row.loss:.4f}  "
+            f"validation: standard {percent(row.validation_standard)} %, "
+            f"certified {percent(row.validation_certified)} % (interval, float)",
+            highlight=False,
+        )
+
+
+@contextmanager
+def training_bar() -> Iterator[_Bar]:
+    """A progress display for ``cactus_edge.train.train``."""
+    columns = (TextColumn("train"), BarColumn(), TextColumn("{task.fields[text]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        yield _Bar(progress)
+
+
+def require_training(purpose: str) -> None:
+    """Raise MissingExtraError when torch is not installed."""
+    try:
+        import torch  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError:
+        raise MissingExtraError("torch", "train", purpose) from None
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A TOML recipe.", metavar="RECIPE")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the run.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from a checkpoint.")] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train with the CACTUS objective, as one recipe says.
+
+    Example: cactus-edge train recipes/mnist-quick.toml --output runs/mnist-quick
+    """
+    require_training("training")
+    from cactus_edge.train import load_recipe
+    from cactus_edge.train import train as run
+
+    with training_bar() as progress:
+        summary = run(
+            load_recipe(recipe), output, resume=resume, force=force, progress=progress, device=device
+        )
+    rows = [
+        (
+            member.member,
+            percent(member.validation.standard),
+            percent(member.validation.certified),
+            percent(member.test.standard),
+            percent(member.test.certified),
+        )
+        for member in summary.members
+    ]
+    title = (
+        f"{summary.output}: {summary.parameters:,} parameters, {summary.seconds:.0f} s; certified "
+        f"at epsilon {summary.epsilon:g} by {summary.domain} bounds ({summary.verifier})"
+    )
+    columns = ("member", "val std %", "val cert %", "test std %", "test cert %")
+    emit(summary, as_json, table(title, columns, rows))
+
+
+def convert(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A run's directory or its model.safetensors.", metavar="RUN")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .tflite file to write.")],
+    bits: Annotated[int, typer.Option("--bits", help="Width of the weights: 8, 4, 3 or 2.")] = 8,
+    sparsity: Annotated[
+        float, typer.Option("--sparsity", help="Fraction of weights to prune, by magnitude.")
+    ] = 0.0,
+    eps: Annotated[
+        float | None,
+        typer.Option("--eps", help="Radius for calibration; the recipe's without it."),
+    ] = None,
+    universal: Annotated[
+        bool,
+        typer.Option("--universal/--plain", help="Choose scales on which all runtimes agree."),
+    ] = True,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Prune, quantize and write a .tflite file that stock runtimes load.
+
+    Example: cactus-edge convert runs/mnist-quick --bits 8 --sparsity 0.5 -o model.tflite
+    """
+    require_training("conversion")
+    from cactus_edge.train import lower
+
+    files.refuse_existing(output, force)
+    report = lower.convert(
+        checkpoint,
+        output,
+        bits=bits,
+        sparsity=sparsity,
+        epsilon=eps,
+        universal=universal,
+        force=force,
+    )
+    rows = [
+        (
+            layer.name,
+            layer.bits,
+            percent(layer.sparsity),
+            f"{layer.snapped}/{layer.channels}",
+            f"{100 * layer.median_change:.3f}",
+            f"{100 * layer.largest_change:.3f}",
+        )
+        for layer in report.layers
+    ]
+    columns = ("layer", "bits", "zeros %", "universal", "median scale change %", "largest %")
+    agreement = "universal" if report.universal else "NOT universal: certificates will be conjunctions"
+    emit(report, as_json, table(f"{output}: {report.bytes:,} bytes, {agreement}", columns, rows))
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's verbs."""
+    app.command()(train)
+    app.command()(convert)

@@ -1,0 +1,94 @@
+"""Terminal output: progress and messages on stderr, results on stdout, errors in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from cactus_edge import files
+
+console = Console(stderr=True)
+stdout = Console()
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+DataOption = Annotated[
+    str,
+    typer.Option("--data", help="digits, mnist, fashion-mnist, cifar10 or a .npz file.", metavar="NAME"),
+]
+
+
+def emit(result: object, as_json: bool, *tables: Table) -> None:
+    """Print ``result`` as JSON, or the tables."""
+    if as_json:
+        text = msgspec.json.format(msgspec.json.encode(result), indent=2)
+        typer.echo(text.decode())
+        return
+    for table in tables:
+        stdout.print(table)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """A rich table; numbers stand to the right."""
+    result = Table(title=title, title_justify="left")
+    for position, column in enumerate(columns):
+        numeric = bool(rows) and all(_is_number(row[position]) for row in rows)
+        result.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        result.add_row(*(str(cell) for cell in row))
+    return result
+
+
+def _is_number(cell: object) -> bool:
+    return isinstance(cell, (int, float)) or str(cell)[:1].isdigit() or cell in ("", "-")
+
+
+def percent(fraction: float | None) -> str:
+    """A fraction as percent with two decimals; a dash for None."""
+    return "-" if fraction is None else f"{100 * fraction:.2f}"
+
+
+@contextmanager
+def bar(title: str, unit: str = "samples") -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with throughput and remaining time, driven by (done, in all)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task: list[TaskID] = []
+
+        def update(done: int, total: int) -> None:
+            if not task:
+                task.append(progress.add_task(title, total=total, rate=""))
+            speed = progress.tasks[0].finished_speed or progress.tasks[0].speed
+            rate = f"{speed:,.0f} {unit}/s" if speed else ""
+            progress.update(task[0], completed=done, total=total, rate=rate)
+
+        yield update
+
+
+def save_json(path: Path, result: Any, *, force: bool) -> None:
+    """A result as indented JSON in a file."""
+    text = msgspec.json.format(msgspec.json.encode(result), indent=2)
+    files.write(path, text + b"\n", force=force)
