@@ -1,0 +1,61 @@
+# Every target builds .venv first if it is missing or older than what defines it.
+
+.PHONY: install demo test check evidence bench docs clean
+.DEFAULT_GOAL := test
+
+BIN := .venv/bin
+STAMP := .venv/installed
+
+# tflite-runtime ends with Python 3.11, so that one is tried first. Override with `make PYTHON=...`.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$python && break; done)
+
+ifeq ($(CACTUS_EDGE_DATA),)
+ifneq ($(wildcard ../shared/data),)
+export CACTUS_EDGE_DATA := $(abspath ../shared/data)
+endif
+endif
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt tools/install_torch.py
+	@test -n "$(PYTHON)" || { echo "cactus-edge needs Python 3.11 or newer with the venv module;\
+	 found `python3 --version 2>&1`. Install it (Debian: python3.11 python3.11-venv) or run\
+	 make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python tools/install_torch.py
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[all]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/cactus-edge demo --output build/demo
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+	@mkdir -p build
+	$(BIN)/cactus-edge supported-ops --write build/operators.md
+	diff -u docs/operators.md build/operators.md
+
+evidence: $(STAMP)
+	$(BIN)/pytest -m evidence
+	$(BIN)/python tools/evidence.py
+
+bench: $(STAMP)
+	$(BIN)/python tools/benchmark.py
+
+docs: $(STAMP)
+	$(BIN)/cactus-edge supported-ops --write docs/operators.md
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
+	find cactus_edge firmware_sim tests tools -name __pycache__ -prune -exec rm -rf {} +
