@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import http.client
 import io
 import logging
 import os
 import tarfile
-import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable, Mapping
@@ -30,11 +30,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from cactus_edge.errors import DataError, MissingExtraError
+from cactus_edge import files
+from cactus_edge.errors import DataError, MissingExtraError, OutputError
 
 logger = logging.getLogger(__name__)
 
 Split = Literal["train", "validation", "test"]
+Part = Literal["train", "test"]  # as published
 Images = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 Arrays = tuple[Images, Labels]
@@ -68,66 +70,25 @@ class Dataset:
     sha256: str
 
 
-@dataclass(frozen=True)
-class _Download:
-    """One original file: where it is published and the MD5 its publisher states."""
-
-    url: str
-    md5: str
-
-
-_MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-_FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-_CIFAR_ARCHIVE = "cifar-10-binary.tar.gz"  # the binary version: the Python version is pickles
-_DOWNLOADS: Mapping[tuple[str, str], _Download] = MappingProxyType(
+_URLS: Mapping[str, str] = MappingProxyType(
     {
-        (name, file): _Download(url + file, md5)
-        for name, url, file, md5 in (
-            (
-                "mnist",
-                _MNIST_URL,
-                "train-images-idx3-ubyte.gz",
-                "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-            ),
-            (
-                "mnist",
-                _MNIST_URL,
-                "train-labels-idx1-ubyte.gz",
-                "d53e105ee54ea40749a09fcbcd1e9432",
-            ),
-            ("mnist", _MNIST_URL, "t10k-images-idx3-ubyte.gz", "9fb629c4189551a2d022fa330f9573f3"),
-            ("mnist", _MNIST_URL, "t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c"),
-            (
-                "fashion-mnist",
-                _FASHION_URL,
-                "train-images-idx3-ubyte.gz",
-                "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-            ),
-            (
-                "fashion-mnist",
-                _FASHION_URL,
-                "train-labels-idx1-ubyte.gz",
-                "25c81989df183df01b3e8a0aad5dffbe",
-            ),
-            (
-                "fashion-mnist",
-                _FASHION_URL,
-                "t10k-images-idx3-ubyte.gz",
-                "bef4ecab320f06d8554ea6380940ec79",
-            ),
-            (
-                "fashion-mnist",
-                _FASHION_URL,
-                "t10k-labels-idx1-ubyte.gz",
-                "bb300cfdad3c16e7a12a480ee83cd310",
-            ),
-            (
-                "cifar10",
-                "https://www.cs.toronto.edu/~kriz/",
-                _CIFAR_ARCHIVE,
-                "c32a1d4ab5d03f1284b67883e8d87530",
-            ),
-        )
+        "mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "fashion-mnist": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        "cifar10": "https://www.cs.toronto.edu/~kriz/",
+    }
+)
+_CIFAR_ARCHIVE = "cifar-10-binary.tar.gz"  # the binary version: the Python version is pickles
+_MD5: Mapping[tuple[str, str], str] = MappingProxyType(  # as stated by the publishers
+    {
+        ("mnist", "train-images-idx3-ubyte.gz"): "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        ("mnist", "train-labels-idx1-ubyte.gz"): "d53e105ee54ea40749a09fcbcd1e9432",
+        ("mnist", "t10k-images-idx3-ubyte.gz"): "9fb629c4189551a2d022fa330f9573f3",
+        ("mnist", "t10k-labels-idx1-ubyte.gz"): "ec29112dd5afa0611ce80d1b7f02629c",
+        ("fashion-mnist", "train-images-idx3-ubyte.gz"): "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        ("fashion-mnist", "train-labels-idx1-ubyte.gz"): "25c81989df183df01b3e8a0aad5dffbe",
+        ("fashion-mnist", "t10k-images-idx3-ubyte.gz"): "bef4ecab320f06d8554ea6380940ec79",
+        ("fashion-mnist", "t10k-labels-idx1-ubyte.gz"): "bb300cfdad3c16e7a12a480ee83cd310",
+        ("cifar10", _CIFAR_ARCHIVE): "c32a1d4ab5d03f1284b67883e8d87530",
     }
 )
 
@@ -151,18 +112,45 @@ def load(
         raise DataError(f"unknown split '{split}'; use train, validation or test")
     if not 0.0 <= validation < 1.0:
         raise DataError(f"the validation fraction must be in [0, 1), got {validation}")
-    part: Literal["train", "test"] = "test" if split == "test" else "train"
+    name, arrays, classes = _read(name_or_path, "test" if split == "test" else "train")
+    return _dataset(name, arrays, classes, split, validation)
+
+
+def load_training(
+    name_or_path: str | Path, validation: float = VALIDATION_FRACTION
+) -> tuple[Dataset, Dataset]:
+    """The training and the validation split, reading the files once; see ``load``."""
+    if not 0.0 < validation < 1.0:
+        raise DataError(f"the validation fraction must be in (0, 1), got {validation}")
+    name, arrays, classes = _read(name_or_path, "train")
+    return (
+        _dataset(name, arrays, classes, "train", validation),
+        _dataset(name, arrays, classes, "validation", validation),
+    )
+
+
+def data_directory(name: str) -> Path:
+    """Where the files of the public data set ``name`` are looked up."""
+    root = os.environ.get(DATA_VARIABLE)
+    return (Path(root) if root else Path.home() / ".cache" / "cactus_edge") / name
+
+
+def _read(name_or_path: str | Path, part: Part) -> tuple[str, Arrays, int]:
+    """Name, arrays and number of classes of one published part."""
     name = str(name_or_path)
     if name in NAMES:
-        images, labels = _READERS[name](part)
-        classes = 10
-    elif name.endswith(".npz"):
-        (images, labels), classes = _read_npz(Path(name_or_path), part)
-        name = Path(name_or_path).stem
-    else:
-        raise DataError(
-            f"unknown data set '{name}'; use one of {', '.join(NAMES)} or the path of an .npz file"
-        )
+        return name, _READERS[name](part), 10
+    if name.endswith(".npz"):
+        arrays, classes = _read_npz(Path(name_or_path), part)
+        return Path(name_or_path).stem, arrays, classes
+    raise DataError(
+        f"unknown data set '{name}'; use one of {', '.join(NAMES)} or the path of an .npz file"
+    )
+
+
+def _dataset(name: str, arrays: Arrays, classes: int, split: Split, validation: float) -> Dataset:
+    """Select the split, freeze the arrays and hash them."""
+    images, labels = arrays
     if split != "test":
         keep = _held_out(len(labels), validation, held_out=split == "validation")
         images, labels = images[keep], labels[keep]
@@ -171,12 +159,6 @@ def load(
     images.setflags(write=False)
     labels.setflags(write=False)
     return Dataset(name, images, labels, classes, split, _sha256(images, labels))
-
-
-def data_directory(name: str) -> Path:
-    """Where the files of the public data set ``name`` are looked up."""
-    root = os.environ.get(DATA_VARIABLE)
-    return (Path(root) if root else Path.home() / ".cache" / "cactus_edge") / name
 
 
 def _held_out(count: int, fraction: float, *, held_out: bool) -> npt.NDArray[np.int64]:
@@ -204,41 +186,35 @@ def _file(name: str, file: str) -> bytes:
     if not path.exists():
         if os.environ.get(DATA_VARIABLE):
             raise DataError(f"data set '{name}': {path} does not exist; {DATA_VARIABLE} is wrong")
-        _download(name, _DOWNLOADS[name, file], path)
+        _download(name, file, path)
     try:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"data set '{name}': cannot read {path}: {error}") from error
 
 
-def _download(name: str, source: _Download, path: Path) -> None:
-    """Fetch ``source`` to ``path``: temporary file, MD5 check, rename."""
-    logger.info("data set '%s': downloading %s", name, source.url)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+def _download(name: str, file: str, path: Path) -> None:
+    """Fetch one original file to ``path``: temporary file, MD5 check, rename."""
+    url, expected = _URLS[name] + file, _MD5[name, file]
+    logger.info("data set '%s': downloading %s", name, url)
     remedy = f"download it by hand and set {DATA_VARIABLE} to the folder that holds {name}/"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(source.url, timeout=DOWNLOAD_TIMEOUT) as response:  # noqa: S310
+        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
             content: bytes = response.read()
         md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
-        if md5 != source.md5:
-            raise DataError(
-                f"data set '{name}': {source.url} has MD5 {md5}, expected {source.md5}; {remedy}"
-            )
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except (OSError, urllib.error.URLError) as error:
+        if md5 != expected:
+            raise DataError(f"data set '{name}': {url} has MD5 {md5}, not {expected}; {remedy}")
+        files.write(path, content, force=True)
+    except (OSError, http.client.HTTPException, OutputError) as error:  # URLError is an OSError
         raise DataError(
-            f"data set '{name}': cannot download {source.url} to {path}: {error}; {remedy}"
+            f"data set '{name}': cannot download {url} to {path}: {error}; {remedy}"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --- readers of the public data sets -------------------------------------------------------------
 
 
-def _read_digits(part: Literal["train", "test"]) -> Arrays:
+def _read_digits(part: Part) -> Arrays:
     """Scikit-learn's 1,797 handwritten digits, 8x8, with our own stratified test split.
 
     Pixels 0..16 become round(v * 255 / 16).
@@ -268,16 +244,18 @@ def _read_idx(name: str, file: str, dimensions: int) -> npt.NDArray[np.uint8]:
     except (OSError, EOFError) as error:  # BadGzipFile is an OSError
         raise DataError(f"data set '{name}': {where} is not a gzip file: {error}") from error
     header = 4 * (dimensions + 1)
-    sizes = [int(v) for v in np.frombuffer(content[:header], ">u4")] if len(content) >= header else []
+    sizes = (
+        [int(v) for v in np.frombuffer(content[:header], ">u4")] if len(content) >= header else []
+    )
     if not sizes or sizes[0] != 0x0800 + dimensions or len(content) != header + np.prod(sizes[1:]):
         raise DataError(f"data set '{name}': {where} is not an IDX file of {dimensions} dimensions")
     return np.frombuffer(content, np.uint8, offset=header).reshape(sizes[1:])
 
 
-def _idx_reader(name: str) -> Callable[[Literal["train", "test"]], Arrays]:
+def _idx_reader(name: str) -> Callable[[Part], Arrays]:
     """Reader of a data set in MNIST's four files."""
 
-    def read(part: Literal["train", "test"]) -> Arrays:
+    def read(part: Part) -> Arrays:
         prefix = "t10k" if part == "test" else "train"
         images = _read_idx(name, f"{prefix}-images-idx3-ubyte.gz", 3)
         labels = _read_idx(name, f"{prefix}-labels-idx1-ubyte.gz", 1).astype(np.int64)
@@ -286,7 +264,7 @@ def _idx_reader(name: str) -> Callable[[Literal["train", "test"]], Arrays]:
     return read
 
 
-def _read_cifar10(part: Literal["train", "test"]) -> Arrays:
+def _read_cifar10(part: Part) -> Arrays:
     """CIFAR-10 from one ``.npz`` per original batch, or from the original binary archive."""
     batches = ["test_batch"] if part == "test" else [f"data_batch_{i}" for i in range(1, 6)]
     folder = data_directory("cifar10")
@@ -316,7 +294,7 @@ def _cifar10_archive(batches: list[str]) -> tuple[npt.NDArray[np.uint8], npt.NDA
     return table[:, 1:].reshape(-1, 3, 32, 32), table[:, 0]
 
 
-_READERS: Mapping[str, Callable[[Literal["train", "test"]], Arrays]] = MappingProxyType(
+_READERS: Mapping[str, Callable[[Part], Arrays]] = MappingProxyType(
     {
         "digits": _read_digits,
         "mnist": _idx_reader("mnist"),
@@ -329,7 +307,7 @@ _READERS: Mapping[str, Callable[[Literal["train", "test"]], Arrays]] = MappingPr
 # --- .npz files, checked -------------------------------------------------------------------------
 
 
-def _arrays(path: Path, part: Literal["train", "test"]) -> tuple[npt.NDArray[np.generic], ...]:
+def _arrays(path: Path, part: Part) -> tuple[npt.NDArray[np.generic], ...]:
     """``x_<part>`` and ``y_<part>`` of an ``.npz`` file, unchecked."""
     keys = (f"x_{part}", f"y_{part}")
     try:
@@ -348,7 +326,7 @@ def _arrays(path: Path, part: Literal["train", "test"]) -> tuple[npt.NDArray[np.
         ) from error
 
 
-def _read_npz(path: Path, part: Literal["train", "test"]) -> tuple[Arrays, int]:
+def _read_npz(path: Path, part: Part) -> tuple[Arrays, int]:
     """A user's file: the wanted part, and the number of classes over both parts."""
     if not path.exists():
         raise DataError(f"{path}: no such file")

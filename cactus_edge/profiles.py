@@ -137,7 +137,7 @@ _TABLE = (
         "LiteRT, BUILTIN_WITHOUT_DEFAULT_DELEGATES, x86_64",
         (_NEON_PRODUCT, _NEON),
         (_NEON, _NEON),
-        _NEON,
+        _DOUBLE,
         depthwise_vector=_NEON,
     ),
     Profile(

@@ -97,7 +97,10 @@ def random_graph(
     """
     if shape is None:
         height, width, depth_in = (int(rng.integers(3, 7)) for _ in range(3))
-        shape = (1, height, width, min(depth_in, 4)) if rng.random() < 0.85 else (1, height * 4)
+        flat = rng.random() < 0.15 and not {"FULLY_CONNECTED", "ADD", "RESHAPE"}.isdisjoint(
+            operators
+        )
+        shape = (1, height * 4) if flat else (1, height, width, min(depth_in, 4))
     options = _Options(channels, tuple(bits), per_channel, sparsity, universal)
     builder = _Builder(rng, options, shape, input_type)
     for _ in range(depth):

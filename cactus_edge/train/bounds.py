@@ -131,7 +131,10 @@ def propagate(
             centre, radius = centre * scale + shift, radius * scale.abs()
         elif isinstance(layer, nn.ReLU):
             hidden[name] = Box(centre, radius)
-            ends = (_activation(end, view.ranges.get(name)) for end in (centre - radius, centre + radius))
+            ends = (
+                _activation(end, view.ranges.get(name))
+                for end in (centre - radius, centre + radius)
+            )
             centre, radius = _ends(*ends)
         elif isinstance(layer, nn.MaxPool2d):
             centre, radius = _ends(layer(centre - radius), layer(centre + radius))
@@ -258,4 +261,4 @@ def _box(lower: Tensor, upper: Tensor) -> Box:
 
 def _ends(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     """Centre and radius of the box between two ends."""
-    return (lower + upper) / 2, (upper - lower) / 2
+    return (lower + upper) * 0.5, (upper - lower) * 0.5

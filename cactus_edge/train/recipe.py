@@ -21,8 +21,8 @@ from cactus_edge.errors import DataError
 Fraction = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
 UnitInterval = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 PositiveUnit = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
-NonNegative = Annotated[float, msgspec.Meta(ge=0.0)]
-Positive = Annotated[float, msgspec.Meta(gt=0.0)]
+NonNegative = Annotated[float, msgspec.Meta(ge=0.0, le=1e6)]  # limits keep infinity out
+Positive = Annotated[float, msgspec.Meta(gt=0.0, le=1e3)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 PositiveCount = Annotated[int, msgspec.Meta(ge=1)]
 Bits = Annotated[int, msgspec.Meta(ge=2, le=8)]
@@ -277,7 +277,7 @@ def _type_at(path: str) -> object:
             kind = arguments[0] if arguments else None
         elif isinstance(kind, type) and issubclass(kind, msgspec.Struct):
             kind = typing.get_type_hints(kind, include_extras=True).get(name)
-        else:
+        elif name != "kind":  # the kind of a member is a matter of the whole union
             candidates = [
                 typing.get_type_hints(option, include_extras=True).get(name)
                 for option in typing.get_args(_bare(kind))
@@ -301,9 +301,11 @@ def _remedy(kind: object, *, fields: bool) -> str:
     if typing.get_origin(bare) is Literal:
         return f"; use one of {', '.join(repr(choice) for choice in typing.get_args(bare))}"
     if typing.get_origin(bare) is types.UnionType:
-        options = (getattr(option, "__struct_config__", None) for option in typing.get_args(bare))
-        tags = ", ".join(repr(option.tag) for option in options if option is not None)
-        return f"; kind is one of {tags}" if tags else ""
+        kinds = [kind for kind in typing.get_args(bare) if issubclass(kind, msgspec.Struct)]
+        keys = [", ".join(kind.__struct_fields__) or "no more keys" for kind in kinds]
+        tags = [repr(kind.__struct_config__.tag) for kind in kinds]
+        texts = [f"{tag} ({text})" for tag, text in zip(tags, keys, strict=True)]
+        return f"; kind is one of {', '.join(texts)}"
     if typing.get_origin(kind) is Annotated:
         limits = [m for m in typing.get_args(kind)[1:] if isinstance(m, msgspec.Meta)]
         texts = [

@@ -91,9 +91,7 @@ def build(architecture: str, input_shape: Shape, classes: int, width: float = 1.
             f"{list(input_shape)}; use 'mlp'"
         )
     try:
-        return Network(
-            architecture, input_shape, classes, width, make(input_shape, classes, width)
-        )
+        return Network(architecture, input_shape, classes, width, make(input_shape, classes, width))
     except _TooSmallError as error:
         raise UsageError(
             f"[network] name: '{architecture}' does not fit images of shape {list(input_shape)}: "

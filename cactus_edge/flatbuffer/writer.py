@@ -1,0 +1,135 @@
+"""From a graph to the bytes of a plain, dense ``.tflite`` that stock runtimes load.
+
+Tensors are the graph's activations in their order, then each operator's constants. Nothing depends
+on time, version or hash seed: the same graph gives the same bytes. Sparse tensors are never
+written, because stock runtimes silently read them wrong; constants are never shared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cactus_edge import constraints
+from cactus_edge.flatbuffer import schema, storable
+from cactus_edge.flatbuffer.node import Constant
+from cactus_edge.flatbuffer.operators import encode
+from cactus_edge.flatbuffer.wire import Values, serialize
+from cactus_edge.graph import Graph, Linear, Operator, Tensor
+
+
+def write_tflite(graph: Graph) -> bytes:
+    """The file that holds ``graph``.
+
+    Raises:
+        InvalidGraphError: the graph breaks a constraint.
+        UnsupportedModelError: a file cannot hold it (see ``storable``).
+    """
+    constraints.validate(graph)
+    storable.check(graph)
+    return serialize(model_values(graph))
+
+
+def model_values(graph: Graph) -> dict[str, object]:
+    """The ``Model`` table of a graph that has been checked, before it becomes bytes."""
+    draft = _Draft()
+    for tensor in graph.tensors:
+        draft.add_activation(tensor)
+    for op in graph.operators:
+        draft.add_operator(graph, op)
+    entries = list(graph.metadata)
+    if widths := _unusual_widths(graph):
+        entries.append((storable.BITS_ENTRY, widths))
+    metadata = [{"name": name, "buffer": draft.add_buffer(data)} for name, data in entries]
+    subgraph: Values = {
+        "tensors": draft.tensors,
+        "inputs": [graph.input],
+        "outputs": [graph.output],
+        "operators": draft.operators,
+        "name": "main",
+    }
+    model: dict[str, object] = {
+        "version": schema.VERSION,
+        "operator_codes": [_operator_code(kind) for kind in draft.kinds],
+        "subgraphs": [subgraph],
+        "description": "cactus_edge",
+        "buffers": draft.buffers,
+    }
+    if metadata:
+        model["metadata"] = metadata
+    return model
+
+
+def _operator_code(kind: schema.Kind) -> Values:
+    # Readers older than 2020 know the first field only; every code here fits it.
+    code = {"deprecated_builtin_code": kind.code, "builtin_code": kind.code}
+    return {**code, "version": kind.version}
+
+
+def _unusual_widths(graph: Graph) -> bytes:
+    """One byte for each linear operator, or nothing where the tensor types say all of it."""
+    widths = [op.weights.bits for op in graph.operators if isinstance(op, Linear)]
+    return b"" if set(widths) <= {4, 8} else bytes(widths)
+
+
+@dataclass
+class _Draft:
+    """The file's tables as they grow. Buffer 0 stays empty: it stands for no data."""
+
+    tensors: list[Values] = field(default_factory=list)
+    operators: list[Values] = field(default_factory=list)
+    kinds: list[schema.Kind] = field(default_factory=list)
+    buffers: list[Values] = field(default_factory=lambda: [{}])
+
+    def add_buffer(self, data: bytes) -> int:
+        """The index of a new buffer."""
+        self.buffers.append({"data": data})
+        return len(self.buffers) - 1
+
+    def add_activation(self, tensor: Tensor) -> None:
+        """A tensor without data."""
+        values: dict[str, object] = {
+            "shape": tensor.shape,
+            "type": schema.TYPE_CODES[tensor.dtype.name],
+            "name": tensor.name,
+        }
+        if tensor.quantization is not None:
+            values["quantization"] = {
+                "scale": [tensor.quantization.scale_bits],
+                "zero_point": [tensor.quantization.zero_point],
+            }
+        self.tensors.append(values)
+
+    def add_constant(self, constant: Constant) -> int:
+        """The index of a new tensor with data."""
+        values: dict[str, object] = {
+            "shape": constant.shape,
+            "type": schema.TYPE_CODES[constant.type],
+            "buffer": self.add_buffer(constant.data.tobytes()),
+            "name": constant.name,
+        }
+        if constant.scale_bits.size:
+            values["quantization"] = {
+                "scale": constant.scale_bits,
+                "zero_point": constant.zero_points,
+                "quantized_dimension": constant.quantized_dimension,
+            }
+        self.tensors.append(values)
+        return len(self.tensors) - 1
+
+    def add_operator(self, graph: Graph, op: Operator) -> None:
+        """An operator with its constants."""
+        kind = schema.KINDS[op.kind]
+        if kind not in self.kinds:
+            self.kinds.append(kind)
+        options, constants = encode(graph, op)
+        values: dict[str, object] = {
+            "opcode_index": self.kinds.index(kind),
+            "inputs": np.array([*op.inputs, *map(self.add_constant, constants)], np.int32),
+            "outputs": [op.output],
+        }
+        if options is not None:
+            values["builtin_options_type"] = kind.options_type
+            values["builtin_options"] = (kind.options, options)
+        self.operators.append(values)

@@ -1,0 +1,192 @@
+"""What compression does to weights, differentiably: the members of the compression set.
+
+* Magnitude pruning: the mask keeps the largest weights of each layer or of the network; the
+  surviving weights receive the gradient, the pruned ones none.
+* Quantization: symmetric, one scale per output channel, largest weight = largest level, so nothing
+  is clipped and every rounding error is at most half a step. The gradient passes straight through.
+* Perturbation: the worst weights within half a step (sign ascent on the certified loss). Rounding
+  to nearest stays within that radius, so the perturbed loss stands for every rounded network that
+  the ascent can find; this is the admissible set of CACTUS (Xu and Singh 2025) with the radius its
+  appendix needs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cactus_edge.train import recipe as recipes
+from cactus_edge.train.bounds import Box, View, round_through
+from cactus_edge.train.zoo import Network
+
+RANGE_DECAY = 0.99  # of the moving average of activation ranges, per step
+SMALLEST_SCALE = 1e-12  # keeps the scale of an all-zero channel positive
+
+Weights = Mapping[str, Tensor]  # layer name -> weight [out, ...]
+Masks = Mapping[str, Tensor]  # layer name -> bool, True where a weight survives
+
+
+def sparsity_of(member: recipes.Member) -> float:
+    """The fraction of weights that a member prunes."""
+    return 0.0 if isinstance(member, recipes.Dense | recipes.Quantized) else member.sparsity
+
+
+def bits_of(member: recipes.Member) -> int | None:
+    """The weight bits of a member, None for floats."""
+    return None if isinstance(member, recipes.Dense | recipes.Pruned) else member.bits
+
+
+def magnitude_masks(
+    network: Network,
+    sparsity: float,
+    scope: Literal["layer", "global"] = "layer",
+    *,
+    prune_last: bool = True,
+) -> Masks:
+    """Masks that prune exactly round(sparsity * n) of the n smallest weights.
+
+    Of equal weights the first ones in memory are pruned first.
+    """
+    layers = network.weighted() if prune_last else network.weighted()[:-1]
+    sizes = {name: layer.weight.detach().abs() for name, layer in layers}
+    if scope == "layer":
+        return {
+            name: _largest(size.flatten(), sparsity).view_as(size) for name, size in sizes.items()
+        }
+    kept = _largest(torch.cat([size.flatten() for size in sizes.values()]), sparsity)
+    parts = kept.split([size.numel() for size in sizes.values()])
+    return {
+        name: part.view_as(size) for (name, size), part in zip(sizes.items(), parts, strict=True)
+    }
+
+
+def quantization_step(weight: Tensor, bits: int) -> Tensor:
+    """Step per output channel, [out, 1, ...]: largest magnitude / (2^(bits-1) - 1)."""
+    largest = weight.detach().flatten(1).abs().amax(1).clamp(min=SMALLEST_SCALE)
+    return (largest / (2 ** (bits - 1) - 1)).reshape(-1, *[1] * (weight.dim() - 1))
+
+
+def fake_quantize(weight: Tensor, bits: int) -> Tensor:
+    """Round ``weight`` [out, ...] to its channels' steps; straight-through gradient."""
+    return round_through(weight, quantization_step(weight, bits))
+
+
+def perturbation(
+    weights: Weights, bits: int, steps: int, loss: Callable[[Weights], Tensor]
+) -> Weights:
+    """Offsets within half a quantization step that raise ``loss``, detached.
+
+    Sign ascent from 0; each step moves by 2 / (steps + 1) of the radius, clipped to the radius.
+    Weights that are exactly 0 (pruned) stay 0, as they do in rounding.
+    """
+    radius = {
+        name: quantization_step(weight, bits) / 2 * (weight.detach() != 0)
+        for name, weight in weights.items()
+    }
+    offsets = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for _ in range(steps):
+        moved = {
+            name: (weight.detach() + offsets[name]).requires_grad_()
+            for name, weight in weights.items()
+        }
+        gradients = torch.autograd.grad(loss(moved), list(moved.values()))
+        for (name, offset), gradient in zip(offsets.items(), gradients, strict=True):
+            ascent = offset + radius[name] * (2.0 / (steps + 1)) * gradient.sign()
+            offsets[name] = torch.clamp(ascent, -radius[name], radius[name])
+    return offsets
+
+
+def pruned_weights(network: Network, masks: Masks) -> Weights:
+    """Every conv's and linear layer's weight, masked where there is a mask."""
+    return {
+        name: layer.weight * masks[name] if name in masks else layer.weight
+        for name, layer in network.weighted()
+    }
+
+
+def training_view(
+    network: Network,
+    member: recipes.Member,
+    choice: recipes.Compression,
+    masks: Masks,
+    ranges: Mapping[str, Tensor],
+    loss: Callable[[View], Tensor],
+) -> View:
+    """The view of a member in training; ``loss`` is the certified loss that perturbations raise."""
+    bits = bits_of(member)
+    if bits is None and not masks:
+        return View()
+    weights = pruned_weights(network, masks)
+    if bits is None:
+        return View(weights)
+    shown = ranges if choice.activations == "int8" else {}
+    steps = member.steps if isinstance(member, recipes.Perturbed) else 1
+    if isinstance(member, recipes.Perturbed) or choice.quantizer == "weight-perturbation":
+        offsets = perturbation(weights, bits, steps, lambda moved: loss(View(moved, shown)))
+        return View({name: weight + offsets[name] for name, weight in weights.items()}, shown)
+    return View({name: fake_quantize(weight, bits) for name, weight in weights.items()}, shown)
+
+
+def deployed_view(
+    network: Network,
+    member: recipes.Member,
+    choice: recipes.Compression,
+    ranges: Mapping[str, Tensor],
+) -> View:
+    """The view of a member in evaluation: masks of now, weights rounded, nothing adversarial."""
+    sparsity, bits = sparsity_of(member), bits_of(member)
+    masks = (
+        magnitude_masks(network, sparsity, choice.scope, prune_last=choice.prune_last)
+        if sparsity
+        else {}
+    )
+    weights = {name: weight.detach() for name, weight in pruned_weights(network, masks).items()}
+    if bits is None:
+        return View(weights)
+    rounded = {name: fake_quantize(weight, bits) for name, weight in weights.items()}
+    return View(rounded, ranges if choice.activations == "int8" else {})
+
+
+def prune(
+    network: Network,
+    sparsity: float,
+    scope: Literal["layer", "global"] = "layer",
+    *,
+    prune_last: bool = True,
+) -> Network:
+    """A copy of ``network`` whose smallest weights are 0."""
+    pruned = copy.deepcopy(network)
+    masks = magnitude_masks(network, sparsity, scope, prune_last=prune_last)
+    with torch.no_grad():
+        for name, layer in pruned.weighted():
+            if name in masks:
+                layer.weight.mul_(masks[name])
+    return pruned
+
+
+def updated_ranges(ranges: Mapping[str, Tensor], hidden: Mapping[str, Box]) -> Mapping[str, Tensor]:
+    """Moving averages of the largest upper bound at each ReLU, per name []."""
+    seen = {
+        name: box.upper.detach().amax().clamp(min=SMALLEST_SCALE) for name, box in hidden.items()
+    }
+    return {
+        name: ranges[name] * RANGE_DECAY + value * (1 - RANGE_DECAY) if name in ranges else value
+        for name, value in seen.items()
+    }
+
+
+def _largest(sizes: Tensor, sparsity: float) -> Tensor:
+    """True for all but the round(sparsity * n) smallest of ``sizes`` [n]."""
+    pruned = round(sparsity * sizes.numel())
+    if pruned == 0:
+        return torch.ones_like(sizes, dtype=torch.bool)
+    threshold = sizes.kthvalue(pruned).values
+    kept, ties = sizes > threshold, sizes == threshold
+    surplus = sizes.numel() - pruned - int(kept.sum())  # ties that must survive: the last ones
+    if surplus:
+        kept[ties.nonzero().flatten()[-surplus:]] = True
+    return kept

@@ -1,0 +1,209 @@
+"""The CACTUS objective and its schedules.
+
+loss = mean over members g of [(1 - lambda) CE(g(x), y) + lambda CE(bounds of g over the box, y)]
+       + regulariser of Shi et al. (while epsilon grows) + l1 * sum |W|
+
+after Xu and Singh (2025), with interval bounds (Gowal et al. 2018) or SABR's small boxes (Mueller
+et al. 2023). Whether one or all members are evaluated per step is ``compression.draw``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cactus_edge.train import compress
+from cactus_edge.train.bounds import (
+    Bounds,
+    Box,
+    Statistics,
+    View,
+    attack,
+    forward,
+    input_box,
+    propagate,
+    small_box,
+)
+from cactus_edge.train.data import generator
+from cactus_edge.train.recipe import Member, Objective, Recipe
+from cactus_edge.train.zoo import Network
+
+SMALLEST_EPSILON = 1e-6  # bounds need some width for the regulariser
+REGULARISER_TOLERANCE = 0.5
+QUARTIC_PART = 0.25  # of the epsilon ramp
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The quantities that change from step to step.
+
+    Attributes:
+        epsilon: radius of the training box.
+        certified_weight: lambda.
+        regulariser_weight: of Shi et al.'s regulariser.
+        learning_rate: of Adam.
+    """
+
+    epsilon: float
+    certified_weight: float
+    regulariser_weight: float
+    learning_rate: float
+
+
+def schedule(recipe: Recipe, step: int, steps_per_epoch: int) -> Schedule:
+    """The schedule at a global step."""
+    objective, optimizer = recipe.objective, recipe.optimizer
+    epoch = step / steps_per_epoch
+    grown = smooth_ramp(_progress(epoch - objective.warmup, objective.epsilon_ramp))
+    passed = sum(epoch >= fraction * optimizer.epochs for fraction in optimizer.milestones)
+    return Schedule(
+        epsilon=objective.epsilon * grown,
+        certified_weight=objective.lambda_max * _progress(epoch, objective.lambda_ramp),
+        regulariser_weight=objective.shi_regulariser * (1.0 - grown),
+        learning_rate=optimizer.learning_rate * optimizer.decay**passed,
+    )
+
+
+def smooth_ramp(time: float) -> float:
+    """From 0 to 1 over ``time`` in [0, 1]: proportional to time^4, then linear, C1 (Shi et al.)."""
+    middle = QUARTIC_PART
+    factor = 1.0 / (middle**4 + 4 * middle**3 * (1 - middle))
+    if time <= middle:
+        return factor * time**4
+    return factor * (middle**4 + 4 * middle**3 * (time - middle))
+
+
+def drawn_members(recipe: Recipe, step: int) -> Sequence[Member]:
+    """The members that are evaluated in this step."""
+    members = recipe.compression.members
+    if recipe.compression.draw == "all":
+        return members
+    source = generator(torch.device("cpu"), recipe.seed, "member", step)
+    return (members[int(torch.randint(len(members), (), generator=source))],)
+
+
+def cactus_loss(
+    network: Network,
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    step: int,
+    now: Schedule,
+    masks: Mapping[float, compress.Masks],
+    ranges: Mapping[str, Tensor],
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """The loss [] of one step and the updated activation ranges.
+
+    Args:
+        network: the network in training.
+        images: [N, ...] in [0, 1].
+        labels: [N].
+        recipe: the run's recipe.
+        step: the global step; seeds attack and draw.
+        now: the schedule at ``step``.
+        masks: sparsity -> masks.
+        ranges: ReLU name -> largest activation, as observed so far.
+    """
+    losses: list[Tensor] = []
+    for member in drawn_members(recipe, step):
+        pruning = masks.get(compress.sparsity_of(member), {})
+        view = compress.training_view(
+            network,
+            member,
+            recipe.compression,
+            pruning,
+            ranges,
+            lambda moved: _certified_loss(network, images, labels, recipe.objective, now, moved),
+        )
+        loss, bounds = _member_loss(network, images, labels, recipe, step, now, view)
+        if compress.bits_of(member) is not None:
+            ranges = compress.updated_ranges(ranges, bounds.hidden)
+        losses.append(loss)
+    total = torch.stack(losses).mean()
+    if recipe.objective.l1:
+        total = total + recipe.objective.l1 * sum(
+            (layer.weight.abs().sum() for _, layer in network.weighted()), torch.zeros_like(total)
+        )
+    return total, ranges
+
+
+def regulariser(hidden: Mapping[str, Box], inputs: Box) -> Tensor:
+    """Shi et al. (2021): bounds keep the input's width, ReLUs stay balanced. A scalar [].
+
+    Mean over ReLUs of [relu(t - r_in / r) + relu(t - balance of means) + relu(t - balance of
+    variances)] / t; a balance is min(a, 1/a) of the active to inactive ratio a.
+    """
+    tolerance, tiny = REGULARISER_TOLERANCE, 1e-12  # tiny keeps values and gradients finite
+    width = inputs.radius.mean()
+    total = torch.zeros_like(width)
+    for box in hidden.values():
+        active, inactive = (box.lower > 0).float(), (box.upper < 0).float()
+        centre = box.centre
+        spread = (centre - centre.mean()) ** 2
+        ratios = (
+            (centre * active).mean() / (-(centre * inactive).mean()).clamp(min=tiny),
+            (spread * active).sum() / (spread * inactive).sum().clamp(min=tiny),
+        )
+        total = total + functional.relu(tolerance - width / box.radius.mean().clamp(min=tiny))
+        for ratio in ratios:
+            balance = torch.minimum(ratio, 1 / ratio.clamp(min=tiny))
+            total = total + functional.relu(tolerance - balance)
+    return total / tolerance / max(1, len(hidden))
+
+
+def _progress(epochs: float, length: float) -> float:
+    """How much of a ramp of ``length`` epochs has passed, in [0, 1]."""
+    if length == 0:
+        return 1.0 if epochs >= 0 else 0.0
+    return min(1.0, max(0.0, epochs / length))
+
+
+def _member_loss(
+    network: Network,
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    step: int,
+    now: Schedule,
+    view: View,
+) -> tuple[Tensor, Bounds]:
+    """Joint loss of one member, with the regulariser of its bounds."""
+    objective = recipe.objective
+    weight = now.certified_weight
+    standard = torch.zeros((), device=images.device)
+    statistics: Statistics | None = None
+    if weight < 1.0 or network.has_batch_norm():  # otherwise the clean pass has no use
+        logits, statistics = forward(network, images, view)
+        standard = functional.cross_entropy(logits, labels)
+    box = input_box(images, max(now.epsilon, SMALLEST_EPSILON))
+    if objective.loss == "sabr":
+        source = generator(images.device, recipe.seed, "attack", step)
+        points = attack(network, box, labels, view, statistics, objective.attack_steps, source)
+        box = small_box(box, points, objective.sabr_lambda)
+    bounds = propagate(network, box, labels, view, statistics)
+    robust = functional.cross_entropy(bounds.margins, labels)
+    loss = weight * robust + ((1.0 - weight) * standard if weight < 1.0 else 0.0)
+    if now.regulariser_weight:
+        loss = loss + now.regulariser_weight * regulariser(bounds.hidden, box)
+    return loss, bounds
+
+
+def _certified_loss(
+    network: Network,
+    images: Tensor,
+    labels: Tensor,
+    objective: Objective,
+    now: Schedule,
+    view: View,
+) -> Tensor:
+    """What weight perturbations raise: the interval loss over the whole box (or SABR's share)."""
+    share = objective.sabr_lambda if objective.loss == "sabr" else 1.0
+    statistics = forward(network, images, view)[1] if network.has_batch_norm() else None
+    box = input_box(images, max(now.epsilon * share, SMALLEST_EPSILON))
+    return functional.cross_entropy(
+        propagate(network, box, labels, view, statistics).margins, labels
+    )

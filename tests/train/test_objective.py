@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cactus_edge.train.bounds import Box, input_box, propagate
+from cactus_edge.train.objective import (
+    cactus_loss,
+    drawn_members,
+    regulariser,
+    schedule,
+    smooth_ramp,
+)
+from cactus_edge.train.recipe import Dense, Recipe, parse_recipe
+from cactus_edge.train.zoo import build, initialise_for_bounds
+
+
+@given(st.floats(0.0, 1.0), st.floats(0.0, 1.0))
+def test_smooth_ramp_grows_from_0_to_1(first: float, second: float) -> None:
+    low, high = sorted((first, second))
+    assert 0.0 <= smooth_ramp(low) <= smooth_ramp(high) <= 1.0 + 1e-12
+    assert smooth_ramp(0.0) == 0.0 and smooth_ramp(1.0) == pytest.approx(1.0)
+
+
+def test_smooth_ramp_has_no_kink() -> None:
+    step = 1e-6
+    before = (smooth_ramp(0.25) - smooth_ramp(0.25 - step)) / step
+    after = (smooth_ramp(0.25 + step) - smooth_ramp(0.25)) / step
+    assert before == pytest.approx(after, rel=1e-3)
+
+
+def test_schedule_follows_the_recipe(tiny: Recipe) -> None:
+    first, middle, last = (schedule(tiny, step, 10) for step in (0, 5, 19))
+    assert (first.epsilon, first.certified_weight) == (0.0, 0.0)
+    assert first.regulariser_weight == tiny.objective.shi_regulariser
+    assert 0 < middle.epsilon < 0.05
+    assert middle.certified_weight == pytest.approx(0.375)
+    assert (last.epsilon, last.certified_weight) == (pytest.approx(0.05), 0.75)
+    assert last.regulariser_weight == pytest.approx(0.0)
+    assert last.learning_rate == pytest.approx(2e-3 * 0.2**2)
+
+
+def test_loss_is_the_mean_over_members(tiny_text: str) -> None:
+    torch.manual_seed(0)
+    network = build("cnn-tiny", (1, 8, 8), 10, 0.2)
+    images, labels = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
+    start = tiny_text.index("members = [")
+    end = tiny_text.index("]\n", start) + 2
+
+    def loss(members: str) -> float:
+        recipe = parse_recipe(tiny_text[:start] + f"members = {members}\n" + tiny_text[end:])
+        now = schedule(recipe, 15, 10)
+        return float(cactus_loss(network, images, labels, recipe, 15, now, {}, {})[0].detach())
+
+    dense, rounded = '{ kind = "dense" }', '{ kind = "quantized", bits = 2 }'
+    one, other = loss(f"[{dense}]"), loss(f"[{rounded}]")
+    assert one != other
+    assert loss(f"[{dense}, {rounded}]") == pytest.approx((one + other) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["ibp", "sabr"])
+@pytest.mark.parametrize("network_name", ["cnn-tiny", "cnn-small-bn"])
+def test_every_parameter_gets_a_finite_gradient(
+    tiny_text: str, loss: str, network_name: str
+) -> None:
+    text = tiny_text.replace("l1 = 1e-6", f'l1 = 1e-6\nloss = "{loss}"\nattack_steps = 2')
+    recipe = parse_recipe(text)
+    torch.manual_seed(0)
+    network = build(network_name, (1, 8, 8), 10, 0.3)
+    images, labels = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
+    value, ranges = cactus_loss(network, images, labels, recipe, 5, schedule(recipe, 5, 10), {}, {})
+    value.backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool(torch.isfinite(parameter.grad).all()), name
+    assert sorted(ranges) == ["relu1", "relu2", "relu3"]
+
+
+@pytest.mark.parametrize("offset", [-100.0, 0.0, 100.0])
+def test_regulariser_is_finite_for_dead_and_saturated_layers(offset: float) -> None:
+    centre = (torch.randn(4, 6) + offset).requires_grad_()
+    value = regulariser({"relu1": Box(centre, torch.full((4, 6), 0.1))}, input_box(centre, 0.1))
+    value.backward()
+    assert bool(torch.isfinite(value)) and centre.grad is not None
+    assert bool(torch.isfinite(centre.grad).all())
+
+
+def test_initialisation_for_bounds_keeps_their_width() -> None:
+    torch.manual_seed(0)
+    network = build("cnn-small", (1, 28, 28), 10)
+    initialise_for_bounds(network)
+    images = torch.rand(8, 1, 28, 28)
+    hidden = propagate(network, input_box(images, 0.01), torch.zeros(8, dtype=torch.long)).hidden
+    ratio = float((hidden["relu3"].radius.mean() / hidden["relu1"].radius.mean()).detach())
+    assert 0.2 < ratio < 5
+
+
+def test_one_member_is_drawn_repeatably(tiny_text: str, tiny: Recipe) -> None:
+    one = parse_recipe(tiny_text.replace("[compression]", '[compression]\ndraw = "one"'))
+    drawn = [drawn_members(one, step) for step in range(60)]
+    assert drawn == [drawn_members(one, step) for step in range(60)]
+    assert {len(members) for members in drawn} == {1}
+    assert {members[0] for members in drawn} == set(tiny.compression.members)
+    assert drawn_members(tiny, 0) == tiny.compression.members
+    assert Dense() in tiny.compression.members

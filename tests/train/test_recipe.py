@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cactus_edge.errors import DataError
+from cactus_edge.train.recipe import (
+    Dense,
+    Perturbed,
+    Pruned,
+    PrunedQuantized,
+    Quantized,
+    Recipe,
+    format_recipe,
+    load_recipe,
+    member_name,
+    parse_recipe,
+)
+from cactus_edge.train.zoo import NETWORKS
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def test_resolved_recipe_reads_back_equal(tiny: Recipe) -> None:
+    assert parse_recipe(format_recipe(tiny)) == tiny
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.network.name in NETWORKS
+    assert parse_recipe(format_recipe(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("seed = 3", "sead = 3", r"r.toml: top level: unknown key 'sead'; known keys: .*\bseed\b"),
+        ("seed = 3", "seed = -3", r"r.toml: \[seed\]: .*at least 0"),
+        ('name = "digits"', "name = 3", r"\[data\] name: Expected `str`, got `int`"),
+        ("epsilon = 0.05", "epsilon = 1.5", r"\[objective\] epsilon: .*above 0 and at most 1"),
+        ("epsilon = 0.05", "epsilon = nan", r"\[objective\] epsilon: .*above 0 and at most 1"),
+        ("l1 = 1e-6", "l1 = inf", r"\[objective\] l1: .*at most 1e\+06"),
+        ("epsilon = 0.05", "", r"\[objective\]: Object missing required field `epsilon`"),
+        ("l1 = 1e-6", 'loss = "crown"', r"\[objective\] loss: .*use one of 'ibp', 'sabr'"),
+        ("sparsity = 0.5", "sparsity = 1.0", r"members\[1\]\.sparsity: .*below 1"),
+        (
+            "sparsity = 0.5",
+            "sparsty = 0.5",
+            r"members\[1\]: unknown key 'sparsty'.*'pruned' \(sparsity\)",
+        ),
+        (
+            'kind = "pruned",',
+            'kind = "prined",',
+            r"members\[1\].*'prined'; kind is one of 'dense' ",
+        ),
+        (
+            "bits = 4 },\n    {",
+            "bits = 9 },\n    {",
+            r"members\[2\]\.bits: .*at least 2 and at most 8",
+        ),
+        (
+            "epochs = 2",
+            "epochs = 2.5",
+            r"\[optimizer\] epochs: .*write a number \(int\) at least 1",
+        ),
+        ("epochs = 2", "epochs = 2\nmilestones = [0.5, 2.0]", r"milestones\[1\]: .*at most 1"),
+        ("epsilon_ramp = 1", "epsilon_ramp = 5", r"must not exceed \[optimizer\] epochs = 2"),
+        ("[optimizer]", "[optimizer", r"not a TOML file"),
+    ],
+)
+def test_mistakes_are_named(tiny_text: str, old: str, new: str, expected: str) -> None:
+    assert old in tiny_text
+    with pytest.raises(DataError, match=expected):
+        parse_recipe(tiny_text.replace(old, new, 1), "r.toml")
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothing.toml: cannot read the recipe"):
+        load_recipe(tmp_path / "nothing.toml")
+
+
+def test_members_have_distinct_names() -> None:
+    members = (
+        Dense(),
+        Pruned(0.5),
+        Quantized(4),
+        PrunedQuantized(0.5, 4),
+        Perturbed(4),
+        Perturbed(4, sparsity=0.5),
+    )
+    assert len({member_name(member) for member in members}) == len(members)
