@@ -244,7 +244,7 @@ MALFORMED: dict[str, tuple[Edit, str]] = {
     ),
     "code version": (put(code(0), version=0), "operator code 0: operator version 0"),
     "other options": (
-        put(operator(1), builtin_options_type=5),
+        put(operator(1), builtin_options_type=10),
         "(CONV_2D): has options of another",
     ),
     "untyped options": (drop(operator(1), "builtin_options_type"), "has options of another"),
@@ -360,6 +360,8 @@ UNSUPPORTED: dict[str, tuple[Edit, str]] = {
         put(code(0), builtin_code=32, deprecated_builtin_code=32, custom_code="Mine"),
         "operator 0: operator CUSTOM 'Mine' is not supported",
     ),
+    "version": (put(code(6), version=15), "operator 6: version 15 of FULLY_CONNECTED is not"),
+    "divergent version": (put(code(6), version=8), "write version 4"),
     "custom options": (put(operator(3), custom_options=b"x"), "operator 3 (ADD): custom options"),
     "large options": (put(operator(3), large_custom_options_size=5), "(ADD): custom options"),
     "intermediates": (put(operator(3), intermediates=[1]), "operator 3 (ADD): custom options"),
@@ -461,7 +463,10 @@ ACCEPTED: dict[str, Edit] = {
     "shape from a tensor alone": drop(operator(5), "builtin_options", "builtin_options_type"),
     "old codes": lambda t: [c.pop("builtin_code") for c in t["operator_codes"]],
     "new codes": lambda t: [c.pop("deprecated_builtin_code") for c in t["operator_codes"]],
-    "newer versions": lambda t: [c.update(version=7) for c in t["operator_codes"]],
+    "newer versions": lambda t: [
+        c.update(version=v)
+        for c, v in zip(t["operator_codes"], (6, 8, 7, 6, 3, 1, 14, 4), strict=True)
+    ],
     "kept dimensions of 2": put(options(6), keep_num_dims=True),
     "int32 bias type": put(options(6), quantized_bias_type=2),
     "bias scale within 2 %": quantized("logits/bias", scale=float_bits(0.05 * 0.01 * 1.019)),

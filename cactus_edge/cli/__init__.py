@@ -10,7 +10,6 @@ import logging
 import sys
 from typing import Annotated
 
-import click
 import typer
 
 import cactus_edge
@@ -54,17 +53,13 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit code."""
     try:
-        code = app(args=arguments, standalone_mode=False)
+        app(args=arguments)
     except CactusEdgeError as error:
         console.print(f"[red]error:[/red] {_plain(str(error))}", highlight=False, soft_wrap=True)
         return error.exit_code
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (KeyboardInterrupt, click.Abort):
-        console.print("interrupted; what was finished is saved", highlight=False)
-        return 130
-    return code if isinstance(code, int) else 0
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    return 0
 
 
 def _plain(text: str) -> str:

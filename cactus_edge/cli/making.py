@@ -76,10 +76,15 @@ def train(
     from cactus_edge.train import load_recipe
     from cactus_edge.train import train as run
 
-    with training_bar() as progress:
-        summary = run(
-            load_recipe(recipe), output, resume=resume, force=force, progress=progress, device=device
-        )
+    wanted = load_recipe(recipe)
+    try:
+        with training_bar() as progress:
+            summary = run(
+                wanted, output, resume=resume, force=force, progress=progress, device=device
+            )
+    except KeyboardInterrupt:
+        console.print(f"interrupted; go on with: cactus-edge train {recipe} -o {output} --resume")
+        raise typer.Exit(130) from None
     rows = [
         (
             member.member,

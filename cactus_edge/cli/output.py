@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,8 @@ from rich.table import Table
 from cactus_edge import files
 
 console = Console(stderr=True)
-stdout = Console()
+# A pipe has no width; tables are cut to 80 columns there unless told otherwise.
+stdout = Console(width=None if sys.stdout.isatty() else 160)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]

@@ -1,0 +1,9 @@
+"""The verbs ``validate``, ``bench``, ``simulate`` and ``demo``."""
+
+from __future__ import annotations
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's verbs."""

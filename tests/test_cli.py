@@ -1,0 +1,284 @@
+"""Exit codes, one clear line on stderr, nothing half written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jsonschema
+import msgspec
+import numpy as np
+import pytest
+
+from cactus_edge import certificate, flatbuffer, manual
+from cactus_edge.cli import run
+from cactus_edge.graph import (
+    Conv2D,
+    FullyConnected,
+    Graph,
+    Padding,
+    Quantization,
+    Reshape,
+    Tensor,
+    Weights,
+)
+from cactus_edge.inputs import METADATA
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def digits_graph(seed: int = 0) -> Graph:
+    """An untrained two-layer network on 8x8 pixels."""
+    rng = np.random.default_rng(seed)
+    tensors = (
+        Tensor("input", (1, 8, 8, 1), quantization=Quantization.of(1 / 255, -128)),
+        Tensor("hidden", (1, 4, 4, 6), quantization=Quantization.of(0.03, -128)),
+        Tensor("flat", (1, 96), quantization=Quantization.of(0.03, -128)),
+        Tensor("logits", (1, 10), quantization=Quantization.of(0.05, 0)),
+    )
+    conv = Conv2D(
+        name="conv",
+        inputs=(0,),
+        output=1,
+        weights=Weights(
+            rng.integers(-100, 101, (6, 3, 3, 1)), 8, np.full(6, 0.01, np.float32).view(np.uint32)
+        ),
+        bias=rng.integers(-500, 500, 6),
+        stride=(2, 2),
+        padding=Padding.SAME,
+    )
+    last = FullyConnected(
+        name="last",
+        inputs=(2,),
+        output=3,
+        weights=Weights(
+            rng.integers(-7, 8, (10, 96)), 4, np.array([0.02], np.float32).view(np.uint32)
+        ),
+        bias=rng.integers(-50, 50, 10),
+    )
+    pixel = json.dumps({"kind": "pixel", "levels_per_unit": 255, "offset": -128}).encode()
+    reshape = Reshape(name="flatten", inputs=(1,), output=2)
+    return Graph(tensors, (conv, reshape, last), 0, 3, ((METADATA, pixel),))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "model.tflite"
+    flatbuffer.save(digits_graph(), path)
+    return path
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = run([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def certify(model: Path, *more: object) -> list[object]:
+    output = model.with_suffix(".json")
+    return ["certify", model, "--data", "digits", "-o", output, *more]
+
+
+def test_certify_and_check(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, *certify(model, "--levels", 1, "--samples", 50, "--json"))
+    assert code == 0
+    result = json.loads(out)
+    assert sum(result["verdicts"].values()) == result["samples"] == 50
+    assert result["attack_accuracy"] is None
+    assert {"standard_accuracy", "certified_accuracy", "verdicts"} <= set(result)
+    claim = model.with_suffix(".json")
+    published = json.loads((ROOT / "docs" / "certificate.schema.json").read_text())
+    jsonschema.validate(json.loads(claim.read_text()), published)
+    code, out, _ = call(capsys, "check", claim, model, "--data", "digits", "--json")
+    assert (code, json.loads(out)["agrees"]) == (0, True)
+    other = model.with_name("other.tflite")
+    flatbuffer.save(digits_graph(1), other)
+    code, _, err = call(capsys, "check", claim, other, "--data", "digits")
+    assert code == 1
+    assert "sha256" in err
+
+
+def test_attack_accuracy_lies_between(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("--eps", "8/255", "--samples", 40, "--attack", "--json")
+    code, out, _ = call(capsys, *certify(model, *more))
+    result = json.loads(out)
+    assert code == 0
+    assert (
+        result["certified_accuracy"] <= result["attack_accuracy"] <= result["standard_accuracy"]
+    )
+    found = model.with_name("attack.json")
+    arguments = ("attack", model, "--data", "digits", "--eps", "8/255", "-n", 40, "-o", found)
+    code, out, _ = call(capsys, *arguments, "--json")
+    assert code == 0
+    assert json.loads(out)["verdicts"]["refuted"] == result["verdicts"]["refuted"]
+    assert len(json.loads(found.read_text())) == 40
+
+
+def test_analyze(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "analyze", model, "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert result["macs"] == 16 * 6 * 9 + 960
+    assert [layer["bits"] for layer in result["layers"]] == [8, 0, 4]
+    code, out, _ = call(capsys, "analyze", model)
+    assert (code, "CONV_2D" in out) == (0, True)
+
+
+def test_require_makes_the_exit_code(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("--levels", 200, "--samples", 5, "--require", "0.9")
+    code, _, err = call(capsys, *certify(model, *more))
+    assert code == 1
+    assert "required" in err
+
+
+@pytest.mark.parametrize(
+    ("more", "expected", "message"),
+    [
+        ((), 2, "--eps or --levels"),
+        (("--eps", "0.1", "--levels", "3"), 2, "--eps or --levels"),
+        (("--eps", "2"), 2, "outside [0, 1]"),
+        (("--eps", "much"), 2, "not a number"),
+        (("--eps", "0.1", "--samples", "99999"), 2, "which has"),
+        (("--eps", "0.1", "--first", "-1"), 2, "are not in"),
+        (("--eps", "0.1", "--split", "holdout"), 2, "no split"),
+        (("--eps", "0.1", "--profile", "nobody"), 2, "known:"),
+    ],
+)
+def test_usage_errors(
+    model: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, ...],
+    expected: int,
+    message: str,
+) -> None:
+    code, out, err = call(capsys, *certify(model, *more))
+    assert code == expected
+    assert message in err
+    assert "Traceback" not in err + out
+    assert not model.with_suffix(".json").exists()
+
+
+def test_data_of_another_shape(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = model.with_name("data.npz")
+    images, labels = np.zeros((4, 5, 5, 1), np.uint8), np.arange(4)
+    np.savez(path, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    arguments = ["certify", model, "--data", path, "--eps", "0.1", "-o", model.with_suffix(".json")]
+    code, _, err = call(capsys, *arguments)
+    assert code == 2
+    assert "the model takes [8, 8, 1]" in err
+
+
+def test_existing_output_needs_force(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = model.with_suffix(".json")
+    output.write_text("precious")
+    arguments = certify(model, "--levels", 1, "--samples", 3)
+    code, _, err = call(capsys, *arguments)
+    assert code == 2
+    assert "--force" in err
+    assert output.read_text() == "precious"
+    assert call(capsys, *arguments, "--force")[0] == 0
+    assert output.read_text() != "precious"
+
+
+def test_output_that_cannot_be_written(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blocker = model.with_name("file")
+    blocker.write_text("")
+    arguments = ["certify", model, "--data", "digits", "--levels", 1, "-o", blocker / "c.json"]
+    code, _, err = call(capsys, *arguments)
+    assert code == 2
+    assert "cannot write" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a .tflite"),
+        (b"TFL3" * 40, ""),
+        (bytes(range(256)) * 4, "not a .tflite"),
+    ],
+)
+def test_models_that_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
+) -> None:
+    path = tmp_path / "bad.tflite"
+    path.write_bytes(content)
+    code, out, err = call(capsys, "analyze", path)
+    assert code == 3
+    assert message in err
+    assert err.startswith("error:")
+    assert "Traceback" not in err + out
+
+
+def test_missing_file(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(capsys, "analyze", "nowhere.tflite")
+    assert code == 2
+    assert "no such model" in err
+
+
+def test_overflow_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file with a bias near 2^31 is refused by layer and channel."""
+    graph = digits_graph()
+    conv = graph.operators[0]
+    assert isinstance(conv, Conv2D)
+    good = flatbuffer.write_tflite(graph)
+    marker = conv.bias.tobytes()
+    bias = conv.bias.copy()
+    bias[4] = 2**31 - 1
+    assert good.count(marker) == 1
+    path = tmp_path / "overflow.tflite"
+    path.write_bytes(good.replace(marker, bias.tobytes()))
+    code, _, err = call(capsys, "analyze", path)
+    assert code == 3
+    assert "'conv'" in err
+    assert "channel 4" in err
+    assert "2^27" in err
+
+
+@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf, -0.01])
+def test_bad_scales_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: float
+) -> None:
+    good = flatbuffer.write_tflite(digits_graph())
+    marker = np.float32(0.05).tobytes()
+    path = tmp_path / "scale.tflite"
+    path.write_bytes(good.replace(marker, np.float32(bad).tobytes()))
+    code, _, err = call(capsys, "analyze", path)
+    assert code == 3
+    assert "scale" in err
+    assert "logits" in err
+
+
+def test_help_has_an_example_for_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    verbs = (
+        "train convert analyze certify check attack validate bench simulate supported-ops demo"
+    ).split()
+    for verb in verbs:
+        code, out, _ = call(capsys, verb, "--help")
+        assert code == 0, verb
+        assert f"cactus-edge {verb}" in " ".join(out.split()).replace("│", ""), verb
+        if verb not in ("demo",):
+            assert "--json" in out, verb
+
+
+def test_published_documents_are_generated() -> None:
+    schema = json.loads((ROOT / "docs" / "certificate.schema.json").read_text())
+    assert schema == json.loads(msgspec.json.encode(certificate.schema()))
+    assert (ROOT / "docs" / "operators.md").read_text() == manual.markdown()
+
+
+def test_labels_beyond_the_logits(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graph = digits_graph()
+    last = graph.operators[2]
+    assert isinstance(last, FullyConnected)
+    tensors = (*graph.tensors[:3], replace(graph.tensors[3], shape=(1, 4)))
+    narrow = replace(
+        last, weights=replace(last.weights, values=last.weights.values[:4]), bias=last.bias[:4]
+    )
+    path = model.with_name("four.tflite")
+    flatbuffer.save(replace(graph, tensors=tensors, operators=(*graph.operators[:2], narrow)), path)
+    code, _, err = call(
+        capsys, "certify", path, "--data", "digits", "--levels", 1, "-o", path.with_suffix(".json")
+    )
+    assert code == 2
+    assert "the model has 4 logits" in err
