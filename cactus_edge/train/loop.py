@@ -135,12 +135,12 @@ def _fit(run: Run, state: State, interrupted: threading.Event, started: float) -
 def _end_epoch(run: Run, state: State) -> None:
     """Rebuild batch statistics, evaluate on validation data, write the checkpoint."""
     recipe, position = run.recipe, state.position
-    if run.network.has_batch_norm():
-        set_running_statistics(run.network, precise_statistics(run.network, run.training))
     now = schedule(recipe, position.step - 1, run.steps_per_epoch)
     view = compress.deployed_view(
         run.network, recipe.compression.members[0], recipe.compression, state.ranges
     )
+    if run.network.has_batch_norm():  # the stored statistics are those of the first member
+        set_running_statistics(run.network, precise_statistics(run.network, run.training, view))
     reached = accuracy(run.network, run.validation, recipe.objective.reported_epsilon, view)
     row = EpochRow(
         epoch=position.step // run.steps_per_epoch,

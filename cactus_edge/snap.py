@@ -1,0 +1,95 @@
+"""Universal scales: weight scales at which every rounding profile steps at the same integers.
+
+For an output with zero point -128, level ``k`` begins at the accumulator ``(k + 1/2) / m``, where
+``m`` is the effective multiplier. With ``1 / m = 2 j - delta`` and a small ``delta > 0`` that is
+just below the integer ``(2 k + 1) j``, for every level: single and double roundings, halves up,
+away or to even, and the last bits of four ways to form ``m`` all begin level ``k`` at that integer.
+So a channel's scale is moved to such a point, and ``universal`` proves that it did the job.
+
+The search is in floats; the proof is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cactus_edge import universal
+from cactus_edge.graph import Graph, Linear
+
+# In the order of trial. Double rounding wants a small delta, float errors a large one.
+_DELTAS = (4e-4, 2e-4, 8e-4, 1e-4, 1.2e-3, 5e-5, 2.5e-5, 1.6e-3, 1.2e-5, 6e-6)
+_HALVES = 12
+LARGEST_CHANGE = 4.0
+
+FloatArray = npt.NDArray[np.float64]
+Make = Callable[[npt.NDArray[np.uint32]], tuple[Graph, Linear]]
+
+
+@dataclass(frozen=True, eq=False)
+class Snapped:
+    """``scale_bits`` uint32 [n], ``solved`` bool [n] and ``change`` float64 [n], relative."""
+
+    scale_bits: npt.NDArray[np.uint32]
+    solved: npt.NDArray[np.bool_]
+    change: FloatArray
+
+
+def snap(make: Make, wanted: FloatArray, smallest: FloatArray, ratio: float) -> Snapped:
+    """The nearest universal scales.
+
+    Args:
+        make: the layer, in its graph, for given weight scales; its weights are quantized anew.
+        wanted: float64 [n], the scales without this constraint; n is 1 for a per-tensor scale.
+        smallest: float64 [n], below which weights would be clipped.
+        ratio: input scale over output scale.
+
+    Returns:
+        For each scale a universal one, or ``wanted`` in float32 where none was found.
+    """
+    unchanged = wanted.astype(np.float32)
+    chosen = unchanged.copy()
+    queues = [
+        candidates(float(w), float(s), ratio) for w, s in zip(wanted, smallest, strict=True)
+    ]
+    solved = np.zeros(wanted.size, bool)
+    for turn in range(max(map(len, queues), default=0)):
+        open_ = [i for i in np.flatnonzero(~solved) if turn < len(queues[i])]
+        if not open_:
+            break
+        chosen[open_] = [queues[i][turn] for i in open_]
+        solved = _agreeing(make, chosen, solved, open_)
+    chosen[~solved] = unchanged[~solved]
+    change = chosen.astype(np.float64) / wanted - 1
+    return Snapped(chosen.view(np.uint32), solved, change)
+
+
+def _agreeing(
+    make: Make, chosen: npt.NDArray[np.float32], solved: npt.NDArray[np.bool_], open_: list[int]
+) -> npt.NDArray[np.bool_]:
+    graph, op = make(chosen.view(np.uint32))
+    bad = set(universal.disagreeing_channels(graph, op))
+    result = solved.copy()
+    if chosen.size == 1:
+        result[0] = not bad
+    else:
+        result[open_] = [i not in bad for i in open_]
+    return result
+
+
+def candidates(wanted: float, smallest: float, ratio: float) -> list[np.float32]:
+    """Scales just above those at which the reciprocal multiplier is even, nearest first."""
+    half = 1 / (wanted * ratio) / 2
+    near = [j for j in range(max(1, round(half) - _HALVES), round(half) + _HALVES + 1)]
+    points: list[tuple[float, np.float32]] = []
+    for j in near:
+        for order, delta in enumerate(_DELTAS):
+            scale = np.float32(1 / ((2 * j - delta) * ratio))
+            if smallest <= scale <= wanted * LARGEST_CHANGE:
+                # All deltas of one j are tried before the next j.
+                distance = abs(1 / (2 * j * ratio) / wanted - 1)
+                points.append((distance + order * 1e-12, scale))
+    return [scale for _, scale in sorted(points)]

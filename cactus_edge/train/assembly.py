@@ -1,0 +1,338 @@
+"""Stages to operators: integer weights, scales, shapes, and the universal form of each layer.
+
+Hidden layers end in ReLU and are stored with zero point -128. The logits are stored the same way:
+a constant that makes them non-negative is put into the bias, where it changes no decision, because
+a two-sided output has no universal scale. int4 linear layers are written as 1x1 convolutions,
+because stock runtimes refuse per-channel int4 FULLY_CONNECTED.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+import numpy as np
+import torch
+
+from cactus_edge.errors import UnsupportedModelError
+from cactus_edge.graph import (
+    Activation,
+    AveragePool2D,
+    Conv2D,
+    DepthwiseConv2D,
+    FullyConnected,
+    Graph,
+    Linear,
+    MaxPool2D,
+    Operator,
+    Pad,
+    Padding,
+    Quantization,
+    Reshape,
+    Tensor,
+    Weights,
+    window_geometry,
+)
+from cactus_edge.snap import snap
+from cactus_edge.train.folding import Flatten, Layer, Pool, Stage
+from cactus_edge.train.ranges import Range
+
+PIXEL = Quantization.of(np.float32(1) / np.float32(255), -128)
+_LARGEST_MULTIPLIER = 0.9
+
+
+class LayerReport(msgspec.Struct, frozen=True):
+    """One weighted layer; ``snapped`` of ``channels`` scales are universal.
+
+    Changes are relative to the scale that the largest weight asks for.
+    """
+
+    name: str
+    bits: int
+    sparsity: float
+    channels: int
+    snapped: int
+    median_change: float
+    largest_change: float
+
+
+@dataclass(frozen=True, eq=False)
+class Shadow:
+    """The fake-quantized float form of one weighted operator, for the layer-by-layer check.
+
+    ``shift`` is the real constant that was added to every output.
+    """
+
+    operator: str
+    source: int
+    target: int
+    layer: Layer
+    shift: float
+
+
+class Assembly:
+    """Builds the graph of one network; ``shadows`` are filled by ``build``."""
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        ranges: Mapping[str, Range],
+        input_shape: tuple[int, ...],
+        bits: int,
+    ) -> None:
+        """Keep the parts; ``input_shape`` is (C, H, W) or (F,)."""
+        shape = (1, *input_shape[1:], input_shape[0]) if len(input_shape) == 3 else (1, *input_shape)
+        self._stages = list(stages)
+        self._ranges = ranges
+        self._bits = bits
+        self._tensors = [Tensor("input", shape, quantization=PIXEL)]
+        self._operators: list[Operator] = []
+        self._reports: list[LayerReport] = []
+        self._spatial: tuple[int, ...] | None = None
+        self.shadows: list[Shadow] = []
+
+    def build(self, universal: bool) -> tuple[Graph, list[LayerReport]]:
+        """The graph without metadata, and a report for each weighted layer.
+
+        Raises:
+            UnsupportedModelError: an order of layers that has no deployed form.
+        """
+        last = max(i for i, stage in enumerate(self._stages) if isinstance(stage, Layer))
+        for index, stage in enumerate(self._stages):
+            match stage:
+                case Layer():
+                    self._layer(stage, index == last, universal)
+                case Pool():
+                    self._pool(stage)
+                case Flatten():
+                    self._flatten(stage)
+        if len(self._tensors[-1].shape) != 2:
+            self._reshape("logits", (1, self._tensors[-1].size))
+        graph = Graph(
+            tuple(self._tensors), tuple(self._operators), 0, len(self._tensors) - 1
+        )
+        return graph, self._reports
+
+    def _append(self, operator: Operator, tensor: Tensor) -> None:
+        self._tensors.append(tensor)
+        self._operators.append(operator)
+
+    def _next(self) -> tuple[tuple[int], int, Tensor]:
+        """Input index (as a tuple), output index and input tensor of the next operator."""
+        return (len(self._tensors) - 1,), len(self._tensors), self._tensors[-1]
+
+    def _reshape(self, name: str, shape: tuple[int, ...]) -> None:
+        inputs, output, source = self._next()
+        self._append(
+            Reshape(name=name, inputs=inputs, output=output),
+            replace(source, name=name, shape=shape),
+        )
+
+    def _flatten(self, stage: Flatten) -> None:
+        source = self._tensors[-1]
+        if len(source.shape) == 4:
+            self._spatial = source.shape
+            self._reshape(stage.name, (1, source.size))
+
+    def _pool(self, stage: Pool) -> None:
+        inputs, output, source = self._next()
+        _, height, width, channels = source.shape
+        extents = tuple(
+            window_geometry(extent, stage.window[a], stage.stride[a], 1, Padding.VALID)[0]
+            for a, extent in enumerate((height, width))
+        )
+        kind = AveragePool2D if stage.kind == "average" else MaxPool2D
+        operator = kind(
+            name=stage.name, inputs=inputs, output=output, window=stage.window, stride=stage.stride
+        )
+        self._append(operator, replace(source, name=stage.name, shape=(1, *extents, channels)))
+
+    def _layer(self, layer: Layer, last: bool, universal: bool) -> None:
+        if not layer.relu and not last:
+            raise UnsupportedModelError(
+                f"layer '{layer.name}': a hidden layer must end in ReLU to be deployed"
+            )
+        padding = self._pad(layer) if layer.convolution else Padding.VALID
+        values = self._arranged(layer)
+        if not layer.convolution and self._bits <= 4 and len(self._tensors[-1].shape) == 2:
+            self._reshape(f"{layer.name}/pixel", (1, 1, 1, self._tensors[-1].size))
+        inputs, output, source = self._next()
+        span = self._ranges[layer.name]
+        quantization = Quantization.of((span.upper - span.lower) / 255, -128)
+        target = Tensor(layer.output, self._shape(layer, source, padding), quantization=quantization)
+        shift = -span.lower if last else 0.0
+        maker = _Maker(
+            layer, values, self._bits, (source, target), (inputs, output), padding, shift,
+            (*self._tensors, target),
+        )  # fmt: skip
+        bits, report = maker.scales(per_tensor=last, universal=universal)
+        _, operator = maker.make(bits)
+        self._append(operator, target)
+        self._reports.append(report)
+        scale = np.broadcast_to(bits.view(np.float32).astype(np.float64), layer.weight.shape[0])
+        shipped = torch.from_numpy(scale.copy()).reshape(-1, *[1] * (layer.weight.dim() - 1))
+        limit = 2 ** (self._bits - 1) - 1
+        rounded = torch.clamp(torch.round(layer.weight / shipped), -limit, limit) * shipped
+        shadow = replace(layer, weight=rounded, padding=layer.padding)
+        self.shadows.append(
+            Shadow(operator.name, inputs[0], output, self._as_shipped(shadow), shift)
+        )
+
+    def _as_shipped(self, layer: Layer) -> Layer:
+        """Explicit padding has become a PAD operator, which the shadow's input has behind it."""
+        padded = bool(self._operators[-2:-1]) and isinstance(self._operators[-2], Pad)
+        return replace(layer, padding=(0, 0)) if padded else layer
+
+    def _pad(self, layer: Layer) -> Padding:
+        """VALID, SAME where that is the same geometry, or a PAD operator and VALID."""
+        inputs, output, source = self._next()
+        if layer.padding == (0, 0):
+            return Padding.VALID
+        same = True
+        for axis in (0, 1):
+            extent, kernel = source.shape[1 + axis], layer.weight.shape[2 + axis]
+            pad = layer.padding[axis]
+            size, before, after = window_geometry(
+                extent, kernel, layer.stride[axis], layer.dilation[axis], Padding.SAME
+            )
+            wanted = window_geometry(
+                extent + 2 * pad, kernel, layer.stride[axis], layer.dilation[axis], Padding.VALID
+            )
+            same = same and (before, after, size) == (pad, pad, wanted[0])
+        if same:
+            return Padding.SAME
+        (top, left), (_, height, width, channels) = layer.padding, source.shape
+        name = f"{layer.name}/pad"
+        operator = Pad(
+            name=name,
+            inputs=inputs,
+            output=output,
+            paddings=((0, 0), (top, top), (left, left), (0, 0)),
+        )
+        shape = (1, height + 2 * top, width + 2 * left, channels)
+        self._append(operator, replace(source, name=name, shape=shape))
+        return Padding.VALID
+
+    def _arranged(self, layer: Layer) -> np.ndarray:
+        """Float weights in TFLite's order; a linear layer behind a flatten reads NHWC."""
+        weight = layer.weight.numpy()
+        if layer.convolution:
+            if layer.groups > 1:
+                return np.ascontiguousarray(weight.transpose(1, 2, 3, 0))
+            return np.ascontiguousarray(weight.transpose(0, 2, 3, 1))
+        if self._spatial is None:
+            return weight
+        _, height, width, channels = self._spatial
+        self._spatial = None
+        image = weight.reshape(-1, channels, height, width).transpose(0, 2, 3, 1)
+        return np.ascontiguousarray(image.reshape(len(weight), -1))
+
+    def _shape(self, layer: Layer, source: Tensor, padding: Padding) -> tuple[int, ...]:
+        channels = layer.weight.shape[0]
+        if not layer.convolution:
+            return (1,) * (len(source.shape) - 1) + (channels,)
+        extents = tuple(
+            window_geometry(
+                source.shape[1 + a],
+                layer.weight.shape[2 + a],
+                layer.stride[a],
+                layer.dilation[a],
+                padding,
+            )[0]
+            for a in (0, 1)
+        )
+        return (1, *extents, channels)
+
+
+@dataclass(frozen=True, eq=False)
+class _Maker:
+    """One weighted operator for any weight scales."""
+
+    layer: Layer
+    values: np.ndarray
+    bits: int
+    ends: tuple[Tensor, Tensor]
+    indices: tuple[tuple[int], int]
+    padding: Padding
+    shift: float
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def limit(self) -> int:
+        """The largest weight level."""
+        return 2 ** (self.bits - 1) - 1
+
+    def scales(
+        self, *, per_tensor: bool, universal: bool
+    ) -> tuple[np.ndarray, LayerReport]:
+        """Weight scales as float32 patterns, universal where possible."""
+        largest = self._largest()
+        if per_tensor:
+            largest = largest.max(keepdims=True)
+        source, target = self._scale_of(0), self._scale_of(1)
+        ratio = source / target
+        largest = np.where(largest > 0, largest, max(float(np.median(largest)), 1e-6))
+        # A multiplier of 1 or more is not monotone; more levels than needed do no harm here.
+        wanted = np.minimum(largest / self.limit, _LARGEST_MULTIPLIER / ratio)
+        bits = wanted.astype(np.float32).view(np.uint32)
+        solved, change = np.zeros(wanted.size, bool), np.zeros(wanted.size)
+        if universal:
+            snapped = snap(self.make, wanted, largest / (self.limit + 0.499), ratio)
+            bits, solved, change = snapped.scale_bits, snapped.solved, np.abs(snapped.change)
+        report = LayerReport(
+            name=self.layer.name,
+            bits=self.bits,
+            sparsity=1 - np.count_nonzero(self._quantized(bits)) / self.values.size,
+            channels=wanted.size,
+            snapped=int(solved.sum()),
+            median_change=float(np.median(change)),
+            largest_change=float(change.max()),
+        )
+        return bits, report
+
+    def _scale_of(self, end: int) -> float:
+        quantization = self.ends[end].quantization
+        assert quantization is not None
+        return float(quantization.scale)
+
+    def _largest(self) -> np.ndarray:
+        return self.layer.weight.abs().flatten(1).amax(1).numpy()
+
+    def _quantized(self, bits: np.ndarray) -> np.ndarray:
+        scale = bits.view(np.float32).astype(np.float64)
+        if self.layer.groups == 1:
+            scale = scale.reshape(-1, *[1] * (self.values.ndim - 1))
+        return np.clip(np.rint(self.values / scale), -self.limit, self.limit).astype(np.int8)
+
+    def make(self, bits: np.ndarray) -> tuple[Graph, Linear]:
+        """The operator for these scales, with a graph of all tensors so far and it alone."""
+        scale = bits.view(np.float32).astype(np.float64)
+        channels = self.layer.weight.shape[0]
+        real = self.layer.bias.numpy() + self.shift
+        limit = 2**30
+        bias = np.clip(np.rint(real / (self._scale_of(0) * scale)), -limit, limit)
+        inputs, output = self.indices
+        weights = Weights(self._quantized(bits), self.bits, bits)
+        activation = Activation.RELU if self.layer.relu else Activation.NONE
+        name, whole = self.layer.name, np.broadcast_to(bias, channels).astype(np.int32)
+        operator: Linear
+        if self.layer.convolution:
+            kind = DepthwiseConv2D if self.layer.groups > 1 else Conv2D
+            operator = kind(
+                name=name, inputs=inputs, output=output, weights=weights, bias=whole,
+                activation=activation, stride=self.layer.stride, dilation=self.layer.dilation,
+                padding=self.padding,
+            )  # fmt: skip
+        elif len(self.ends[0].shape) == 4:
+            pixel = replace(weights, values=weights.values[:, None, None, :])
+            operator = Conv2D(
+                name=name, inputs=inputs, output=output, weights=pixel, bias=whole,
+                activation=activation,
+            )  # fmt: skip
+        else:
+            operator = FullyConnected(
+                name=name, inputs=inputs, output=output, weights=weights, bias=whole,
+                activation=activation,
+            )  # fmt: skip
+        return Graph(self.tensors, (operator,), inputs[0], output), operator

@@ -1,0 +1,186 @@
+"""The bridge from a trained network to integers: prune, quantize, choose scales, build the graph.
+
+One shot, without retraining: what training prepared for is what happens here. Every conversion
+ends with a layer-by-layer check against the fake-quantized network (see ``shadow``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+
+import cactus_edge
+from cactus_edge import datasets, files, flatbuffer, universal
+from cactus_edge.constraints import validate
+from cactus_edge.errors import UsageError
+from cactus_edge.graph import Graph
+from cactus_edge.inputs import METADATA
+from cactus_edge.train.assembly import Assembly, LayerReport
+from cactus_edge.train.checkpoint import Model, load_model
+from cactus_edge.train.folding import Layer, Stage, stages
+from cactus_edge.train.ranges import calibrate
+from cactus_edge.train.shadow import LayerDifference, shadow_check
+
+CALIBRATION_SAMPLES = 2000
+_SHADOW_SAMPLES = 16
+
+
+class LoweringReport(msgspec.Struct, frozen=True):
+    """What was done, layer by layer; ``bytes`` and ``sha256`` are those of the file."""
+
+    bits: int
+    sparsity: float
+    epsilon: float
+    universal: bool
+    layers: tuple[LayerReport, ...]
+    shadow: tuple[LayerDifference, ...]
+    bytes: int = 0
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """A graph and how it came about."""
+
+    graph: Graph
+    report: LoweringReport
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to compress. ``epsilon`` None: the recipe's radius of certification."""
+
+    bits: int = 8
+    sparsity: float = 0.0
+    epsilon: float | None = None
+    universal: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UsageError: bits, sparsity or epsilon outside what can be deployed.
+        """
+        if self.bits not in (2, 3, 4, 8):
+            raise UsageError(f"--bits {self.bits}: weights are deployed at 8, 4, 3 or 2 bits")
+        if not 0 <= self.sparsity < 1:
+            raise UsageError(f"--sparsity {self.sparsity}: a fraction from 0 to below 1 is needed")
+        if self.epsilon is not None and not 0 <= self.epsilon <= 1:
+            raise UsageError(f"--eps {self.epsilon}: a radius in [0, 1] is needed")
+
+
+def lower(model: Model, calibration: datasets.Dataset, settings: Settings) -> Lowering:
+    """A trained network as an integer graph.
+
+    Args:
+        model: as ``checkpoint.load_model`` gives it.
+        calibration: samples for activation ranges; never the test split.
+        settings: widths, sparsity, radius.
+
+    Raises:
+        UnsupportedModelError: layers that have no deployed form, or a graph out of range.
+        ToolError: the integers differ from the fake-quantized network by more than one step.
+    """
+    recipe = model.recipe
+    epsilon = recipe.objective.certify_epsilon if settings.epsilon is None else settings.epsilon
+    folded = stages(
+        model.network.eval(),
+        settings.sparsity,
+        recipe.compression.scope,
+        prune_last=recipe.compression.prune_last,
+    )
+    images = _tensor(calibration, CALIBRATION_SAMPLES)
+    ranges = calibrate(_rounded(folded, settings.bits), images, epsilon)
+    assembly = Assembly(folded, ranges, model.network.input_shape, settings.bits)
+    graph, reports = assembly.build(settings.universal)
+    agreed = universal.is_universal(graph)
+    graph = replace(graph, metadata=_metadata(model, calibration, settings, epsilon, graph))
+    validate(graph)
+    differences = shadow_check(graph, assembly.shadows, images[:_SHADOW_SAMPLES])
+    report = LoweringReport(
+        bits=settings.bits,
+        sparsity=settings.sparsity,
+        epsilon=epsilon,
+        universal=agreed,
+        layers=tuple(reports),
+        shadow=tuple(differences),
+    )
+    return Lowering(graph, report)
+
+
+def convert(
+    checkpoint: Path,
+    output: Path,
+    *,
+    bits: int = 8,
+    sparsity: float = 0.0,
+    epsilon: float | None = None,
+    universal: bool = True,
+    force: bool = False,
+) -> LoweringReport:
+    """Convert a run's directory (or its ``model.safetensors``) to a ``.tflite`` file.
+
+    Raises:
+        UsageError: settings out of range, an unreadable checkpoint, an output that exists.
+        UnsupportedModelError: see ``lower``.
+    """
+    settings = Settings(bits, sparsity, epsilon, universal)
+    files.refuse_existing(output, force)
+    model = load_model(checkpoint)
+    data = datasets.load(model.recipe.data.name, "train", model.recipe.data.validation)
+    lowering = lower(model, data, settings)
+    content = flatbuffer.save(lowering.graph, output, force)
+    return msgspec.structs.replace(
+        lowering.report, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
+    )
+
+
+def _tensor(data: datasets.Dataset, count: int) -> torch.Tensor:
+    images = torch.tensor(data.images[:count])
+    images = images.double() / 255 if images.dtype == torch.uint8 else images.double()
+    return images.permute(0, 3, 1, 2) if images.dim() == 4 else images
+
+
+def _rounded(folded: Sequence[Stage], bits: int) -> list[Stage]:
+    """The stages with weights rounded as they will ship, for calibration."""
+    from cactus_edge.train.compress import fake_quantize
+
+    return [
+        replace(stage, weight=fake_quantize(stage.weight, bits))
+        if isinstance(stage, Layer)
+        else stage
+        for stage in folded
+    ]
+
+
+def _metadata(
+    model: Model, data: datasets.Dataset, settings: Settings, epsilon: float, graph: Graph
+) -> tuple[tuple[str, bytes], ...]:
+    pixel = data.images.dtype == np.uint8
+    mapping: dict[str, object] = (
+        {"kind": "pixel", "levels_per_unit": 255, "offset": -128} if pixel else {"kind": "affine"}
+    )
+    disagreeing = {e.name: e.disagreeing for e in universal.agreement(graph) if e.disagreeing}
+    rounding: object = {"disagreeing channels": disagreeing} if disagreeing else "universal"
+    provenance = {
+        "tool": f"cactus-edge {cactus_edge.__version__}",
+        "network": model.network.architecture,
+        "recipe": msgspec.to_builtins(model.recipe),
+        "training_data_sha256": model.metadata.data_sha256,
+        "bits": settings.bits,
+        "sparsity": settings.sparsity,
+        "epsilon": epsilon,
+    }
+    entries = {
+        METADATA: mapping,
+        "cactus_edge.provenance": provenance,
+        "cactus_edge.rounding": rounding,
+    }
+    return tuple((name, json.dumps(value, sort_keys=True).encode()) for name, value in entries.items())

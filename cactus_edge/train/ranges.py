@@ -1,0 +1,68 @@
+"""Activation ranges for deployment: quantiles of interval upper bounds on calibration samples.
+
+A range that clipped bounds would lose certificates that the float network has, and one that covered
+every outlier would waste levels; the quantile is the compromise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cactus_edge.train.folding import Flatten, Layer, Stage
+
+HIDDEN_QUANTILE = 0.9999
+LOGIT_QUANTILE = 0.999
+_SAMPLED = 1_000_000
+_SMALLEST = 1e-6
+
+
+@dataclass(frozen=True)
+class Range:
+    """Real interval that a layer's stored output covers."""
+
+    lower: float
+    upper: float
+
+
+@torch.no_grad()
+def calibrate(stages: Sequence[Stage], images: Tensor, epsilon: float) -> dict[str, Range]:
+    """Ranges by layer name.
+
+    Args:
+        stages: the folded network, with the weights that ship.
+        images: float64 [N, ...] in [0, 1].
+        epsilon: radius of the boxes whose bounds are to be covered.
+    """
+    lower = (images - epsilon).clamp(0, 1)
+    upper = (images + epsilon).clamp(0, 1)
+    result: dict[str, Range] = {}
+    layers = [stage for stage in stages if isinstance(stage, Layer)]
+    for stage in stages:
+        if isinstance(stage, Flatten):
+            lower, upper = lower.flatten(1), upper.flatten(1)
+        elif isinstance(stage, Layer):
+            centre, radius = (lower + upper) / 2, (upper - lower) / 2
+            centre = stage.apply(centre, stage.weight, stage.bias)
+            radius = stage.apply(radius, stage.weight.abs(), None)
+            lower, upper = centre - radius, centre + radius
+            if stage.relu:
+                lower, upper = lower.clamp(min=0), upper.clamp(min=0)
+            last = stage is layers[-1]
+            top = _quantile(upper, LOGIT_QUANTILE if last else HIDDEN_QUANTILE)
+            bottom = 0.0 if stage.relu else _quantile(lower, 1 - LOGIT_QUANTILE)
+            result[stage.name] = Range(bottom, max(top, bottom + _SMALLEST))
+        else:
+            lower, upper = stage.apply(lower), stage.apply(upper)
+    return result
+
+
+def _quantile(values: Tensor, fraction: float) -> float:
+    flat = values.flatten()
+    if flat.numel() > _SAMPLED:
+        step = -(-flat.numel() // _SAMPLED)
+        flat = flat[::step]
+    return float(torch.quantile(flat, fraction))
