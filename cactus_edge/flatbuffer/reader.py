@@ -192,15 +192,21 @@ def _check_size(constant: Constant, place: Place) -> None:
 
 # ---------------------------------------------------------------------------------------- operators
 def _kind_or_error(table: Table) -> schema.Kind | UnsupportedModelError:
-    """The operator kind of a code; an unsupported one is an error only where it is used."""
+    """The operator kind of a code; what is unsupported is an error only where it is used."""
     old, new = table.integer("deprecated_builtin_code"), table.integer("builtin_code")
     if old > 0 and new > 0 and old != min(new, 127):
         raise table.place.malformed(f"gives two different operators, {old} and {new}")
-    if table.integer("version") < 1:
-        raise table.place.malformed(f"operator version {table.integer('version')}")
+    version = table.integer("version")
+    if version < 1:
+        raise table.place.malformed(f"operator version {version}")
     code = max(old, new)
     if code in schema.KIND_OF_CODE:
-        return schema.KIND_OF_CODE[code]
+        kind = schema.KIND_OF_CODE[code]
+        if version > kind.newest or (kind.name, version) in schema.DIVERGENT_VERSIONS:
+            return UnsupportedModelError(
+                f"version {version} of {kind.name} is not supported; write version {kind.version}"
+            )
+        return kind
     name = schema.OPERATOR_NAMES.get(code, f"of code {code}")
     if name == "CUSTOM":
         name = f"CUSTOM '{table.text('custom_code')}'"

@@ -128,39 +128,41 @@ TABLES: dict[str, dict[str, Field]] = {
 
 @dataclass(frozen=True)
 class Kind:
-    """One operator of the schema: ``options`` names its options table, None where it has none."""
+    """One operator of the schema.
+
+    ``version`` is written: the lowest that every runtime takes for int8. ``newest`` is the last
+    one that some runtime takes. ``options`` names the options table, None where it has no fields.
+    """
 
     name: str
     code: int
     version: int
+    newest: int
     options: str | None
     options_type: int
 
 
-def _kind(name: str, version: int, options: str | None, *, optional: str = "") -> Kind:
-    table = options or optional
-    return Kind(
-        name,
-        getattr(tflite.BuiltinOperator, name),
-        version,
-        options,
-        getattr(tflite.BuiltinOptions, table),
-    )
+def _kind(name: str, version: int, newest: int, options: str) -> Kind:
+    code = getattr(tflite.BuiltinOperator, name)
+    table = options if options in TABLES else None
+    return Kind(name, code, version, newest, table, getattr(tflite.BuiltinOptions, options))
 
 
 _KINDS = (
-    _kind("CONV_2D", 3, "Conv2DOptions"),
-    _kind("DEPTHWISE_CONV_2D", 3, "DepthwiseConv2DOptions"),
-    _kind("FULLY_CONNECTED", 4, "FullyConnectedOptions"),
-    _kind("ADD", 2, "AddOptions"),
-    _kind("AVERAGE_POOL_2D", 2, "Pool2DOptions"),
-    _kind("MAX_POOL_2D", 2, "Pool2DOptions"),
-    _kind("PAD", 2, None, optional="PadOptions"),
-    _kind("RESHAPE", 1, "ReshapeOptions"),
-    _kind("SOFTMAX", 2, "SoftmaxOptions"),
-    _kind("QUANTIZE", 1, None, optional="QuantizeOptions"),
-    _kind("DEQUANTIZE", 2, None, optional="DequantizeOptions"),
+    _kind("CONV_2D", 3, 8, "Conv2DOptions"),
+    _kind("DEPTHWISE_CONV_2D", 3, 7, "DepthwiseConv2DOptions"),
+    _kind("FULLY_CONNECTED", 4, 14, "FullyConnectedOptions"),
+    _kind("ADD", 2, 6, "AddOptions"),
+    _kind("AVERAGE_POOL_2D", 2, 3, "Pool2DOptions"),
+    _kind("MAX_POOL_2D", 2, 3, "Pool2DOptions"),
+    _kind("PAD", 2, 6, "PadOptions"),
+    _kind("RESHAPE", 1, 1, "ReshapeOptions"),
+    _kind("SOFTMAX", 2, 4, "SoftmaxOptions"),
+    _kind("QUANTIZE", 1, 6, "QuantizeOptions"),
+    _kind("DEQUANTIZE", 2, 9, "DequantizeOptions"),
 )
+# The version alone makes LiteRT 2.3 leave this one to another kernel, which rounds differently.
+DIVERGENT_VERSIONS = (("FULLY_CONNECTED", 8),)
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _KINDS}
 TABLE_OF_OPTIONS: dict[int, str] = {k.options_type: k.options for k in _KINDS if k.options}
 KIND_OF_CODE: dict[int, Kind] = {kind.code: kind for kind in _KINDS}

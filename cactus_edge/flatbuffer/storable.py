@@ -29,7 +29,8 @@ from cactus_edge.graph import (
     window_geometry,
 )
 
-LARGEST_INTEGER = (1 << 31) - 1
+# LiteRT takes no more for strides and dilations.
+LARGEST_STEP = (1 << 15) - 1
 # No device comes near these; they keep a small file from asking for all memory there is.
 MOST_ELEMENTS = 1 << 27
 MOST_OPERATORS = 1 << 12
@@ -121,7 +122,7 @@ def _check_window(graph: Graph, op: Conv2D | Pool2D, where: str) -> None:
         _, before, after = window_geometry(extent, *geometry)
         size *= extent + before + after
         largest = max(op.stride[axis], dilation[axis])
-        if largest > LARGEST_INTEGER or size > MOST_ELEMENTS:
+        if largest > LARGEST_STEP or size > MOST_ELEMENTS:
             raise UnsupportedModelError(
                 f"{where}: window {tuple(window)}, stride {op.stride}, dilation {dilation} "
                 f"reach too far; up to {MOST_ELEMENTS} elements with padding are supported"

@@ -1,0 +1,123 @@
+"""Copies (input, results, PAD, RESHAPE), ADD and the pools."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from cactus_edge import semantics
+from cactus_edge.kernels.arithmetic import add_bytes
+from cactus_edge.kernels.jit import kernel
+from cactus_edge.kernels.rows import Tables, Workspace
+from cactus_edge.kernels.steps import AVERAGE, Step
+
+ByteArray = npt.NDArray[np.uint8]
+Int64Array = npt.NDArray[np.int64]
+
+_average, _clamp = semantics.average, semantics.clamp
+
+
+@kernel
+def copy_runs(
+    step: Step, integers: Int64Array, source: ByteArray, target: ByteArray, image: int
+) -> None:
+    """Copy the runs of one image; ``flip`` turns int8 into bytes and back."""
+    source_base = step.source + image * step.source_image
+    target_base = step.target + image * step.target_image
+    flip = np.uint8(step.flip)
+    for tap in range(step.tap_count):
+        entry = step.taps + 3 * tap
+        length = integers[entry + 2]
+        read = source_base + integers[entry]
+        write = target_base + integers[entry + 1]
+        a, b = source[read : read + length], target[write : write + length]
+        for i in range(length):
+            b[i] = a[i] ^ flip
+
+
+@kernel
+def add(step: Step, tables: Tables, work: Workspace, images: int) -> None:
+    """ADD; each image has ``height`` rows of ``channels`` bytes."""
+    six = tables.integers[step.rounding : step.rounding + 6]
+    size = step.channels
+    for image in range(images):
+        for y in range(step.height):
+            a = step.source + image * step.source_image + y * step.source_row
+            b = step.other + image * step.other_image + y * step.other_row
+            c = step.target + image * step.target_image + y * step.target_row
+            add_bytes(
+                step,
+                work.activations[a : a + size],
+                work.activations[b : b + size],
+                six,
+                work.activations[c : c + size],
+            )
+
+
+@kernel
+def pool(step: Step, tables: Tables, work: Workspace, images: int) -> None:
+    """AVERAGE_POOL_2D and MAX_POOL_2D over the pixels that lie inside the input."""
+    geometry = tables.integers[step.pool : step.pool + 8]
+    channels = step.channels
+    for image in range(images):
+        source = step.source + image * step.source_image
+        for y in range(step.height):
+            top = y * geometry[2] - geometry[4]
+            first_row, last_row = max(top, 0), min(top + geometry[0], geometry[6])
+            for x in range(step.width):
+                left = x * geometry[3] - geometry[5]
+                first, last = max(left, 0), min(left + geometry[1], geometry[7])
+                target = (
+                    step.target + image * step.target_image + y * step.target_row + x * channels
+                )
+                stored = work.activations[target : target + channels]
+                window = (first_row, last_row, first, last)
+                if step.opcode == AVERAGE:
+                    _average_window(step, work, source, window, stored)
+                else:
+                    _maximum_window(step, work, source, window, stored)
+
+
+@kernel
+def _average_window(
+    step: Step,
+    work: Workspace,
+    source: int,
+    window: tuple[int, int, int, int],
+    stored: ByteArray,
+) -> None:
+    channels = step.channels
+    sums = work.accumulators[:channels]
+    sums[:] = 0
+    for y in range(window[0], window[1]):
+        for x in range(window[2], window[3]):
+            begin = source + y * step.source_row + x * channels
+            values = work.activations[begin : begin + channels]
+            for i in range(channels):
+                sums[i] += np.int32(values[i])
+    count = (window[1] - window[0]) * (window[3] - window[2])
+    # The mean is rounded as the mean of the stored integers, which for int8 are byte - 128.
+    offset = step.source_zero
+    for i in range(channels):
+        mean = _average(np.int64(sums[i]) - offset * count, count) + offset  # pyright: ignore
+        stored[i] = np.uint8(_clamp(mean, step.lower, step.upper))
+
+
+@kernel
+def _maximum_window(
+    step: Step,
+    work: Workspace,
+    source: int,
+    window: tuple[int, int, int, int],
+    stored: ByteArray,
+) -> None:
+    channels = step.channels
+    stored[:] = 0
+    for y in range(window[0], window[1]):
+        for x in range(window[2], window[3]):
+            begin = source + y * step.source_row + x * channels
+            values = work.activations[begin : begin + channels]
+            for i in range(channels):
+                stored[i] = max(stored[i], values[i])
+    for i in range(channels):
+        stored[i] = np.uint8(_clamp(np.int64(stored[i]), step.lower, step.upper))  # pyright: ignore

@@ -1,0 +1,250 @@
+"""Weights as the kernels read them: zeros, dead channels and unread inputs dropped, int4 packed.
+
+A layer is brought to one form, a matrix [channels, inputs] with the byte distance of each input
+from the start of a row's window, and then packed densely or sparsely. Both layouts skip inputs
+that no weight reads and channels that have no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from cactus_edge.graph import Conv2D, FullyConnected, Int8Array, Int64Array, Linear
+from cactus_edge.kernels.dense import CHANNELS, TILE
+from cactus_edge.kernels.place import Placement
+from cactus_edge.kernels.rows import Tables
+from cactus_edge.kernels.sparse import FEW, SEGMENT, VECTOR
+from cactus_edge.kernels.steps import DENSE, SPARSE, Step
+
+_ALIGNMENT = 64
+_DENSE_DEPTH = 64
+"""Dense patches are padded to a multiple of this, so that loops have no scalar rest."""
+_GAP = 8
+"""So many unread inputs between two read ones are gathered rather than skipped."""
+_LARGEST_TILE = 128
+_COLUMN_ELEMENTS = 1 << 18
+"""Size of a tile of transposed patches, int16: half a megabyte, for a second-level cache."""
+
+# Time of a sparse multiplication in units of a dense one, for tiles of at least so many rows.
+# Measured on one core of an AMD Zen 5 with AVX-512, layers of 64 to 3136 inputs.
+_SPARSE_COST = ((128, 1.6), (64, 2.2), (32, 3.2), (FEW, 5.0), (0, 10.0))
+
+
+class Layout(StrEnum):
+    """How the weights of linear layers are stored; ``AUTO`` chooses for each layer."""
+
+    AUTO = "auto"
+    DENSE = "dense"
+    SPARSE = "sparse"
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Scratch elements that a step needs, see ``rows.Workspace``."""
+
+    patches: int = 0
+    accumulators: int = 0
+    values: int = 0
+    rows: int = 0
+
+    def union(self, other: Demand) -> Demand:
+        """What serves both."""
+        return Demand(
+            max(self.patches, other.patches),
+            max(self.accumulators, other.accumulators),
+            max(self.values, other.values),
+            max(self.rows, other.rows),
+        )
+
+
+@dataclass
+class TableBuilder:
+    """Collects the arrays of ``Tables``; each method returns the offset of what it appended."""
+
+    _weights: list[Int8Array] = field(default_factory=list)
+    _indices: list[npt.NDArray[np.uint16]] = field(default_factory=list)
+    _integers: list[Int64Array] = field(default_factory=list)
+    _sizes: list[int] = field(default_factory=lambda: [0, 0, 0])
+
+    def weights(self, values: Int8Array) -> int:
+        """Append int8 values at a cache line of their own."""
+        flat = values.reshape(-1)
+        padded = np.zeros(-(-flat.size // _ALIGNMENT) * _ALIGNMENT, np.int8)
+        padded[: flat.size] = flat
+        self._weights.append(padded)
+        return self._advance(0, padded.size)
+
+    def indices(self, values: npt.NDArray[np.uint16]) -> int:
+        """Append positions of inputs."""
+        self._indices.append(values)
+        return self._advance(1, values.size)
+
+    def integers(self, *parts: npt.ArrayLike | Iterable[int]) -> int:
+        """Append small tables, one behind the other."""
+        flat = np.concatenate([np.asarray(part, np.int64).reshape(-1) for part in parts])
+        self._integers.append(flat)
+        return self._advance(2, flat.size)
+
+    def _advance(self, which: int, size: int) -> int:
+        begin = self._sizes[which]
+        self._sizes[which] += size
+        return begin
+
+    def build(self) -> Tables:
+        """The arrays."""
+        return Tables(
+            np.concatenate([np.zeros(0, np.int8), *self._weights]),
+            np.concatenate([np.zeros(0, np.uint16), *self._indices]),
+            np.concatenate([np.zeros(0, np.int64), *self._integers]),
+        )
+
+
+def window_offsets(op: Conv2D, source: Placement, channels: int) -> Int64Array:
+    """Byte distances [kh, kw, channels] of a window's inputs from its first one."""
+    height, width = op.weights.values.shape[1:3]
+    rows = np.arange(height, dtype=np.int64)[:, None, None] * op.dilation[0] * source.row
+    columns = np.arange(width, dtype=np.int64)[None, :, None] * op.dilation[1] * channels
+    return rows + columns + np.arange(channels, dtype=np.int64)
+
+
+def pack_linear(
+    builder: TableBuilder, op: Linear, base: Step, source: Placement, rows: int, layout: Layout
+) -> tuple[Step, Demand]:
+    """The step of a CONV_2D or FULLY_CONNECTED.
+
+    Args:
+        builder: receives weights and tables.
+        op: the layer.
+        base: its step, complete but for what depends on the weights.
+        source: where its input lies.
+        rows: output pixels of a block of images.
+        layout: dense, sparse, or the one that should be faster for so many rows.
+    """
+    matrix = op.weights.values.reshape(op.channels, -1)
+    if isinstance(op, Conv2D):
+        offsets = window_offsets(op, source, op.weights.values.shape[3]).reshape(-1)
+    else:
+        offsets = source.offsets()
+    kept = _kept_inputs(matrix.any(axis=0))
+    runs = _runs(kept, offsets[kept])
+    matrix = matrix[:, kept]
+    # A convolution reads its weights once for many rows, FULLY_CONNECTED for few.
+    nibbles = isinstance(op, FullyConnected) and op.weights.bits <= 4
+    step = replace(
+        base, runs=builder.integers(runs), run_count=len(runs), nibbles=int(nibbles), depth=0
+    )
+    if layout is Layout.AUTO:
+        layout = fastest(matrix, rows)
+    if layout is Layout.SPARSE:
+        return _pack_sparse(builder, matrix, step, rows)
+    return _pack_dense(builder, matrix, step)
+
+
+def fastest(matrix: Int8Array, rows: int) -> Layout:
+    """The layout that should be faster for a matrix [channels, inputs] and so many rows."""
+    tile = min(rows, _tile_rows(matrix.shape[1], rows))
+    ratio = next(cost for least, cost in _SPARSE_COST if tile >= least)
+    dense = matrix.any(axis=1).sum() * -(-matrix.shape[1] // _DENSE_DEPTH) * _DENSE_DEPTH
+    return Layout.SPARSE if ratio * np.count_nonzero(matrix) < dense else Layout.DENSE
+
+
+def pack_nibbles(values: Int8Array) -> Int8Array:
+    """Int8 [..., n] in [-8, 7], n even, as bytes [..., n / 2]: the second half in high nibbles."""
+    half = values.shape[-1] // 2
+    low, high = values[..., :half].view(np.uint8), values[..., half:].view(np.uint8)
+    return ((low & 15) | (high << 4)).view(np.int8)
+
+
+def _kept_inputs(live: npt.NDArray[np.bool_]) -> Int64Array:
+    """Positions of inputs that are read, short gaps between them included."""
+    positions = np.flatnonzero(live)
+    kept = live.copy()
+    distances = np.diff(positions)
+    for i in np.flatnonzero((distances > 1) & (distances <= _GAP + 1)).tolist():
+        kept[positions[i] : positions[i + 1]] = True
+    return np.flatnonzero(kept)
+
+
+def _runs(kept: Int64Array, offsets: Int64Array) -> Int64Array:
+    """Runs [n, (offset, length)] of consecutive bytes."""
+    if not kept.size:
+        return np.zeros((0, 2), np.int64)
+    starts = np.flatnonzero(np.concatenate([[True], np.diff(offsets) != 1]))
+    lengths = np.diff(np.concatenate([starts, [kept.size]]))
+    return np.stack([offsets[starts], lengths], axis=1)
+
+
+def _pack_dense(builder: TableBuilder, matrix: Int8Array, step: Step) -> tuple[Step, Demand]:
+    live = np.flatnonzero(matrix.any(axis=1))
+    count = -(-live.size // CHANNELS) * CHANNELS
+    depth = -(-matrix.shape[1] // _DENSE_DEPTH) * _DENSE_DEPTH
+    packed = np.zeros((count, depth), np.int8)
+    packed[: live.size, : matrix.shape[1]] = matrix[live]
+    # Rows that only fill a pair add their zeros to an accumulator behind the last channel.
+    filler = np.full(count - live.size, step.channels)
+    packed_step = replace(
+        step,
+        opcode=DENSE,
+        depth=depth,
+        tile=TILE,
+        live=builder.integers(live, filler),
+        live_count=count,
+        weights=builder.weights(pack_nibbles(packed) if step.nibbles else packed),
+    )
+    demand = Demand(
+        patches=TILE * depth,
+        accumulators=TILE * (step.channels + 1),
+        values=CHANNELS * depth,
+    )
+    return packed_step, demand
+
+
+def _tile_rows(depth: int, rows: int) -> int:
+    """Rows of a sparse tile, a multiple of ``VECTOR``; no more than there are or cache holds."""
+    room = _COLUMN_ELEMENTS // max(depth, 1) // VECTOR * VECTOR
+    return max(VECTOR, min(_LARGEST_TILE, room, -(-rows // VECTOR) * VECTOR))
+
+
+def _pack_sparse(
+    builder: TableBuilder, matrix: Int8Array, step: Step, rows: int
+) -> tuple[Step, Demand]:
+    channels, depth = matrix.shape
+    segments = max(1, -(-depth // SEGMENT))
+    indices: list[npt.NDArray[np.uint16]] = [np.zeros(0, np.uint16)]
+    values: list[Int8Array] = [np.zeros(0, np.int8)]
+    pointers: list[int] = []
+    end = 0
+    for segment in range(segments):
+        for row in matrix[:, segment * SEGMENT : (segment + 1) * SEGMENT]:
+            pointers.append(end)
+            positions = np.flatnonzero(row)
+            entries = row[positions]
+            if step.nibbles and positions.size % 2:
+                positions, entries = np.append(positions, 0), np.append(entries, np.int8(0))
+            indices.append(positions.astype(np.uint16))
+            values.append(pack_nibbles(entries) if step.nibbles else entries)
+            end += positions.size
+        pointers.append(end)
+    tile = _tile_rows(depth, rows)
+    packed_step = replace(
+        step,
+        opcode=SPARSE,
+        depth=depth,
+        tile=tile,
+        segments=segments,
+        pointers=builder.integers(pointers),
+        indices=builder.indices(np.concatenate(indices)),
+        weights=builder.weights(np.concatenate(values)),
+    )
+    demand = Demand(
+        patches=depth * (tile if rows >= FEW else 1),
+        accumulators=tile * (channels + 1),
+        values=depth + 1,
+        rows=tile,
+    )
+    return packed_step, demand

@@ -1,0 +1,95 @@
+"""The table that the compiled code walks: one record of int64 fields for each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+# The linear layers come first.
+DENSE = 0
+SPARSE = 1
+DEPTHWISE = 2
+ADD = 3
+AVERAGE = 4
+MAXIMUM = 5
+LOAD = 6
+STORE = 7
+COPY = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One operator, or one copy from the input or to the results; unused fields are 0.
+
+    Offsets of activations are bytes in the arena, ``*_image`` the distance of two images, ``*_row``
+    of two rows of pixels. Zero points, ``lower`` and ``upper`` are in terms of the stored byte.
+    Offsets of tables are elements of ``Program.integers``, ``weights`` of ``Program.weights``.
+    """
+
+    opcode: int
+    # Where it reads and writes.
+    source: int = 0
+    source_image: int = 0
+    source_row: int = 0
+    source_zero: int = 0
+    other: int = 0
+    other_image: int = 0
+    other_row: int = 0
+    other_zero: int = 0
+    target: int = 0
+    target_image: int = 0
+    target_row: int = 0
+    target_zero: int = 0
+    lower: int = 0
+    upper: int = 255
+    flip: int = 0
+    """XOR of every copied byte: 128 between int8 and bytes."""
+    # The output's extents; a tensor without rows has one of ``channels`` bytes.
+    height: int = 1
+    width: int = 1
+    channels: int = 1
+    # Windows: bytes from one output pixel's window to the next one's.
+    down: int = 0
+    right: int = 0
+    multiplier: int = 1
+    """Output channels for each input channel of a depthwise convolution."""
+    taps: int = 0
+    tap_count: int = 0
+    """Depthwise: offsets of the taps. Copies: triples (source, target, length)."""
+    pool: int = 0
+    """(window, stride, padding before, input extent), each of height and width."""
+    # Linear layers.
+    runs: int = 0
+    run_count: int = 0
+    """Pairs (offset, length) of the input bytes that any weight reads."""
+    depth: int = 0
+    """Length of a patch, padded as the layout asks."""
+    live: int = 0
+    live_count: int = 0
+    """Output channels that have weights, one for each packed row."""
+    pointers: int = 0
+    segments: int = 0
+    tile: int = 0
+    """Linear: rows that are computed together."""
+    nibbles: int = 0
+    """1 if weights are packed two in a byte, see ``pack.pack_nibbles``."""
+    weights: int = 0
+    indices: int = 0
+    bias: int = 0
+    rounding: int = 0
+    """Linear: runs of channels (end, code), and with ``round_count`` their number. ADD: the six
+    integers of ``semantics.ADD``, and the code in ``round_count``."""
+    round_count: int = 0
+    factors: int = 0
+    """Multipliers of all channels, then their shifts."""
+
+
+STEP = np.dtype([(field.name, np.int64) for field in fields(Step)])
+
+
+def table(steps: Sequence[Step]) -> npt.NDArray[np.void]:
+    """The records of ``steps``, in order."""
+    return np.array([astuple(step) for step in steps], STEP)

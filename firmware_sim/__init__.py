@@ -1,0 +1,23 @@
+"""Runs generated C on the instruction sets of real microcontrollers, and on this computer.
+
+``simulate(graph, inputs)`` compiles a graph for a board, emulates it and reports outputs, exact
+instruction counts, flash, RAM and stack; ``run_host`` runs the same C natively. Both equal
+``cactus_edge.execute.execute`` bit by bit. Needs: pip install 'cactus-edge[sim]'.
+"""
+
+from __future__ import annotations
+
+from firmware_sim.boards import BOARDS, CPUS, Board
+from firmware_sim.host import HostRun, run_host
+from firmware_sim.simulation import Instructions, Simulation, simulate
+
+__all__ = [
+    "BOARDS",
+    "CPUS",
+    "Board",
+    "HostRun",
+    "Instructions",
+    "Simulation",
+    "run_host",
+    "simulate",
+]

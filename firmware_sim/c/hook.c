@@ -1,0 +1,25 @@
+/* The emulator calls `count_block` for each basic block that it enters: a histogram by address,
+   with no interpreter in the loop. */
+#include <stdint.h>
+
+struct histogram {
+  uint64_t origin; /* first address of the flash */
+  uint64_t slots;  /* one for each halfword of it */
+  uint64_t *entries;
+  uint32_t *sizes;  /* bytes of the block that starts here */
+  uint64_t strange; /* blocks outside the flash, or of a size that changed */
+};
+
+void count_block(void *engine, uint64_t address, uint32_t size, void *user)
+{
+  struct histogram *histogram = user;
+  const uint64_t slot = (address - histogram->origin) >> 1;
+  (void)engine;
+  if (address < histogram->origin || slot >= histogram->slots) {
+    histogram->strange++;
+    return;
+  }
+  if (histogram->sizes[slot] == 0) histogram->sizes[slot] = size;
+  histogram->strange += histogram->sizes[slot] != size;
+  histogram->entries[slot]++;
+}

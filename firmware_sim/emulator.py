@@ -1,0 +1,225 @@
+"""A Cortex-M that runs a firmware image, instruction by instruction, in unicorn.
+
+Instruction counts are exact: a histogram of the basic blocks that were entered times the number of
+instructions in each. An instruction that an IT block skips counts, as it takes its cycle; this is
+why instructions are not counted one by one, which would leave those out. There are no cycles here:
+unicorn models no pipeline, no wait states and no interrupts.
+
+Source: ARMv7-M Architecture Reference Manual, A5.1 (length of Thumb instructions).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from cactus_edge.errors import MissingExtraError, ToolError, UsageError
+from firmware_sim import build
+from firmware_sim.boards import CPUS, Board
+from firmware_sim.image import Image, check_fit
+
+_STACK_PATTERN = 0xA5
+
+TraceCallback = Callable[[int, bytes], None]
+
+
+class Histogram(ctypes.Structure):
+    """``struct histogram`` of ``c/hook.c``."""
+
+    _fields_ = (
+        ("origin", ctypes.c_uint64),
+        ("slots", ctypes.c_uint64),
+        ("entries", ctypes.c_void_p),
+        ("sizes", ctypes.c_void_p),
+        ("strange", ctypes.c_uint64),
+    )
+
+
+class BlockCounter:
+    """Counts instructions between two calls of ``take``.
+
+    Args:
+        image: its code is what is counted.
+        origin: address of the code's first byte.
+        folder: for the compiled hook.
+    """
+
+    def __init__(self, image: Image, origin: int, folder: Path) -> None:
+        (code,) = (content for address, content in image.segments if address == origin)
+        self._halfwords = np.frombuffer(code[: image.code_bytes], "<u2")
+        slots = self._halfwords.size
+        self._entries = np.zeros(slots, np.uint64)
+        self._sizes = np.zeros(slots, np.uint32)
+        self._instructions = np.zeros(slots, np.uint64)
+        self._state = Histogram(
+            origin, slots, self._entries.ctypes.data, self._sizes.ctypes.data, 0
+        )
+        texts = {"hook.c": build.data_file("hook.c")}
+        self._library = ctypes.CDLL(str(build.shared_library(texts, folder, "hook")))
+
+    def attach(self, engine: Any) -> None:
+        """Install the hook; the bindings' own way takes Python functions alone, 50 times slower.
+
+        Raises:
+            ToolError: unicorn refuses, or is a version without these internals.
+        """
+        bindings = importlib.import_module("unicorn.unicorn_py3.unicorn")
+        block_kind = _constants().UC_HOOK_BLOCK
+        try:
+            add = ctypes.CDLL(bindings.uclib._name).uc_hook_add
+            handle = engine._uch
+        except AttributeError:
+            raise ToolError("this version of unicorn is not supported; install 2.1.4") from None
+        status = add(
+            handle,
+            ctypes.byref(ctypes.c_size_t()),
+            ctypes.c_int(block_kind),
+            self._library.count_block,
+            ctypes.byref(self._state),
+            ctypes.c_uint64(1),
+            ctypes.c_uint64(0),
+        )
+        if status:
+            raise ToolError(f"unicorn did not accept the hook that counts blocks (error {status})")
+
+    def take(self) -> int:
+        """Instructions since the last call.
+
+        Raises:
+            ToolError: code ran that is not in the image, so the count would be wrong.
+        """
+        if self._state.strange:
+            raise ToolError(f"{self._state.strange} blocks ran that are not the image's code")
+        fresh = np.flatnonzero((self._entries > 0) & (self._instructions == 0))
+        for slot in fresh.tolist():
+            self._instructions[slot] = self._length(slot, int(self._sizes[slot]))
+        total = int(self._entries @ self._instructions)
+        self._entries[:] = 0
+        return total
+
+    def _length(self, slot: int, size: int) -> int:
+        """Instructions in the block of ``size`` bytes."""
+        end, count = slot + size // 2, 0
+        while slot < end:
+            slot += 2 if self._halfwords[slot] >> 11 >= 0b11101 else 1
+            count += 1
+        return count
+
+
+class Machine:
+    """A board that has booted an image and waits for inputs."""
+
+    def __init__(self, board: Board, image: Image, *, trace: TraceCallback | None = None) -> None:
+        """Load, map the board's memory and nothing else, and run the start-up code.
+
+        Raises:
+            MissingExtraError: unicorn is not installed.
+            UsageError: the board is too small.
+            ToolError: the image failed before it was ready.
+        """
+        check_fit(image, board)
+        self._board, self._image = board, image
+        self._registers = _constants("arm_const")
+        self.engine = _engine(board)
+        for address, content in image.segments:
+            self.engine.mem_write(address, content)
+        self._stack_top, entry = (
+            int.from_bytes(self.engine.mem_read(board.flash_origin + offset, 4), "little")
+            for offset in (0, 4)
+        )
+        self._stack_end = board.ram_origin + image.static_bytes
+        self._ready = image.address("ready")
+        self.engine.mem_write(
+            self._stack_end, bytes([_STACK_PATTERN]) * (self._stack_top - self._stack_end)
+        )
+        self.engine.reg_write(self._registers.UC_ARM_REG_SP, self._stack_top)
+        self._run(entry)
+        self._stack_pointer = self.engine.reg_read(self._registers.UC_ARM_REG_SP)
+        if trace is not None:
+            self._trace(trace)
+
+    def infer(self, data: bytes, output_bytes: int) -> bytes:
+        """One call of ``cactus_edge_run``, from its first instruction to its return.
+
+        Raises:
+            ToolError: a fault, such as an access outside the board's memory or a write to flash.
+            UsageError: the stack ran into the data below it.
+        """
+        registers, engine = self._registers, self.engine
+        given, result = (self._image.address(f"{n}_buffer") for n in ("input", "output"))
+        engine.mem_write(given, data)
+        engine.reg_write(registers.UC_ARM_REG_SP, self._stack_pointer)
+        engine.reg_write(registers.UC_ARM_REG_R0, given)
+        engine.reg_write(registers.UC_ARM_REG_R1, result)
+        engine.reg_write(registers.UC_ARM_REG_LR, self._ready | 1)
+        self._run(self._image.address("cactus_edge_run") | 1)
+        return bytes(engine.mem_read(result, output_bytes))
+
+    def stack_bytes(self) -> int:
+        """Deepest stack so far, by the pattern that it has overwritten.
+
+        Raises:
+            UsageError: it used all there was, so it may have run into the data below it.
+        """
+        room = self._stack_top - self._stack_end
+        stack = np.frombuffer(bytes(self.engine.mem_read(self._stack_end, room)), np.uint8)
+        untouched = int(np.argmax(np.append(stack, 0) != _STACK_PATTERN))
+        if untouched == 0:
+            raise UsageError(
+                f"the stack does not fit {self._board.name}: {room} bytes are left beside "
+                f"{self._image.static_bytes} bytes of data; choose a larger board"
+            )
+        return room - untouched
+
+    def _run(self, begin: int) -> None:
+        unicorn = importlib.import_module("unicorn")
+        try:
+            self.engine.emu_start(begin, self._ready)
+        except unicorn.UcError as error:
+            address = self.engine.reg_read(self._registers.UC_ARM_REG_PC)
+            raise ToolError(
+                f"the emulated {self._board.cpu} stopped at 0x{address:08x}: {error}"
+            ) from None
+
+    def _trace(self, callback: TraceCallback) -> None:
+        """Report each call of ``cactus_edge_trace``."""
+        registers = self._registers
+
+        def stopped(engine: Any, address: int, size: int, user: object) -> None:
+            layer, data, count = (
+                engine.reg_read(getattr(registers, f"UC_ARM_REG_R{n}")) for n in range(3)
+            )
+            callback(layer, bytes(engine.mem_read(data, count)))
+
+        address = self._image.address("cactus_edge_trace")
+        kind = _constants().UC_HOOK_CODE
+        self.engine.hook_add(kind, stopped, None, address, address)
+
+
+def _constants(module: str = "unicorn_const") -> ModuleType:
+    try:
+        return importlib.import_module(f"unicorn.{module}")
+    except ModuleNotFoundError:
+        raise MissingExtraError("unicorn", "sim", "Emulating a microcontroller") from None
+
+
+def _engine(board: Board) -> Any:
+    """Unicorn with the board's CPU and memory."""
+    constants, arm = _constants(), _constants("arm_const")
+    unicorn = importlib.import_module("unicorn")
+    model = getattr(arm, CPUS[board.cpu].model)
+    # UC_MODE_MCLASS would look right and silently emulate a Cortex-M33 whatever model is asked for.
+    engine = unicorn.Uc(constants.UC_ARCH_ARM, constants.UC_MODE_THUMB, model)
+    if engine.ctl_get_cpu_model() != model:
+        raise ToolError(f"unicorn does not emulate a {board.cpu}; install unicorn 2.1.4")
+    executable = constants.UC_PROT_READ | constants.UC_PROT_EXEC
+    writable = constants.UC_PROT_READ | constants.UC_PROT_WRITE
+    engine.mem_map(board.flash_origin, board.flash_bytes, executable)
+    engine.mem_map(board.ram_origin, board.ram_bytes, writable)
+    return engine

@@ -1,0 +1,122 @@
+"""One call from graph to what a microcontroller computes and needs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy.typing as npt
+
+from cactus_edge import Graph, profiles
+from cactus_edge.csource import CSource, Layout, generate
+from cactus_edge.errors import DataError
+from firmware_sim import build
+from firmware_sim.boards import Board, board_of
+from firmware_sim.emulator import BlockCounter, Machine
+from firmware_sim.host import Stored, as_tensor, split_trace, stored_inputs
+from firmware_sim.image import read_image
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """Of one inference, exact, over ``samples`` inputs."""
+
+    minimum: int
+    median: int
+    maximum: int
+    samples: int
+
+    @staticmethod
+    def of(counts: list[int]) -> Instructions:
+        """Summary of counts, at least one; the median of an even number is the lower one."""
+        ordered = sorted(counts)
+        return Instructions(ordered[0], ordered[(len(ordered) - 1) // 2], ordered[-1], len(ordered))
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What ran, and what it needs of the board.
+
+    ``outputs`` are [n, ...] in their stored type. Flash is code (with vector table and start-up),
+    constants (weights and tables) and initial data. ``ram_bytes`` is all static data: the arena,
+    the caller's input and output; ``stack_bytes``, the deepest stack, comes on top. ``layers`` are
+    activations by tensor index; with a trace the calls that report them count as instructions.
+    """
+
+    board: Board
+    outputs: Stored
+    instructions: Instructions
+    flash_bytes: int
+    code_bytes: int
+    constant_bytes: int
+    ram_bytes: int
+    arena_bytes: int
+    stack_bytes: int
+    layers: Mapping[int, Stored]
+
+
+def simulate(
+    graph: Graph,
+    inputs: npt.ArrayLike,
+    *,
+    profile: str = profiles.DEFAULT,
+    cpu: str = "cortex-m4",
+    board: str | Board | None = None,
+    trace: bool = False,
+    layout: Layout = Layout.AUTO,
+) -> Simulation:
+    """Generate, compile for the board, and run every input; equals ``execute`` bit by bit.
+
+    Args:
+        graph: resolved, or else resolved under ``profile``.
+        inputs: stored integers [n, ...], at least one sample.
+        profile: name of a rounding profile.
+        cpu: a key of ``CPUS``.
+        board: a key of ``BOARDS``, a board of your own, or None for the first one with this CPU.
+        trace: also return every activation.
+        layout: of the weights, see ``cactus_edge.csource``.
+
+    Raises:
+        UsageError: an unknown name, or a model that does not fit the board.
+        MissingExtraError: a package of the extra ``sim`` is not installed.
+        ToolError: the compiler or the emulator failed.
+    """
+    target = board_of(cpu, board)
+    return simulate_source(graph, generate(graph, profile, layout=layout), inputs, target, trace)
+
+
+def simulate_source(
+    graph: Graph, source: CSource, inputs: npt.ArrayLike, board: Board, trace: bool = False
+) -> Simulation:
+    """``simulate`` of C that was generated before, with the default prefix."""
+    data = stored_inputs(graph, inputs)
+    if not len(data):
+        raise DataError("there are no inputs to simulate")
+    traced: list[bytes] = []
+    with tempfile.TemporaryDirectory(prefix="cactus-edge-") as name:
+        folder = Path(name)
+        image = read_image(build.firmware(source.files, folder, board, trace=trace))
+        callback = (lambda layer, content: traced.append(content)) if trace else None
+        machine = Machine(board, image, trace=callback)
+        counter = BlockCounter(image, board.flash_origin, folder)
+        counter.attach(machine.engine)
+        outputs: list[bytes] = []
+        counts: list[int] = []
+        for sample in data:
+            outputs.append(machine.infer(sample.tobytes(), source.output_bytes))
+            counts.append(counter.take())
+    layers = split_trace(graph, source.layers, b"".join(traced)) if trace else {}
+    return Simulation(
+        board,
+        as_tensor(graph, graph.logits, b"".join(outputs)),
+        Instructions.of(counts),
+        image.flash_bytes,
+        image.code_bytes,
+        image.constant_bytes,
+        image.static_bytes,
+        source.arena_bytes,
+        machine.stack_bytes(),
+        layers,
+    )
