@@ -23,10 +23,12 @@ from cactus_edge.graph import Graph, Linear
 # In the order of trial. Double rounding wants a small delta, float errors a large one.
 _DELTAS = (4e-4, 2e-4, 8e-4, 1e-4, 1.2e-3, 5e-5, 2.5e-5, 1.6e-3, 1.2e-5, 6e-6)
 _HALVES = 12
+_LEAST_CHANNELS = 16
 LARGEST_CHANGE = 4.0
 
 FloatArray = npt.NDArray[np.float64]
-Make = Callable[[npt.NDArray[np.uint32]], tuple[Graph, Linear]]
+Make = Callable[[npt.NDArray[np.uint32], "list[int] | None"], tuple[Graph, Linear]]
+"""From scale patterns to the layer in its graph; with a list, of those output channels alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +44,7 @@ def snap(make: Make, wanted: FloatArray, smallest: FloatArray, ratio: float) -> 
     """The nearest universal scales.
 
     Args:
-        make: the layer, in its graph, for given weight scales; its weights are quantized anew.
+        make: see ``Make``; the weights are quantized anew for the scales.
         wanted: float64 [n], the scales without this constraint; n is 1 for a per-tensor scale.
         smallest: float64 [n], below which weights would be clipped.
         ratio: input scale over output scale.
@@ -70,13 +72,16 @@ def snap(make: Make, wanted: FloatArray, smallest: FloatArray, ratio: float) -> 
 def _agreeing(
     make: Make, chosen: npt.NDArray[np.float32], solved: npt.NDArray[np.bool_], open_: list[int]
 ) -> npt.NDArray[np.bool_]:
-    graph, op = make(chosen.view(np.uint32))
-    bad = set(universal.disagreeing_channels(graph, op))
+    """``solved`` after a trial of the open scales."""
     result = solved.copy()
+    bits = chosen.view(np.uint32)
     if chosen.size == 1:
-        result[0] = not bad
-    else:
-        result[open_] = [i not in bad for i in open_]
+        result[0] = not universal.disagreeing_channels(*make(bits, None))
+        return result
+    # Some profiles treat layers of few channels in another way: the trial is never that narrow.
+    rows = (open_ * _LEAST_CHANNELS)[: max(len(open_), _LEAST_CHANNELS)]
+    bad = {rows[i] for i in universal.disagreeing_channels(*make(bits[rows], rows))}
+    result[open_] = [i not in bad for i in open_]
     return result
 
 

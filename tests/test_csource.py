@@ -422,6 +422,19 @@ def test_only_the_roundings_in_use_are_defined() -> None:
     assert "requantize_float32(" in xnnpack and "double_half" not in xnnpack
 
 
+@pytest.mark.parametrize(("shift", "narrow"), [(0, True), (30, True), (31, False)])
+def test_width_follows_the_shift(shift: int, narrow: bool) -> None:
+    """``1 << 31`` is no int32."""
+    graph = hand_made()
+    (op,) = graph.operators
+    assert isinstance(op, FullyConnected)
+    parameters = Requantization.uniform(Rounding.DOUBLE_HALF_AWAY, 1 << 30, shift, 2)
+    graph = replace(graph, operators=(replace(op, requantization=parameters),))
+    text = generate(graph).files["model.c"]
+    assert ("requantize_double_half_away_32(sum" in text) is narrow
+    assert ("requantize_double_half_away(sum" in text) is not narrow
+
+
 def test_two_models_link_into_one_library(tmp_path: Path) -> None:
     texts: dict[str, str] = {}
     graphs_ = [random_graph(np.random.default_rng(seed), depth=4) for seed in (1, 2)]

@@ -17,8 +17,22 @@ from cactus_edge import profiles
 from cactus_edge.csource import Layout, generate
 from cactus_edge.errors import DataError, MissingExtraError, ToolError, UsageError
 from cactus_edge.execute import execute, execute_all
-from cactus_edge.graph import DType, FullyConnected, Graph, Quantization, Tensor, Weights
-from firmware_sim import BOARDS, Board, Instructions, build, run_host, simulate
+from cactus_edge.graph import (
+    Activation,
+    Conv2D,
+    DType,
+    FullyConnected,
+    Graph,
+    Linear,
+    Operator,
+    Pad,
+    Quantization,
+    Requantization,
+    Reshape,
+    Tensor,
+    Weights,
+)
+from firmware_sim import BOARDS, CPUS, Board, Instructions, build, run_host, simulate
 from firmware_sim.boards import KIB, board_of
 from firmware_sim.emulator import BlockCounter, Machine
 from firmware_sim.host import run_source
@@ -72,6 +86,30 @@ def test_host_equals_execute(profile: str) -> None:
         assert list(run.layers) == [op.output for op in graph.core]
         for tensor, values in run.layers.items():
             np.testing.assert_array_equal(values, expected[tensor], graph.tensors[tensor].name)
+
+
+def test_every_rounding_in_one_layer() -> None:
+    """Runs of channels, as a depthwise layer has them, of each rounding and in any order."""
+    graph = layer(12, 9)
+    (op,) = graph.operators
+    assert isinstance(op, FullyConnected)
+    by_code: dict[int, Requantization] = {}
+    for profile in profiles.PROFILES.values():
+        resolved = profiles.requantization(graph, op, profile)
+        by_code.setdefault(int(resolved.rounding[0]), resolved)
+    runs = (1, 1, 1, 0, 4, 4, 3, 2, 2, 1, 0, 0)
+    assert set(by_code) == set(runs)
+    columns = [
+        [int(getattr(by_code[code], name)[channel]) for channel, code in enumerate(runs)]
+        for name in ("rounding", "multiplier", "shift")
+    ]
+    mixed = replace(op, requantization=Requantization(*map(np.array, columns)))
+    graph = replace(graph, operators=(mixed,))
+    inputs = inputs_of(graph, 100)
+    run = run_host(graph, inputs, sanitize=True)
+    np.testing.assert_array_equal(run.outputs, execute(graph, inputs))
+    emulated = simulate(graph, inputs[:8])
+    np.testing.assert_array_equal(emulated.outputs, run.outputs[:8])
 
 
 def test_comparison_can_fail() -> None:
@@ -308,3 +346,63 @@ def test_firmware_is_reproducible(tmp_path: Path) -> None:
 def test_summary_of_counts() -> None:
     assert Instructions.of([5, 1, 9]) == Instructions(1, 5, 9, 3)
     assert Instructions.of([4, 2]) == Instructions(2, 2, 4, 2)
+
+
+def small_cnn(bits: int, sparsity: float) -> Graph:
+    """Conv16 5x5 /2, conv32 4x4 /2, fc100, fc10 on 28x28, random weights of fixed sparsity."""
+    rng = np.random.default_rng(0)
+    tensors = [Tensor("x", (1, 28, 28, 1), quantization=Quantization.of(1 / 255, -128))]
+    operators: list[Operator] = []
+
+    def head(shape: tuple[int, ...], scaling: Quantization | None = None) -> dict[str, object]:
+        source = tensors[-1]
+        tensors.append(replace(source, shape=shape, quantization=scaling or source.quantization))
+        place = len(tensors) - 1
+        return {"name": f"layer{place}", "inputs": (place - 1,), "output": place}
+
+    def linear(kind: type[Linear], weights: tuple[int, ...], output: tuple[int, ...]) -> None:
+        largest = (1 << (bits - 1)) - 1
+        values = rng.integers(1, largest + 1, weights) * rng.choice([-1, 1], weights)
+        values.flat[rng.permutation(values.size)[: round(sparsity * values.size)]] = 0
+        scale = 2 / (largest * np.sqrt(values[0].size * (1 - sparsity)))
+        scale_bits = np.full(1, scale, np.float32).view(np.uint32)
+        last = output == (1, 10)
+        operators.append(
+            kind(
+                **head(output, Quantization.of(0.02, 0 if last else -128)),  # type: ignore
+                weights=Weights(values, bits, scale_bits),
+                bias=rng.integers(-50, 50, weights[0]),
+                activation=Activation.NONE if last else Activation.RELU,
+                **({"stride": (2, 2)} if kind is Conv2D else {}),
+            )
+        )
+
+    def pad(around: tuple[int, int], extent: int, channels: int) -> None:
+        paddings = ((0, 0), around, around, (0, 0))
+        shape = (1, extent, extent, channels)
+        operators.append(Pad(**head(shape), paddings=paddings))  # type: ignore
+
+    pad((2, 1), 31, 1)
+    linear(Conv2D, (16, 5, 5, 1), (1, 14, 14, 16))
+    pad((1, 1), 16, 16)
+    linear(Conv2D, (32, 4, 4, 16), (1, 7, 7, 32))
+    operators.append(Reshape(**head((1, 1568))))  # type: ignore
+    linear(FullyConnected, (100, 1568), (1, 100))
+    linear(FullyConnected, (10, 100), (1, 10))
+    return Graph(tuple(tensors), tuple(operators), 0, len(tensors) - 1)
+
+
+@pytest.mark.evidence
+@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize(("bits", "sparsity"), [(8, 0.0), (4, 0.0), (8, 0.8), (4, 0.8), (4, 0.9)])
+def test_numbers_in_the_manual(cpu: str, bits: int, sparsity: float) -> None:
+    """Each row of the table in docs/firmware.md, on 100 inputs; other compilers give others."""
+    graph = small_cnn(bits, sparsity)
+    inputs = inputs_of(graph, 100)
+    run = simulate(graph, inputs, cpu=cpu)
+    np.testing.assert_array_equal(run.outputs, execute(graph, inputs))
+    assert len(np.unique(run.outputs)) > 50
+    numbers = (run.instructions.median, run.flash_bytes, run.ram_bytes, run.stack_bytes)
+    row = f"| {cpu} | int{bits} | {sparsity:.0%} | " + " | ".join(f"{n:,}" for n in numbers) + " |"
+    manual = Path(__file__).parent.parent / "docs" / "firmware.md"
+    assert row in manual.read_text(encoding="utf-8").splitlines(), row

@@ -17,6 +17,8 @@ from cactus_edge.errors import MissingExtraError
 if TYPE_CHECKING:
     from cactus_edge.train import EpochRow, StepReport
 
+_SHOWN_FRACTION = 0.05
+
 
 class _Bar:
     """Shows a training run: epoch, loss, throughput, remaining time."""
@@ -24,6 +26,7 @@ class _Bar:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._task = progress.add_task("train", total=None, text="")
+        self._fraction, self._shown = 0.0, 0.0
 
     def step(self, report: StepReport) -> None:
         left = int(report.seconds_left)
@@ -31,11 +34,16 @@ class _Bar:
             f"epoch {report.epoch}  loss {report.loss:.3f}  "
             f"{report.samples_per_second:,.0f} samples/s  {left // 60}:{left % 60:02d} left"
         )
+        self._fraction = report.step / max(report.total_steps, 1)
         self._progress.update(
             self._task, total=report.total_steps, completed=report.step, text=text
         )
 
     def epoch(self, row: EpochRow) -> None:
+        # history.csv has every epoch; the terminal shows about twenty of them.
+        if self._fraction - self._shown < _SHOWN_FRACTION and self._fraction < 1:
+            return
+        self._shown = self._fraction
         self._progress.console.print(
             f"epoch {row.epoch:3d}  epsilon {row.epsilon:.4f}  loss {row.loss:.4f}  "
             f"validation: standard {percent(row.validation_standard)} %, "

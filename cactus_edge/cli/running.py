@@ -2,8 +2,158 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
 import typer
+
+from cactus_edge import datasets, files, flatbuffer, inputs, profiles
+from cactus_edge.cli.making import require_training, training_bar
+from cactus_edge.cli.output import (
+    DataOption,
+    ForceOption,
+    JsonOption,
+    console,
+    emit,
+    percent,
+    table,
+)
+from cactus_edge.errors import RuntimesDisagreeError, UsageError
+from cactus_edge.execute import execute
+
+if TYPE_CHECKING:
+    from cactus_edge.graph import Graph, Int64Array
+
+ModelArgument = Annotated[Path, typer.Argument(help="A .tflite file.", metavar="MODEL")]
+SamplesOption = Annotated[int, typer.Option("--samples", "-n", help="How many test samples.")]
+
+
+def _samples(graph: Graph, data: str, count: int) -> Int64Array:
+    """The first ``count`` test samples as stored integers."""
+    if count < 1:
+        raise UsageError(f"--samples {count}: at least one sample is needed")
+    return inputs.stored(graph, datasets.load(data, "test").images[:count])
+
+
+class SimulateOutput(msgspec.Struct, frozen=True):
+    """What ``simulate --json`` prints; bytes are those of the board's memories."""
+
+    board: str
+    cpu: str
+    profile: str
+    samples: int
+    mismatches: int
+    instructions_median: int
+    instructions_maximum: int
+    instructions_samples: int
+    flash_bytes: int
+    code_bytes: int
+    constant_bytes: int
+    ram_bytes: int
+    arena_bytes: int
+    stack_bytes: int
+
+
+def simulate(
+    model: ModelArgument,
+    data: DataOption,
+    samples: SamplesOption = 100,
+    cpu: Annotated[str, typer.Option("--cpu", help="cortex-m3, cortex-m4, cortex-m7, ...")] = (
+        "cortex-m4"
+    ),
+    board: Annotated[
+        str | None, typer.Option("--board", help="A named board instead of the CPU's usual one.")
+    ] = None,
+    profile: Annotated[
+        str, typer.Option("--profile", help="Rounding profile of the C code.")
+    ] = profiles.DEFAULT,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the model as C on an emulated microcontroller and compare with the reference.
+
+    Example: cactus-edge simulate model.tflite --data mnist --cpu cortex-m4
+    """
+    from firmware_sim import simulate as run
+
+    graph, _ = flatbuffer.load(model)
+    stored = _samples(graph, data, samples)
+    result = run(graph, stored, profile=profile, cpu=cpu, board=board)
+    expected = execute(graph, stored, profile)
+    counts = result.instructions
+    shown = SimulateOutput(
+        board=result.board.name,
+        cpu=result.board.cpu,
+        profile=profile,
+        samples=len(stored),
+        mismatches=int((result.outputs != expected).sum()),
+        instructions_median=int(counts.median),
+        instructions_maximum=int(counts.maximum),
+        instructions_samples=counts.samples,
+        flash_bytes=result.flash_bytes,
+        code_bytes=result.code_bytes,
+        constant_bytes=result.constant_bytes,
+        ram_bytes=result.ram_bytes,
+        arena_bytes=result.arena_bytes,
+        stack_bytes=result.stack_bytes,
+    )
+    rows = [(name.replace("_", " "), value) for name, value in msgspec.structs.asdict(shown).items()]
+    emit(shown, as_json, table(f"{model.name} as firmware", ("", "value"), rows))
+    if shown.mismatches:
+        raise RuntimesDisagreeError(f"{model}: {shown.mismatches} outputs differ from the reference")
+
+
+def demo(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Directory of the demonstration.")
+    ] = Path("build/demo"),
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train, convert, certify, attack and emulate on the embedded digits.
+
+    Example: cactus-edge demo --output build/demo
+    """
+    require_training("the demonstration")
+    from cactus_edge import demo as demonstration
+
+    files.refuse_existing(output / "results.json", force)
+    with training_bar() as progress:
+        result = demonstration.run(output, train_progress=progress, say=console.print, force=force)
+    rows = [
+        (
+            row.model,
+            percent(row.standard_accuracy),
+            percent(row.certified_accuracy),
+            percent(row.attack_accuracy),
+            f"{row.bytes:,}",
+            f"{row.latency:.1f}",
+            "-" if row.instructions is None else f"{row.instructions:,}",
+        )
+        for row in result.rows
+    ]
+    columns = (
+        "model",
+        "standard %",
+        "certified %",
+        "attack %",
+        "bytes",
+        "latency us",
+        "Cortex-M4 instructions",
+    )
+    title = (
+        f"{result.data}, {result.samples} samples, epsilon {result.epsilon}; certified: interval "
+        f"bounds with elided margin ({result.seconds:.0f} s)"
+    )
+    emit(result, as_json, table(title, columns, rows))
+    if not as_json:
+        for path in result.files:
+            typer.echo(path)
 
 
 def register(app: typer.Typer) -> None:
     """Add this module's verbs."""
+    for verb in (simulate, demo):
+        app.command()(verb)
+
+

@@ -299,21 +299,30 @@ class _Maker:
     def _largest(self) -> np.ndarray:
         return self.layer.weight.abs().flatten(1).amax(1).numpy()
 
-    def _quantized(self, bits: np.ndarray) -> np.ndarray:
+    def _quantized(self, bits: np.ndarray, rows: list[int] | None = None) -> np.ndarray:
         scale = bits.view(np.float32).astype(np.float64)
-        if self.layer.groups == 1:
+        values = self.values
+        if self.layer.groups > 1:
+            values = values if rows is None else values[..., rows]
+        else:
+            values = values if rows is None else values[rows]
             scale = scale.reshape(-1, *[1] * (self.values.ndim - 1))
-        return np.clip(np.rint(self.values / scale), -self.limit, self.limit).astype(np.int8)
+        return np.clip(np.rint(values / scale), -self.limit, self.limit).astype(np.int8)
 
-    def make(self, bits: np.ndarray) -> tuple[Graph, Linear]:
-        """The operator for these scales, with a graph of all tensors so far and it alone."""
+    def make(self, bits: np.ndarray, rows: list[int] | None = None) -> tuple[Graph, Linear]:
+        """The operator for these scales, with a graph of all tensors so far and it alone.
+
+        With ``rows``, the output channels of the operator are these alone, one scale each; it then
+        serves for questions about channels, not for execution.
+        """
         scale = bits.view(np.float32).astype(np.float64)
-        channels = self.layer.weight.shape[0]
         real = self.layer.bias.numpy() + self.shift
+        real = real if rows is None else real[rows]
+        channels = len(real)
         limit = 2**30
         bias = np.clip(np.rint(real / (self._scale_of(0) * scale)), -limit, limit)
         inputs, output = self.indices
-        weights = Weights(self._quantized(bits), self.bits, bits)
+        weights = Weights(self._quantized(bits, rows), self.bits, bits)
         activation = Activation.RELU if self.layer.relu else Activation.NONE
         name, whole = self.layer.name, np.broadcast_to(bias, channels).astype(np.int32)
         operator: Linear

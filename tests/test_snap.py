@@ -1,0 +1,106 @@
+"""Universal scales: found, proved, near, and refused where there are none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cactus_edge import profiles, universal
+from cactus_edge.execute import execute
+from cactus_edge.graph import (
+    Activation,
+    FullyConnected,
+    Graph,
+    Linear,
+    Quantization,
+    Tensor,
+    Weights,
+)
+from cactus_edge.snap import Make, candidates, snap
+
+
+def layer_maker(
+    rng: np.random.Generator, channels: int, depth: int, input_scale: float, output_scale: float,
+    zero_point: int = -128,
+) -> tuple[Make, np.ndarray, np.ndarray, float]:  # fmt: skip
+    """``make``, wanted scales, smallest scales and the ratio, for a random float layer."""
+    values = rng.normal(0, 0.3, (channels, depth))
+    bias = rng.normal(0, 0.2, channels)
+    tensors = (
+        Tensor("x", (1, depth), quantization=Quantization.of(input_scale, -128)),
+        Tensor("y", (1, channels), quantization=Quantization.of(output_scale, zero_point)),
+    )
+    assert tensors[0].quantization is not None
+    assert tensors[1].quantization is not None
+    scales = [float(t.quantization.scale) for t in tensors if t.quantization]
+
+    def make(bits: np.ndarray, rows: list[int] | None = None) -> tuple[Graph, Linear]:
+        scale = bits.view(np.float32).astype(np.float64)
+        chosen = list(range(channels)) if rows is None else rows
+        weights = np.clip(np.rint(values[chosen] / scale[:, None]), -127, 127).astype(np.int8)
+        op = FullyConnected(
+            name="layer",
+            inputs=(0,),
+            output=1,
+            weights=Weights(weights, 8, bits),
+            bias=np.rint(bias[chosen] / (scales[0] * scale)).astype(np.int32),
+            activation=Activation.RELU if zero_point == -128 else Activation.NONE,
+        )
+        return Graph(tensors, (op,), 0, 1), op
+
+    largest = np.abs(values).max(axis=1)
+    return make, largest / 127, largest / 127.499, scales[0] / scales[1]
+
+
+@settings(max_examples=15)
+@given(
+    seed=st.integers(0, 10_000),
+    depth=st.integers(8, 200),
+    output=st.floats(0.02, 0.08),
+)
+def test_snapped_scales_are_proved_and_near(seed: int, depth: int, output: float) -> None:
+    rng = np.random.default_rng(seed)
+    make, wanted, smallest, ratio = layer_maker(rng, 8, depth, 0.01, output)
+    result = snap(make, wanted, smallest, ratio)
+    graph, op = make(result.scale_bits)
+    bad = set(universal.disagreeing_channels(graph, op))
+    assert bad <= set(np.flatnonzero(~result.solved).tolist())
+    assert result.solved.mean() > 0.7
+    assert np.abs(result.change[result.solved]).max() < 0.2
+    assert (result.scale_bits.view(np.float32) >= smallest * (1 - 1e-6)).all()
+
+
+def test_all_profiles_agree_on_inputs_and_did_not_before() -> None:
+    rng = np.random.default_rng(3)
+    make, wanted, smallest, ratio = layer_maker(rng, 16, 40, 0.01, 0.03)
+    points = rng.integers(-128, 128, (3000, 40))
+    before, _ = make(wanted.astype(np.float32).view(np.uint32))
+    assert len({execute(before, points, name).tobytes() for name in profiles.PROFILES}) > 1
+    result = snap(make, wanted, smallest, ratio)
+    assert result.solved.all()
+    after, _ = make(result.scale_bits)
+    assert len({execute(after, points, name).tobytes() for name in profiles.PROFILES}) == 1
+
+
+def test_a_two_sided_output_is_refused() -> None:
+    """No universal scale exists for a zero point in the middle: the wanted scales come back."""
+    rng = np.random.default_rng(4)
+    make, wanted, smallest, ratio = layer_maker(rng, 4, 60, 0.01, 0.05, zero_point=0)
+    result = snap(make, wanted, smallest, ratio)
+    assert not result.solved.any()
+    assert np.array_equal(result.scale_bits, wanted.astype(np.float32).view(np.uint32))
+    assert np.abs(result.change).max() < 1e-6
+
+
+@pytest.mark.parametrize("wanted", [0.001, 0.01, 0.05])
+def test_candidates_lie_just_above_even_reciprocals(wanted: float) -> None:
+    ratio = 0.4
+    found = candidates(wanted, wanted * 0.99, ratio)
+    for scale in found:
+        reciprocal = 1 / (float(scale) * ratio)
+        nearest = 2 * round((reciprocal + 1e-3) / 2)
+        rounding = nearest * 2.0**-23  # the scale itself is a float32
+        assert -2e-3 < reciprocal - nearest < rounding
+        assert scale >= np.float32(wanted * 0.99)

@@ -1,0 +1,172 @@
+"""Lowering: the integers do what the network does, and say what they could not do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cactus_edge import datasets, flatbuffer, universal
+from cactus_edge.datasets import Dataset
+from cactus_edge.errors import OutputError, ToolError, UnsupportedModelError, UsageError
+from cactus_edge.execute import execute
+from cactus_edge.graph import Conv2D, FullyConnected, Linear
+from cactus_edge.train.assembly import Assembly
+from cactus_edge.train.checkpoint import Model, ModelMetadata, save_model
+from cactus_edge.train.folding import Layer, stages
+from cactus_edge.train.lower import Settings, convert, lower
+from cactus_edge.train.ranges import calibrate
+from cactus_edge.train.recipe import Recipe, load_recipe
+from cactus_edge.train.shadow import shadow_check
+from cactus_edge.train.zoo import NETWORKS, Network, build
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def recipe() -> Recipe:
+    return load_recipe(ROOT / "recipes" / "digits.toml")
+
+
+def images(shape: tuple[int, ...], count: int = 64) -> Dataset:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (count, *shape)).astype(np.uint8)
+    return Dataset("made-up", pixels, np.arange(count) % 10, 10, "train", "11" * 32)
+
+
+def model(architecture: str, shape: tuple[int, ...]) -> Model:
+    """An untrained network with lively batch statistics."""
+    torch.manual_seed(0)
+    network = build(architecture, shape, 10)
+    for _, layer in network.layers():
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            nn.init.uniform_(layer.running_mean, -0.2, 0.2)
+            nn.init.uniform_(layer.running_var, 0.5, 1.5)
+            nn.init.uniform_(layer.weight, -1.2, 1.2)
+    metadata = ModelMetadata(architecture, 1.0, shape, 10, "11" * 32)
+    return Model(network.eval(), recipe(), {}, metadata)
+
+
+@pytest.mark.parametrize("architecture", sorted(NETWORKS))
+@pytest.mark.parametrize(("bits", "sparsity"), [(8, 0.0), (4, 0.6)])
+def test_every_network_lowers(architecture: str, bits: int, sparsity: float) -> None:
+    side = 8 if architecture in ("cnn-tiny", "mlp") else 28
+    data = images((side, side, 1))
+    made = model(architecture, (1, side, side))
+    lowering = lower(made, data, Settings(bits, sparsity, 0.05))
+    graph, report = lowering.graph, lowering.report
+    assert report.universal == universal.is_universal(graph)
+    assert max(d.largest for d in report.shadow) <= 1
+    linear = [op for op in graph.core if isinstance(op, Linear)]
+    assert [op.weights.bits for op in linear] == [bits] * len(linear)
+    limit = 2 ** (bits - 1) - 1
+    assert all(np.abs(op.weights.values).max() <= limit for op in linear)
+    for layer, op in zip(report.layers, linear, strict=True):
+        assert layer.sparsity >= sparsity - 1 / op.weights.values.size
+    if not report.universal:
+        rounding = json.loads(dict(graph.metadata)["cactus_edge.rounding"])
+        assert rounding["disagreeing channels"]
+    content = flatbuffer.write_tflite(graph)
+    assert flatbuffer.read_tflite(content).fingerprint() == graph.fingerprint()
+    if bits == 4:
+        assert not any(isinstance(op, FullyConnected) for op in graph.core)
+
+
+def test_int8_logits_are_close_to_the_network() -> None:
+    data = images((8, 8, 1))
+    made = model("cnn-tiny", (1, 8, 8))
+    graph = lower(made, data, Settings(8, 0.0, 0.0)).graph
+    stored = data.images.astype(np.int64) - 128
+    tensor = graph.tensors[graph.logits]
+    assert tensor.quantization is not None
+    real = (execute(graph, stored) + 128) * float(tensor.quantization.scale)
+    with torch.no_grad():
+        pixels = torch.from_numpy(data.images).permute(0, 3, 1, 2).float() / 255
+        expected = made.network(pixels).numpy()
+    # The shift that makes logits non-negative is common to all of them.
+    centred = real - real.mean(axis=1, keepdims=True)
+    wanted = expected - expected.mean(axis=1, keepdims=True)
+    inside = (execute(graph, stored) > -128) & (execute(graph, stored) < 127)
+    assert np.abs(centred - wanted)[inside.all(axis=1)].max() < 12 * float(
+        tensor.quantization.scale
+    )
+
+
+def test_normalization_is_folded_exactly() -> None:
+    made = model("cnn-small-bn", (1, 28, 28))
+    x = torch.rand(5, 1, 28, 28, dtype=torch.float64)
+    folded = x
+    for stage in stages(made.network, 0.0):
+        folded = (
+            stage.apply(folded, stage.weight, stage.bias)
+            if isinstance(stage, Layer)
+            else folded.flatten(1)
+        )
+        if isinstance(stage, Layer) and stage.relu:
+            folded = folded.relu()
+    with torch.no_grad():
+        expected = made.network.double()(x)
+    assert torch.allclose(folded, expected, atol=1e-9)
+
+
+def test_a_wrong_layer_is_caught_by_the_shadow() -> None:
+    made = model("cnn-tiny", (1, 8, 8))
+    folded = stages(made.network, 0.0)
+    pixels = torch.rand(16, 1, 8, 8, dtype=torch.float64)
+    assembly = Assembly(folded, calibrate(folded, pixels, 0.02), (1, 8, 8), 8)
+    graph, _ = assembly.build(universal=True)
+    shadow_check(graph, assembly.shadows, pixels)
+    index = next(i for i, op in enumerate(graph.operators) if op.name == "conv2")
+    op = graph.operators[index]
+    assert isinstance(op, Conv2D)
+    flipped = replace(op.weights, values=op.weights.values[:, ::-1])
+    wrong = replace(op, weights=flipped)
+    operators = (*graph.operators[:index], wrong, *graph.operators[index + 1 :])
+    with pytest.raises(ToolError, match="conv2"):
+        shadow_check(replace(graph, operators=operators), assembly.shadows, pixels)
+
+
+def test_plain_scales_are_not_universal_and_say_so() -> None:
+    made = model("cnn-tiny", (1, 8, 8))
+    lowering = lower(made, images((8, 8, 1)), Settings(8, 0.0, 0.02, universal=False))
+    assert not lowering.report.universal
+    rounding = json.loads(dict(lowering.graph.metadata)["cactus_edge.rounding"])
+    assert "conv2" in rounding["disagreeing channels"]
+
+
+def test_convert_is_deterministic_and_refuses_to_overwrite(tmp_path: Path) -> None:
+    network = model("cnn-tiny", (1, 8, 8)).network
+    train = datasets.load("digits", "train")
+    save_model(tmp_path, network, recipe(), {}, train.sha256)
+    first = convert(tmp_path, tmp_path / "a.tflite", bits=4, sparsity=0.5)
+    second = convert(tmp_path, tmp_path / "b.tflite", bits=4, sparsity=0.5)
+    assert first.sha256 == second.sha256
+    assert (tmp_path / "a.tflite").read_bytes() == (tmp_path / "b.tflite").read_bytes()
+    with pytest.raises(OutputError, match="--force"):
+        convert(tmp_path, tmp_path / "a.tflite", bits=4, sparsity=0.5)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"bits": 5}, {"sparsity": 1.0}, {"sparsity": -0.1}, {"epsilon": 2.0}]
+)
+def test_settings_out_of_range(arguments: dict[str, float]) -> None:
+    with pytest.raises(UsageError):
+        Settings(**arguments)  # type: ignore[arg-type]
+
+
+def test_layers_without_a_deployed_form() -> None:
+    layers: list[tuple[str, nn.Module]] = [
+        ("first", nn.Linear(4, 4)),
+        ("second", nn.Linear(4, 3)),
+    ]
+    network = Network("made-up", (4,), 3, 1.0, layers)
+    folded = stages(network, 0.0)
+    ranges = calibrate(folded, torch.rand(8, 4, dtype=torch.float64), 0.0)
+    with pytest.raises(UnsupportedModelError, match="'first'"):
+        Assembly(folded, ranges, (4,), 8).build(universal=True)
