@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -20,17 +19,17 @@ from cactus_edge import profiles
 from cactus_edge.constraints import validate
 from cactus_edge.errors import UsageError
 from cactus_edge.execute import check_input
-from cactus_edge.graph import DType, Graph
+from cactus_edge.graph import DType, Graph, Tensor
 from cactus_edge.kernels.pack import Layout
 from cactus_edge.kernels.place import core_tensors, image_bytes
 from cactus_edge.kernels.program import Program, build
-from cactus_edge.kernels.rows import Workspace
-from cactus_edge.kernels.walk import walk
+from cactus_edge.kernels.walk import Worker, prepare
 
 _log = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 1 << 20
 """A block of images is made as large as this many bytes of activations allow."""
+_SMALLEST_BLOCK = 4
 _LARGEST_BLOCK = 64
 _PIECE_BLOCKS = 4
 """Blocks that a thread takes at a time."""
@@ -80,10 +79,10 @@ class Session:
         source = self.graph.tensors[self.graph.core_input]
         self._input_type = _stored_type(source.dtype)
         self._input_shape = source.shape[1:]
-        self._input_size = source.size
-        self._single = _Runner(self._program(1))
-        self._batch: _Runner | None = None
-        _compile(self._single)
+        self._forms = {t: _form(self.graph.tensors[t]) for t in (*self.tensors, self.graph.logits)}
+        _prepare()
+        self._single = _Pool(self._program(1))
+        self._batch: _Pool | None = None
 
     def run(self, batch: npt.ArrayLike) -> Stored:
         """Logits of a batch of stored integers.
@@ -105,80 +104,86 @@ class Session:
 
     def _run(self, batch: npt.ArrayLike, wanted: Iterable[int]) -> dict[int, Stored]:
         array = np.asarray(batch)
-        if array.shape[1:] != self._input_shape or array.ndim == 0:
+        fits = array.ndim > 0 and array.shape[1:] == self._input_shape
+        if not fits or array.dtype.kind not in "iu":
             check_input(self.graph, array)
-        count = len(array)
-        runner = self._single if count < 2 else self._batched()
-        results = np.empty((count, runner.program.result_bytes), np.uint8)
-        piece = runner.program.block * _PIECE_BLOCKS
-        if count <= runner.program.block or self.threads == 1:
-            for part in _parts(count, piece):
-                runner.run(self._bytes(array[part]), results[part])
-        else:
-            workers = min(self.threads, -(-count // runner.program.block))
-            piece = min(piece, -(-count // workers))
-            with ThreadPoolExecutor(workers) as pool:
-                tasks = [
-                    pool.submit(lambda p=part: runner.run(self._bytes(array[p]), results[p]))
-                    for part in _parts(count, piece)
-                ]
-                for task in tasks:
-                    task.result()
-        return {tensor: self._result(runner.program, results, tensor) for tensor in wanted}
+        if len(array) == 1:
+            return self._run_single(array, wanted)
+        pool = self._batched()
+        results = np.empty((len(array), pool.program.result_bytes), np.uint8)
 
-    def _bytes(self, part: IntegerArray) -> npt.NDArray[np.uint8]:
-        """Read-only uint8 [samples, input bytes] of a part of the batch, checked."""
+        def compute(part: slice) -> None:
+            worker = pool.take()
+            worker.run(self._bytes(array[part]), results[part])
+            pool.give_back(worker)
+
+        threads = min(self.threads, -(-len(array) // pool.program.block))
+        parts = _parts(len(array), pool.program.block * _PIECE_BLOCKS, threads)
+        if threads < 2:
+            for part in parts:
+                compute(part)
+        else:
+            with ThreadPoolExecutor(threads) as executor:
+                for _ in executor.map(compute, parts):
+                    pass
+        return {tensor: self._result(pool.program, results, tensor) for tensor in wanted}
+
+    def _run_single(
+        self, array: npt.NDArray[np.generic], wanted: Iterable[int]
+    ) -> dict[int, Stored]:
+        image = self._bytes(array)
+        worker = self._single.take()
+        worker.images[:] = image
+        worker.run_staged(1)
+        results = worker.results.copy()
+        self._single.give_back(worker)
+        return {tensor: self._result(self._single.program, results, tensor) for tensor in wanted}
+
+    def _bytes(self, part: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
+        """Contiguous uint8 [samples, input bytes] of a part of the batch, checked."""
         if part.dtype != self._input_type:
             part = check_input(self.graph, part).astype(self._input_type)
-        flat = np.ascontiguousarray(part).view(np.uint8).reshape(len(part), self._input_size)
-        flat = flat.view()
-        flat.flags.writeable = False
-        return flat
+        flat = np.ascontiguousarray(part).reshape(len(part), self._single.program.image_bytes)
+        return flat.view(np.uint8)
 
     def _result(self, program: Program, results: npt.NDArray[np.uint8], tensor: int) -> Stored:
-        shape = self.graph.tensors[tensor].shape[1:]
         begin = program.results[tensor]
-        values = results[:, begin : begin + self.graph.tensors[tensor].size]
-        return values.view(_stored_type(self.graph.tensors[tensor].dtype)).reshape(-1, *shape)
+        dtype, size, shape = self._forms[tensor]
+        return results[:, begin : begin + size].view(dtype).reshape(-1, *shape)
 
     def _program(self, block: int) -> Program:
         wanted = dict.fromkeys((*self.tensors, self.graph.logits))
         return build(self.graph, list(wanted), block, self.layout)
 
-    def _batched(self) -> _Runner:
+    def _batched(self) -> _Pool:
         if self._batch is None:
             block = _BLOCK_BYTES // image_bytes(self.graph)
-            self._batch = _Runner(self._program(max(4, min(_LARGEST_BLOCK, block))))
+            self._batch = _Pool(self._program(max(_SMALLEST_BLOCK, min(_LARGEST_BLOCK, block))))
         return self._batch
 
 
-class _Runner:
-    """A program and the workspaces that no thread is using."""
+class _Pool:
+    """A program and those of its workers that no thread is using."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self._free: list[Workspace] = []
+        self._free: list[Worker] = []
 
-    def run(self, batch: npt.NDArray[np.uint8], results: npt.NDArray[np.uint8]) -> None:
-        with self._workspace() as work:
-            walk(self.program.steps, self.program.tables, work, batch, results, self.program.block)
-
-    @contextmanager
-    def _workspace(self) -> Generator[Workspace]:
+    def take(self) -> Worker:
+        """A worker that is the caller's alone until it is given back."""
         try:
-            work = self._free.pop()
+            return self._free.pop()
         except IndexError:
-            work = self.program.workspace()
-        yield work
-        self._free.append(work)
+            return Worker(self.program)
+
+    def give_back(self, worker: Worker) -> None:
+        """Keep a worker for the next one who takes."""
+        self._free.append(worker)
 
 
-def _compile(runner: _Runner) -> None:
-    """Run no image, which makes Numba compile the kernels or load them from its cache."""
+def _prepare() -> None:
     begin = time.perf_counter()
-    batch = np.empty((0, 1), np.uint8)
-    batch.flags.writeable = False
-    runner.run(batch, np.empty((0, 1), np.uint8))
+    prepare()
     _log.debug("kernels ready after %.3f s", time.perf_counter() - begin)
 
 
@@ -189,9 +194,10 @@ def _available_threads() -> int:
     return os.cpu_count() or 1
 
 
-def _parts(count: int, size: int) -> Iterator[slice]:
-    for begin in range(0, count, size):
-        yield slice(begin, min(begin + size, count))
+def _parts(count: int, largest: int, threads: int) -> list[slice]:
+    """Consecutive slices that cover ``count`` samples, at least one for each thread."""
+    size = min(largest, max(1, -(-count // max(threads, 1))))
+    return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
 
 def _check_tensors(graph: Graph, tensors: Sequence[int]) -> None:
@@ -202,6 +208,11 @@ def _check_tensors(graph: Graph, tensors: Sequence[int]) -> None:
                 f"tensor {tensor} is no integer activation of this graph; known: "
                 + ", ".join(f"{index} '{graph.tensors[index].name}'" for index in known)
             )
+
+
+def _form(tensor: Tensor) -> tuple[type[np.int8] | type[np.uint8], int, tuple[int, ...]]:
+    """Type, size and shape of a sample."""
+    return _stored_type(tensor.dtype), tensor.size, tensor.shape[1:]
 
 
 def _stored_type(dtype: DType) -> type[np.int8] | type[np.uint8]:

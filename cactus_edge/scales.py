@@ -145,11 +145,10 @@ def parameters(rounding: semantics.Rounding, real: Binary) -> tuple[int, int]:
     Raises:
         InvalidGraphError: the factor is outside [2**-31, 1).
     """
-    value = real.fraction()
-    if not Fraction(1, 1 << 31) <= value < 1:
-        raise InvalidGraphError(
-            f"effective multiplier {float(value):.6g} is outside [2**-31, 1)"  # float: message
-        )
+    magnitude = real.significand.bit_length() + real.exponent
+    if not -30 <= magnitude <= 0:
+        value = float(real.fraction())  # float: message
+        raise InvalidGraphError(f"effective multiplier {value:.6g} is outside [2**-31, 1)")
     match rounding:
         case semantics.Rounding.DOUBLE_HALF_AWAY | semantics.Rounding.DOUBLE_HALF_UP:
             return quantize_multiplier(real)

@@ -86,6 +86,8 @@ def firmware(texts: Mapping[str, str], folder: Path, board: Board, *, trace: boo
         *_PLAIN,
         "-ffreestanding",
         "-ffunction-sections",
+        "-fno-unwind-tables",
+        "-fno-asynchronous-unwind-tables",
         "-target",
         "thumb-freestanding-eabi",
         f"-mcpu={CPUS[board.cpu].compiler}",

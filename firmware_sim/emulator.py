@@ -41,6 +41,11 @@ class Histogram(ctypes.Structure):
     )
 
 
+def instruction_bytes(halfword: int) -> int:
+    """Length of the Thumb instruction that begins with ``halfword``."""
+    return 4 if halfword >> 11 >= 0b11101 else 2
+
+
 class BlockCounter:
     """Counts instructions between two calls of ``take``.
 
@@ -107,7 +112,7 @@ class BlockCounter:
         """Instructions in the block of ``size`` bytes."""
         end, count = slot + size // 2, 0
         while slot < end:
-            slot += 2 if self._halfwords[slot] >> 11 >= 0b11101 else 1
+            slot += instruction_bytes(int(self._halfwords[slot])) // 2
             count += 1
         return count
 

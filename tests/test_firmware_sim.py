@@ -34,7 +34,7 @@ from cactus_edge.graph import (
 )
 from firmware_sim import BOARDS, CPUS, Board, Instructions, build, run_host, simulate
 from firmware_sim.boards import KIB, board_of
-from firmware_sim.emulator import BlockCounter, Machine
+from firmware_sim.emulator import BlockCounter, Machine, instruction_bytes
 from firmware_sim.host import run_source
 from firmware_sim.image import Image, read_image
 
@@ -249,6 +249,30 @@ def test_counts_equal_single_steps(tmp_path: Path) -> None:
         assert outputs[0] == outputs[1]
         assert counter.take() == len(steps) > 100
     assert counter.take() == 0
+
+
+def test_lengths_of_thumb_2_instructions(tmp_path: Path) -> None:
+    """On a Cortex-M4 stepping leaves out what IT blocks skip, but it tells lengths."""
+    graph = graph_of(60, depth=3, shape=(1, 4, 4, 2))
+    board = BOARDS["STM32F405"]
+    device, image = machine(graph, tmp_path, board)
+    counter = BlockCounter(image, board.flash_origin, tmp_path)
+    counter.attach(device.engine)
+    sizes: dict[int, int] = {}
+    steps: list[int] = []
+
+    def step(engine: object, address: int, length: int, user: object) -> None:
+        sizes[address] = length
+        steps.append(address)
+
+    device.engine.hook_add(UC_HOOK_CODE, step)
+    sample = inputs_of(graph, 1).astype(np.int8)
+    device.infer(sample.tobytes(), generate(graph).output_bytes)
+    for address, length in sizes.items():
+        halfword = int.from_bytes(device.engine.mem_read(address, 2), "little")
+        assert instruction_bytes(halfword) == length
+    assert set(sizes.values()) == {2, 4}
+    assert len(steps) <= counter.take() < 1.2 * len(steps)
 
 
 def test_counts_of_strange_code_are_refused(tmp_path: Path) -> None:

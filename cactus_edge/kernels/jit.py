@@ -7,6 +7,7 @@ an edited kernel, or an edited line of ``semantics``, can never run from an old 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import inspect
 import logging
@@ -16,7 +17,9 @@ from types import ModuleType
 from typing import TypeVar
 
 import numba
-from numba.extending import register_jitable
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, register_jitable
 
 _log = logging.getLogger(__name__)
 
@@ -57,12 +60,26 @@ def _compile(
         error_model="numpy",
         # Kernels allocate nothing, and to count references to their views, atomically, takes longer
         # than many of the loops. A kernel that allocates or returns an array does not compile.
-        _nrt=False,
+        _nrt=python,
         # What Python and C never call needs no entry for them; the whole compiles in three quarters
         # of the time.
         no_cpython_wrapper=not python,
         no_cfunc_wrapper=not python,
     )(function)
+
+
+def _pointer(typing_context: object, address: types.Type) -> tuple[object, Callable[..., object]]:
+    """The address, an int64, as an untyped pointer for ``numba.carray``."""
+
+    def generate(
+        context: object, builder: ir.IRBuilder, signature: object, arguments: list[ir.Value]
+    ) -> object:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(address), generate
+
+
+pointer: Callable[[int], ctypes.c_void_p] = intrinsic(_pointer)  # pyright: ignore
 
 
 def register(module: ModuleType) -> None:

@@ -40,6 +40,7 @@ class Program:
     demand: Demand
     placements: tuple[Placement, ...]
     results: dict[int, int]
+    image_bytes: int
     result_bytes: int
 
     def workspace(self) -> Workspace:
@@ -88,6 +89,7 @@ def build(graph: Graph, wanted: Sequence[int], block: int, layout: Layout) -> Pr
         demand=demand,
         placements=tuple(placements.values()),
         results=results,
+        image_bytes=graph.tensors[graph.core_input].size,
         result_bytes=size,
     )
 

@@ -38,10 +38,10 @@ def images(shape: tuple[int, ...], count: int = 64) -> Dataset:
     return Dataset("made-up", pixels, np.arange(count) % 10, 10, "train", "11" * 32)
 
 
-def model(architecture: str, shape: tuple[int, ...]) -> Model:
+def model(architecture: str, shape: tuple[int, ...], width: float = 1.0) -> Model:
     """An untrained network with lively batch statistics."""
     torch.manual_seed(0)
-    network = build(architecture, shape, 10)
+    network = build(architecture, shape, 10, width)
     for _, layer in network.layers():
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
             assert layer.running_mean is not None
@@ -49,7 +49,7 @@ def model(architecture: str, shape: tuple[int, ...]) -> Model:
             nn.init.uniform_(layer.running_mean, -0.2, 0.2)
             nn.init.uniform_(layer.running_var, 0.5, 1.5)
             nn.init.uniform_(layer.weight, -1.2, 1.2)
-    metadata = ModelMetadata(architecture, 1.0, shape, 10, "11" * 32)
+    metadata = ModelMetadata(architecture, width, shape, 10, "11" * 32)
     return Model(network.eval(), recipe(), {}, metadata)
 
 
@@ -58,7 +58,7 @@ def model(architecture: str, shape: tuple[int, ...]) -> Model:
 def test_every_network_lowers(architecture: str, bits: int, sparsity: float) -> None:
     side = 8 if architecture in ("cnn-tiny", "mlp") else 28
     data = images((side, side, 1))
-    made = model(architecture, (1, side, side))
+    made = model(architecture, (1, side, side), width=0.25 if architecture == "cnn-medium" else 1.0)
     lowering = lower(made, data, Settings(bits, sparsity, 0.05))
     graph, report = lowering.graph, lowering.report
     assert report.universal == universal.is_universal(graph)
