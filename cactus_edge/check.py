@@ -19,7 +19,7 @@ import numpy as np
 from cactus_edge import certificate, decision, inputs, profiles, semantics, universal
 from cactus_edge.certificate import Certificate, Sample
 from cactus_edge.constraints import validate
-from cactus_edge.datasets import Dataset
+from cactus_edge.datasets import Dataset, Images
 from cactus_edge.flatbuffer import read_tflite
 from cactus_edge.graph import (
     Add,
@@ -164,7 +164,7 @@ def _samples(
     graph: Graph,
     groups: list[tuple[Graph, tuple[str, ...]]],
     samples: tuple[Sample, ...],
-    images: np.ndarray,
+    images: Images,
     labels: Int64Array,
     first: int,
 ) -> list[str]:
@@ -264,7 +264,7 @@ def _propagate(graph: Graph, op: Operator, boxes: list[Box]) -> Box:
         low, high = (semantics.clamp(e + target.zero_point, *limits) for e in ends)
         return low, high  # pyright: ignore
     if isinstance(op, Pool2D):
-        low, high = (semantics.clamp(_pooled(op, end), *limits) for end in boxes[0])
+        low, high = (semantics.clamp(_pooled(op, end), *limits) for end in boxes[0])  # pyright: ignore
         return low, high  # pyright: ignore
     if isinstance(op, Pad):
         fill = source.zero_point

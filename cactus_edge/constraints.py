@@ -34,7 +34,7 @@ from cactus_edge.graph import (
     Tensor,
     window_geometry,
 )
-from cactus_edge.semantics import Rounding
+from cactus_edge.semantics import AddRounding, Rounding
 
 ACCUMULATOR_LIMIT = 1 << 27
 
@@ -318,13 +318,20 @@ def _parameters_fit(rounding: int, multiplier: int, shift: int) -> bool:
 
 @_rule(Add)
 def add_multipliers_fit(graph: Graph, op: Operator) -> str:
-    """The factors of both operands and of the sum lie in [0, 1), where ADD is monotone."""
+    """The integers of the sum fit its rounding: factors of at least 0 that overflow nowhere."""
     parameters = cast(Add, op).requantization
     if parameters is None:
         return ""
     m_a, s_a, m_b, s_b, m_o, s_o = parameters.integers
-    fits = min(parameters.integers) >= 0 and max(m_a, m_b, m_o) < 1 << 31
-    fits &= max(s_a, s_b, s_o) <= 62
+    pairs = ((m_a, s_a), (m_b, s_b), (m_o, s_o))
+    match parameters.rounding:
+        case AddRounding.DOUBLE_HALF_AWAY:
+            fits = all(0 <= m < 1 << 31 and 0 <= s <= 31 for m, s in pairs)
+        case AddRounding.SINGLE:
+            fits = all(0 <= m < 1 << 31 and 1 <= s <= 62 and m >> s == 0 for m, s in pairs)
+        case AddRounding.FIXED_POINT:
+            fits = (s_a, s_b, m_o) == (0, 0, 1) and 0 < s_o < 32
+            fits = fits and 0 <= m_a < 1 << 31 and 0 <= m_b < 1 << 31
     return "" if fits else f"integers {parameters.integers}"
 
 

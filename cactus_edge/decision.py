@@ -4,7 +4,8 @@ For label ``y`` to win against ``j``, its stored logit must lead by a *gap*: 0 w
 goes to ``y``), 1 when ``j < y``. When the model ends in SOFTMAX the decision is taken on stored
 probabilities, and two different logits can become one probability. SOFTMAX is monotone, so
 ``j > y`` still needs 0; for ``j < y`` the gap is the least number of logit steps that is sure to
-separate two probabilities in every implementation whose stored result is within one step of the exact one:
+separate two probabilities in every implementation whose stored result is within one step of the
+exact one:
 with ``y`` the greatest of ``n`` logits and ``t = gap * scale``, the probabilities differ by at
 least ``(1 - exp(-t)) / n >= t / (1 + t) / n``, and a difference of 3/256 leaves a whole step.
 """
@@ -16,7 +17,7 @@ from fractions import Fraction
 import numpy as np
 
 from cactus_edge import scales
-from cactus_edge.graph import Graph, Int64Array
+from cactus_edge.graph import BoolArray, Graph, Int64Array
 
 NEVER = 1 << 16
 _SEPARATION = Fraction(3, 256)
@@ -50,7 +51,7 @@ def predict(logits: Int64Array) -> Int64Array:
     return logits.reshape(len(logits), -1).argmax(axis=1)
 
 
-def surely_wrong(graph: Graph, logits: Int64Array, labels: Int64Array) -> np.ndarray:
+def surely_wrong(graph: Graph, logits: Int64Array, labels: Int64Array) -> BoolArray:
     """Bool [samples]: the decision is not ``labels``, whatever the softmax implementation.
 
     Without SOFTMAX this is ``predict(logits) != labels``. With it, a rival of lower index wins when

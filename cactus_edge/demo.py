@@ -26,8 +26,10 @@ _EMULATED = 20
 
 
 class DemoRow(msgspec.Struct, frozen=True):
-    """One line of the table. Latency in microseconds on this machine; ``instructions`` of one
-    inference on an emulated Cortex-M4, None for the float network.
+    """One line of the table.
+
+    ``latency`` in microseconds on this machine; ``instructions`` of one inference on an emulated
+    Cortex-M4, None for the float network.
     """
 
     model: str
@@ -103,9 +105,7 @@ def run(
     return result
 
 
-def _float_row(
-    directory: Path, certified: float, data: datasets.Dataset, epsilon: str
-) -> DemoRow:
+def _float_row(directory: Path, certified: float, data: datasets.Dataset, epsilon: str) -> DemoRow:
     """The trained float network: its own bounds, a gradient attack, torch's latency."""
     from cactus_edge.train.measure import float_measurement
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -24,7 +24,7 @@ def refuse_existing(path: Path, force: bool) -> None:
 
 
 @contextmanager
-def writing(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
+def writing(path: Path, *, force: bool = False) -> Generator[BinaryIO]:
     """A binary stream whose content appears at ``path`` only when the block ends without error.
 
     Raises:

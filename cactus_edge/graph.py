@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,9 @@ from cactus_edge.semantics import AddRounding, Rounding
 
 Int8Array = npt.NDArray[np.int8]
 Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+Stored = npt.NDArray[np.integer[Any]]
+"""Activations of any integer type, int8 from kernels and int64 from the reference."""
 
 
 class DType(Enum):
@@ -54,7 +58,7 @@ class Activation(Enum):
     RELU6 = "RELU6"
 
 
-def frozen_array(values: npt.ArrayLike, dtype: npt.DTypeLike) -> np.ndarray:
+def frozen_array(values: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """A read-only, C-contiguous copy; a value that ``dtype`` cannot hold is an error."""
     source = np.asarray(values)
     array = np.array(source, dtype=dtype, order="C")

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 1 << 20
 """A block of images is made as large as this many bytes of activations allow."""
-_SMALLEST_BLOCK = 4
+_SMALLEST_BLOCK = 8
 _LARGEST_BLOCK = 64
 _PIECE_BLOCKS = 4
 """Blocks that a thread takes at a time."""
@@ -83,6 +83,11 @@ class Session:
         _prepare()
         self._single = _Pool(self._program(1))
         self._batch: _Pool | None = None
+
+    @property
+    def program(self) -> Program:
+        """How a single image is computed; batches have a program of their own."""
+        return self._single.program
 
     def run(self, batch: npt.ArrayLike) -> Stored:
         """Logits of a batch of stored integers.

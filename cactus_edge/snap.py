@@ -54,9 +54,7 @@ def snap(make: Make, wanted: FloatArray, smallest: FloatArray, ratio: float) -> 
     """
     unchanged = wanted.astype(np.float32)
     chosen = unchanged.copy()
-    queues = [
-        candidates(float(w), float(s), ratio) for w, s in zip(wanted, smallest, strict=True)
-    ]
+    queues = [candidates(float(w), float(s), ratio) for w, s in zip(wanted, smallest, strict=True)]
     solved = np.zeros(wanted.size, bool)
     for turn in range(max(map(len, queues), default=0)):
         open_ = [i for i in np.flatnonzero(~solved) if turn < len(queues[i])]

@@ -71,7 +71,9 @@ def disagreeing_channels(graph: Graph, op: Linear) -> tuple[int, ...]:
     for method, applies in [(reference, np.ones(op.channels, np.int64)), *_all_methods(op)]:
         pairs = np.array(profiles.factor(graph, op, method), np.int64)
         pairs = np.broadcast_to(pairs, (op.channels, 2))
-        parameters = Requantization(np.int64(method.rounding), pairs[:, 0], pairs[:, 1])
+        parameters = Requantization(
+            np.full(op.channels, int(method.rounding)), pairs[:, 0], pairs[:, 1]
+        )
         if points is None:
             points = step_points(parameters, lower, upper, zero_point, limits)
         values = _stored(parameters, points, zero_point, limits)

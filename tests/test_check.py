@@ -78,9 +78,7 @@ def test_true_certificates_agree(made: tuple[Graph, bytes, Dataset, Certificate]
     assert result.samples == COUNT
 
 
-def test_survives_the_file(
-    made: tuple[Graph, bytes, Dataset, Certificate], tmp_path: Path
-) -> None:
+def test_survives_the_file(made: tuple[Graph, bytes, Dataset, Certificate], tmp_path: Path) -> None:
     _, model, data, claim = made
     path = tmp_path / "certificate.json"
     path.write_bytes(certificate.encode(claim))

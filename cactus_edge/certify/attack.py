@@ -7,6 +7,7 @@ integer input inside the box, and the caller verifies it with the reference exec
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from cactus_edge.execute import windows
 from cactus_edge.graph import (
     Add,
     AveragePool2D,
+    BoolArray,
     Conv2D,
     DepthwiseConv2D,
     FullyConnected,
@@ -28,6 +30,7 @@ from cactus_edge.graph import (
     Pad,
     Pool2D,
     Reshape,
+    Stored,
 )
 from cactus_edge.runtime import Session
 from cactus_edge.semantics import AddRounding, Rounding
@@ -91,7 +94,7 @@ def search(
 
 
 def _collect(
-    found: list[Int64Array | None], open_: Int64Array, point: Int64Array, broken: np.ndarray
+    found: list[Int64Array | None], open_: Int64Array, point: Int64Array, broken: BoolArray
 ) -> Int64Array:
     for position in np.flatnonzero(broken).tolist():
         found[int(open_[position])] = point[position].copy()
@@ -104,7 +107,7 @@ def _descend(
     box: tuple[Int64Array, Int64Array],
     labels: Int64Array,
     steps: int,
-) -> tuple[Int64Array, np.ndarray]:
+) -> tuple[Int64Array, BoolArray]:
     """Signed gradient steps of shrinking integer size; keeps the best point of each sample."""
     lower, upper = box
     best, best_score = point.copy(), np.full(len(labels), -np.inf, np.float32)
@@ -130,7 +133,7 @@ def _coordinates(
     box: tuple[Int64Array, Int64Array],
     labels: Int64Array,
     width: int,
-) -> tuple[Int64Array, np.ndarray]:
+) -> tuple[Int64Array, BoolArray]:
     """Try both ends of the coordinates with the largest gradient, each alone; keep the best."""
     lower, upper = (b.reshape(len(labels), -1) for b in box)
     values = network.forward(point)
@@ -146,7 +149,7 @@ def _coordinates(
             trial = best.copy()
             trial[rows, chosen] = ends[rows, chosen]
             trial_values = network.forward(trial.reshape(point.shape))
-            trial_score, wrong = network.score(trial_values, labels)[0::2]
+            trial_score, _, wrong = network.score(trial_values, labels)
             accept = ~broken & (wrong | (trial_score > score))
             best[accept], score[accept] = trial[accept], trial_score[accept]
             broken |= wrong
@@ -161,14 +164,12 @@ class _Network:
         wanted = [op.output for op in graph.core]
         self.session = Session(graph, tensors=wanted)
 
-    def forward(self, point: Int64Array) -> dict[int, np.ndarray]:
-        values = dict(self.session.run_tensors(point))
-        values[self.graph.core_input] = point
-        return values
+    def forward(self, point: Int64Array) -> Mapping[int, Stored]:
+        return {**self.session.run_tensors(point), self.graph.core_input: point}
 
     def score(
-        self, values: dict[int, np.ndarray], labels: Int64Array
-    ) -> tuple[FloatArray, Int64Array, np.ndarray]:
+        self, values: Mapping[int, Stored], labels: Int64Array
+    ) -> tuple[FloatArray, Int64Array, BoolArray]:
         """Lead of the strongest rival (its index, too) and whether the decision is surely wrong."""
         logits = values[self.graph.logits].reshape(len(labels), -1).astype(np.int64)
         rows = np.arange(len(labels))
@@ -184,8 +185,8 @@ class _Network:
         return lead[rows, rival].astype(np.float32), rival, wrong
 
     def ascent(
-        self, values: dict[int, np.ndarray], labels: Int64Array
-    ) -> tuple[FloatArray, FloatArray, np.ndarray]:
+        self, values: Mapping[int, Stored], labels: Int64Array
+    ) -> tuple[FloatArray, FloatArray, BoolArray]:
         """Score, its gradient with respect to the stored input, and the verdict on the point."""
         score, rival, wrong = self.score(values, labels)
         rows = np.arange(len(labels))
@@ -205,7 +206,7 @@ class _Network:
                 gradients[index] = gradients[index] + incoming if index in gradients else incoming
         return score, gradients[self.graph.core_input], wrong
 
-    def _passes(self, op: Operator, output: np.ndarray) -> np.ndarray:
+    def _passes(self, op: Operator, output: Stored) -> FloatArray:
         if isinstance(op, (Pad, Reshape)):
             return np.ones((), np.float32)
         lower, upper = self.graph.output_range(op)
@@ -213,7 +214,7 @@ class _Network:
 
 
 def backward(
-    graph: Graph, op: Operator, values: dict[int, np.ndarray], outgoing: FloatArray
+    graph: Graph, op: Operator, values: Mapping[int, Stored], outgoing: FloatArray
 ) -> list[FloatArray]:
     """Gradients with respect to the operator's inputs, one for each."""
     shape = (len(outgoing), *graph.tensors[op.inputs[0]].shape[1:])
@@ -274,7 +275,7 @@ def _convolution(op: Conv2D, scaled: FloatArray, shape: tuple[int, ...]) -> Floa
 
 
 def _pool(
-    op: Pool2D, values: dict[int, np.ndarray], outgoing: FloatArray, shape: tuple[int, ...]
+    op: Pool2D, values: Mapping[int, Stored], outgoing: FloatArray, shape: tuple[int, ...]
 ) -> FloatArray:
     incoming = np.zeros((shape[0], shape[1] * shape[2] + 1, shape[3]), np.float32)
     taps = _taps(op, op.window, shape)

@@ -8,20 +8,20 @@ reference executor has reproduced it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cactus_edge import decision, profiles, universal
 from cactus_edge.certificate import Bounds, Sample
-from cactus_edge.certify import attack as attacks
 from cactus_edge.certify import margin
+from cactus_edge.certify.attack import Settings, search
 from cactus_edge.certify.twin import Twin, twin
 from cactus_edge.constraints import validate
 from cactus_edge.errors import CactusEdgeError
 from cactus_edge.execute import execute
-from cactus_edge.graph import Add, Graph, Int64Array, Linear
+from cactus_edge.graph import Add, BoolArray, Graph, Int64Array, Linear, Stored
 from cactus_edge.runtime import Session
 
 CHUNK = 500
@@ -101,7 +101,7 @@ class Certifier:
         lower: Int64Array,
         upper: Int64Array,
         labels: Int64Array,
-        settings: attacks.Settings | None = None,
+        settings: Settings | None = None,
     ) -> list[Sample]:
         """A verdict for each sample; errors of this package become the verdict ``error``."""
         try:
@@ -119,7 +119,7 @@ class Certifier:
         lower: Int64Array,
         upper: Int64Array,
         labels: Int64Array,
-        settings: attacks.Settings | None,
+        settings: Settings | None,
     ) -> list[Sample]:
         count = len(labels)
         classes = self.graph.tensors[self.graph.logits].size
@@ -155,8 +155,8 @@ class Certifier:
 
 def attack_open(
     groups: list[Group],
-    settings: attacks.Settings,
-    closed: np.ndarray,
+    settings: Settings,
+    closed: BoolArray,
     broken: dict[int, Counterexample],
     box: tuple[Int64Array, Int64Array, Int64Array, Int64Array],
 ) -> None:
@@ -170,9 +170,7 @@ def attack_open(
         rest = np.array([i for i in np.flatnonzero(~closed) if i not in broken], np.int64)
         if not rest.size:
             return
-        found = attacks.search(
-            group.graph, stored[rest], lower[rest], upper[rest], labels[rest], settings
-        )
+        found = search(group.graph, stored[rest], lower[rest], upper[rest], labels[rest], settings)
         for i, point in zip(rest.tolist(), found, strict=True):
             if point is None:
                 continue
@@ -186,7 +184,7 @@ def attack_boxes(
     groups: list[Group],
     first: int,
     box: tuple[Int64Array, Int64Array, Int64Array, Int64Array],
-    settings: attacks.Settings,
+    settings: Settings,
 ) -> list[Sample]:
     """``refuted`` or ``unknown`` for each box (stored, lower, upper, labels)."""
     stored, _, _, labels = box
@@ -225,14 +223,14 @@ class _Engine:
 
     def propagate(
         self, lower: Int64Array, upper: Int64Array
-    ) -> tuple[Int64Array, Int64Array, dict[int, np.ndarray]]:
+    ) -> tuple[Int64Array, Int64Array, Mapping[int, Stored]]:
         values = self.session.run_tensors(self.twin.stack(lower, upper))
         low, high = self.twin.split(self.graph.logits, values[self.graph.logits])
         return low, high, values
 
     def prove(
         self, lower: Int64Array, upper: Int64Array, labels: Int64Array, gaps: Int64Array
-    ) -> tuple[Int64Array, Int64Array, np.ndarray, np.ndarray]:
+    ) -> tuple[Int64Array, Int64Array, BoolArray, BoolArray]:
         """Bounds of the logits; bool [samples]: proved by bounds, proved by bounds or margins."""
         low, high, values = self.propagate(lower, upper)
         rows = np.arange(len(labels))

@@ -22,6 +22,7 @@ import numpy as np
 from cactus_edge import semantics
 from cactus_edge.constraints import accumulator_bounds
 from cactus_edge.graph import (
+    BoolArray,
     Conv2D,
     DepthwiseConv2D,
     FullyConnected,
@@ -125,7 +126,9 @@ def _parts(parameters: Requantization) -> Int64Array:
     largest = max(factors)
     if min(factors) == largest:
         return np.ones(len(factors), np.int64)
-    return np.array([max(1, round(f / largest * _UNITS)) for f in factors], np.int64)
+    return np.array(
+        [max(1, round(f / largest * _UNITS)) for f in factors], np.int64
+    )  # exact: Fractions
 
 
 def wins(
@@ -134,7 +137,7 @@ def wins(
     upper: Int64Array,
     labels: Int64Array,
     gaps: Int64Array,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[BoolArray, BoolArray]:
     """Which rivals the label beats everywhere in each box.
 
     Args:
@@ -192,7 +195,7 @@ def _pairs(
     rival_bounds: tuple[Int64Array, Int64Array],
     own_bounds: tuple[Int64Array, Int64Array],
     gap: Int64Array,
-) -> np.ndarray:
+) -> BoolArray:
     """Bool [pairs]: the staircase argument of the module's docstring."""
     points = np.clip(layer.steps[:, rivals].T, *(bound[:, None] for bound in rival_bounds))
     own = int(layer.parts[label])
@@ -204,7 +207,7 @@ def _pairs(
     return (own_stored >= rival_stored + gap[:, None]).all(axis=1)
 
 
-def stored(layer: LastLayer, accumulator: Int64Array, channels: np.ndarray) -> Int64Array:
+def stored(layer: LastLayer, accumulator: Int64Array, channels: Int64Array) -> Int64Array:
     """Stored logits of accumulators; ``channels`` broadcasts against them."""
     channel = np.broadcast_to(channels, accumulator.shape)
     output = np.empty_like(accumulator)

@@ -13,7 +13,7 @@ from cactus_edge import certificate, inputs, profiles
 from cactus_edge.certificate import Certificate, Sample
 from cactus_edge.certify.attack import Settings
 from cactus_edge.certify.engine import Certifier, attack_boxes, chunks, groups
-from cactus_edge.datasets import Dataset
+from cactus_edge.datasets import Dataset, Images
 from cactus_edge.errors import DataError, UsageError
 from cactus_edge.flatbuffer import read_tflite
 from cactus_edge.graph import Graph, Int64Array
@@ -108,7 +108,7 @@ def decision_text(graph: Graph) -> str:
     return f"{rule}; taken behind SOFTMAX" if graph.has_softmax else rule
 
 
-def _selected(graph: Graph, request: Request) -> tuple[np.ndarray, Int64Array]:
+def _selected(graph: Graph, request: Request) -> tuple[Images, Int64Array]:
     total = len(request.data.labels)
     for name in request.profiles:
         profiles.profile_of(name)

@@ -22,6 +22,7 @@ from cactus_edge.graph import (
     DepthwiseConv2D,
     FullyConnected,
     Graph,
+    Int8Array,
     Int64Array,
     Linear,
     Operator,
@@ -29,6 +30,7 @@ from cactus_edge.graph import (
     Pool2D,
     Requantization,
     Reshape,
+    Stored,
     Tensor,
     Weights,
 )
@@ -56,7 +58,7 @@ class Twin:
         stacked[:, high] = upper.reshape(len(upper), -1)
         return stacked.reshape(-1, *self.graph.tensors[index].shape[1:])
 
-    def split(self, tensor: int, values: np.ndarray) -> tuple[Int64Array, Int64Array]:
+    def split(self, tensor: int, values: Stored) -> tuple[Int64Array, Int64Array]:
         """(lower, upper), each int64 [samples, elements], of an original tensor."""
         flat = values.reshape(len(values), -1).astype(np.int64)
         low, high = self.halves[tensor]
@@ -201,7 +203,7 @@ def _linear(graph: Graph, op: Linear, source: tuple[Int64Array, Int64Array]) -> 
     )
 
 
-def _spread(values: np.ndarray, channels: int) -> np.ndarray:
+def _spread(values: Int8Array, channels: int) -> Int8Array:
     """Depthwise weights [1, kh, kw, out] as a convolution's [out, kh, kw, channels]."""
     outputs = values.shape[-1]
     spread = np.zeros((outputs, *values.shape[1:3], channels), np.int8)

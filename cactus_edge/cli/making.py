@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -53,7 +54,7 @@ class _Bar:
 
 
 @contextmanager
-def training_bar() -> Iterator[_Bar]:
+def training_bar() -> Generator[_Bar]:
     """A progress display for ``cactus_edge.train.train``."""
     columns = (TextColumn("train"), BarColumn(), TextColumn("{task.fields[text]}"))
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
@@ -62,10 +63,8 @@ def training_bar() -> Iterator[_Bar]:
 
 def require_training(purpose: str) -> None:
     """Raise MissingExtraError when torch is not installed."""
-    try:
-        import torch  # noqa: F401  # pyright: ignore[reportUnusedImport]
-    except ImportError:
-        raise MissingExtraError("torch", "train", purpose) from None
+    if importlib.util.find_spec("torch") is None:
+        raise MissingExtraError("torch", "train", purpose)
 
 
 def train(
@@ -160,7 +159,9 @@ def convert(
         for layer in report.layers
     ]
     columns = ("layer", "bits", "zeros %", "universal", "median scale change %", "largest %")
-    agreement = "universal" if report.universal else "NOT universal: certificates will be conjunctions"
+    agreement = (
+        "universal" if report.universal else "NOT universal: certificates will be conjunctions"
+    )
     emit(report, as_json, table(f"{output}: {report.bytes:,} bytes, {agreement}", columns, rows))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +32,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JS
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 DataOption = Annotated[
     str,
-    typer.Option("--data", help="digits, mnist, fashion-mnist, cifar10 or a .npz file.", metavar="NAME"),
+    typer.Option(
+        "--data", help="digits, mnist, fashion-mnist, cifar10 or a .npz file.", metavar="NAME"
+    ),
 ]
 
 
@@ -67,7 +69,7 @@ def percent(fraction: float | None) -> str:
 
 
 @contextmanager
-def bar(title: str, unit: str = "samples") -> Iterator[Callable[[int, int], None]]:
+def bar(title: str, unit: str = "samples") -> Generator[Callable[[int, int], None]]:
     """A progress bar with throughput and remaining time, driven by (done, in all)."""
     columns = (
         TextColumn("{task.description}"),

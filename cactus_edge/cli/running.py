@@ -97,10 +97,14 @@ def simulate(
         arena_bytes=result.arena_bytes,
         stack_bytes=result.stack_bytes,
     )
-    rows = [(name.replace("_", " "), value) for name, value in msgspec.structs.asdict(shown).items()]
+    rows = [
+        (name.replace("_", " "), value) for name, value in msgspec.structs.asdict(shown).items()
+    ]
     emit(shown, as_json, table(f"{model.name} as firmware", ("", "value"), rows))
     if shown.mismatches:
-        raise RuntimesDisagreeError(f"{model}: {shown.mismatches} outputs differ from the reference")
+        raise RuntimesDisagreeError(
+            f"{model}: {shown.mismatches} outputs differ from the reference"
+        )
 
 
 def demo(
@@ -155,5 +159,3 @@ def register(app: typer.Typer) -> None:
     """Add this module's verbs."""
     for verb in (simulate, demo):
         app.command()(verb)
-
-

@@ -28,12 +28,8 @@ Int64Array = npt.NDArray[np.int64]
 
 @kernel
 def dense(step: Step, tables: Tables, work: Workspace, first: int, count: int) -> None:
-    """Accumulators of up to ``TILE`` rows, int32 [rows, channels + 1].
-
-    The last column belongs to the packed rows that only fill a pair.
-    """
-    channels, depth = step.channels, step.depth
-    pitch = channels + 1
+    """Accumulators of up to ``TILE`` rows, int32 [rows, channels]."""
+    pitch, depth = step.channels, step.depth
     live = tables.integers[step.live : step.live + step.live_count]
     for row in range(count):
         start = source_of(step, first + row)

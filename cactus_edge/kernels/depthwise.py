@@ -16,13 +16,13 @@ Int32Array = npt.NDArray[np.int32]
 
 @kernel
 def depthwise(step: Step, tables: Tables, work: Workspace, first: int, count: int) -> None:
-    """Accumulators of some rows, int32 [rows, channels + 1]. Weights are [taps, channels]."""
+    """Accumulators of some rows, int32 [rows, channels]. Weights are [taps, channels]."""
     channels = step.channels
     inputs = channels // step.multiplier
     taps = tables.integers[step.taps : step.taps + step.tap_count]
     for row in range(count):
         start = source_of(step, first + row)
-        sums = work.accumulators[row * (channels + 1) : (row + 1) * (channels + 1)]
+        sums = work.accumulators[row * channels : (row + 1) * channels]
         fill_bias(step, tables.integers, sums)
         for tap in range(step.tap_count):
             source = work.activations[start + taps[tap] : start + taps[tap] + inputs]

@@ -28,7 +28,7 @@ def linear(step: Step, tables: Tables, work: Workspace, images: int) -> None:
         else:
             depthwise(step, tables, work, first, count)
         for row in range(count):
-            begin = row * (channels + 1)
+            begin = row * channels
             target = target_of(step, first + row)
             requantize_pixel(
                 step,

@@ -185,8 +185,8 @@ def _pack_dense(builder: TableBuilder, matrix: Int8Array, step: Step) -> tuple[S
     depth = -(-matrix.shape[1] // _DENSE_DEPTH) * _DENSE_DEPTH
     packed = np.zeros((count, depth), np.int8)
     packed[: live.size, : matrix.shape[1]] = matrix[live]
-    # Rows that only fill a pair add their zeros to an accumulator behind the last channel.
-    filler = np.full(count - live.size, step.channels)
+    # A row that only fills a pair adds its zeros to the first channel.
+    filler = np.zeros(count - live.size)
     packed_step = replace(
         step,
         opcode=DENSE,
@@ -198,7 +198,7 @@ def _pack_dense(builder: TableBuilder, matrix: Int8Array, step: Step) -> tuple[S
     )
     demand = Demand(
         patches=TILE * depth,
-        accumulators=TILE * (step.channels + 1),
+        accumulators=TILE * step.channels,
         values=CHANNELS * depth,
     )
     return packed_step, demand
@@ -243,7 +243,7 @@ def _pack_sparse(
     )
     demand = Demand(
         patches=depth * (tile if rows >= FEW else 1),
-        accumulators=tile * (channels + 1),
+        accumulators=tile * channels,
         values=depth + 1,
         rows=tile,
     )

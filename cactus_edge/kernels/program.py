@@ -215,7 +215,7 @@ def _depthwise(
         weights=context.builder.weights(op.weights.values),
         **fields,
     )
-    return step, Demand(accumulators=op.channels + 1)
+    return step, Demand(accumulators=op.channels)
 
 
 def _add(context: _Context, op: Add) -> Step:

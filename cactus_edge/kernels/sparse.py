@@ -35,10 +35,10 @@ IndexArray = npt.NDArray[np.uint16]
 
 @kernel
 def sparse(step: Step, tables: Tables, work: Workspace, first: int, count: int) -> None:
-    """Accumulators of up to ``step.tile`` rows, int32 [rows, channels + 1]."""
+    """Accumulators of up to ``step.tile`` rows, int32 [rows, channels]."""
     if count < FEW:
         for row in range(count):
-            _single_row(step, tables, work, first + row, row * (step.channels + 1))
+            _single_row(step, tables, work, first + row, row * step.channels)
     else:
         _tile(step, tables, work, first, count)
 
@@ -60,7 +60,7 @@ def _tile(step: Step, tables: Tables, work: Workspace, first: int, count: int) -
             columns = work.patches[segment * SEGMENT * pitch :]
             _add_columns(sums, columns, pitch, indices, values)
         for row in range(count):
-            work.accumulators[row * (step.channels + 1) + channel] = sums[row]
+            work.accumulators[row * step.channels + channel] = sums[row]
 
 
 @kernel

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cactus_edge.errors import UnsupportedModelError
@@ -23,6 +24,7 @@ from cactus_edge.graph import (
     DepthwiseConv2D,
     FullyConnected,
     Graph,
+    Int8Array,
     Linear,
     MaxPool2D,
     Operator,
@@ -34,10 +36,11 @@ from cactus_edge.graph import (
     Weights,
     window_geometry,
 )
-from cactus_edge.snap import snap
+from cactus_edge.snap import FloatArray, snap
 from cactus_edge.train.folding import Flatten, Layer, Pool, Stage
 from cactus_edge.train.ranges import Range
 
+ScaleBits = npt.NDArray[np.uint32]
 PIXEL = Quantization.of(np.float32(1) / np.float32(255), -128)
 _LARGEST_MULTIPLIER = 0.9
 
@@ -82,7 +85,9 @@ class Assembly:
         bits: int,
     ) -> None:
         """Keep the parts; ``input_shape`` is (C, H, W) or (F,)."""
-        shape = (1, *input_shape[1:], input_shape[0]) if len(input_shape) == 3 else (1, *input_shape)
+        shape = (
+            (1, *input_shape[1:], input_shape[0]) if len(input_shape) == 3 else (1, *input_shape)
+        )
         self._stages = list(stages)
         self._ranges = ranges
         self._bits = bits
@@ -109,9 +114,7 @@ class Assembly:
                     self._flatten(stage)
         if len(self._tensors[-1].shape) != 2:
             self._reshape("logits", (1, self._tensors[-1].size))
-        graph = Graph(
-            tuple(self._tensors), tuple(self._operators), 0, len(self._tensors) - 1
-        )
+        graph = Graph(tuple(self._tensors), tuple(self._operators), 0, len(self._tensors) - 1)
         return graph, self._reports
 
     def _append(self, operator: Operator, tensor: Tensor) -> None:
@@ -160,7 +163,9 @@ class Assembly:
         inputs, output, source = self._next()
         span = self._ranges[layer.name]
         quantization = Quantization.of((span.upper - span.lower) / 255, -128)
-        target = Tensor(layer.output, self._shape(layer, source, padding), quantization=quantization)
+        target = Tensor(
+            layer.output, self._shape(layer, source, padding), quantization=quantization
+        )
         shift = -span.lower if last else 0.0
         maker = _Maker(
             layer, values, self._bits, (source, target), (inputs, output), padding, shift,
@@ -214,7 +219,7 @@ class Assembly:
         self._append(operator, replace(source, name=name, shape=shape))
         return Padding.VALID
 
-    def _arranged(self, layer: Layer) -> np.ndarray:
+    def _arranged(self, layer: Layer) -> FloatArray:
         """Float weights in TFLite's order; a linear layer behind a flatten reads NHWC."""
         weight = layer.weight.numpy()
         if layer.convolution:
@@ -250,7 +255,7 @@ class _Maker:
     """One weighted operator for any weight scales."""
 
     layer: Layer
-    values: np.ndarray
+    values: FloatArray
     bits: int
     ends: tuple[Tensor, Tensor]
     indices: tuple[tuple[int], int]
@@ -263,9 +268,7 @@ class _Maker:
         """The largest weight level."""
         return 2 ** (self.bits - 1) - 1
 
-    def scales(
-        self, *, per_tensor: bool, universal: bool
-    ) -> tuple[np.ndarray, LayerReport]:
+    def scales(self, *, per_tensor: bool, universal: bool) -> tuple[ScaleBits, LayerReport]:
         """Weight scales as float32 patterns, universal where possible."""
         largest = self._largest()
         if per_tensor:
@@ -296,10 +299,10 @@ class _Maker:
         assert quantization is not None
         return float(quantization.scale)
 
-    def _largest(self) -> np.ndarray:
+    def _largest(self) -> FloatArray:
         return self.layer.weight.abs().flatten(1).amax(1).numpy()
 
-    def _quantized(self, bits: np.ndarray, rows: list[int] | None = None) -> np.ndarray:
+    def _quantized(self, bits: ScaleBits, rows: list[int] | None = None) -> Int8Array:
         scale = bits.view(np.float32).astype(np.float64)
         values = self.values
         if self.layer.groups > 1:
@@ -309,7 +312,7 @@ class _Maker:
             scale = scale.reshape(-1, *[1] * (self.values.ndim - 1))
         return np.clip(np.rint(values / scale), -self.limit, self.limit).astype(np.int8)
 
-    def make(self, bits: np.ndarray, rows: list[int] | None = None) -> tuple[Graph, Linear]:
+    def make(self, bits: ScaleBits, rows: list[int] | None = None) -> tuple[Graph, Linear]:
         """The operator for these scales, with a graph of all tensors so far and it alone.
 
         With ``rows``, the output channels of the operator are these alone, one scale each; it then

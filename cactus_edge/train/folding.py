@@ -142,9 +142,7 @@ def _layer(name: str, module: nn.Conv2d | nn.Linear, mask: Tensor | None) -> Lay
     )
 
 
-def _normalized(
-    name: str, before: list[Stage], module: nn.BatchNorm1d | nn.BatchNorm2d
-) -> Layer:
+def _normalized(name: str, before: list[Stage], module: nn.BatchNorm1d | nn.BatchNorm2d) -> Layer:
     layer = before[0] if before else None
     if not isinstance(layer, Layer) or layer.relu:
         raise UnsupportedModelError(f"layer '{name}': normalization must follow a layer directly")

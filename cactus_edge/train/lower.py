@@ -183,4 +183,6 @@ def _metadata(
         "cactus_edge.provenance": provenance,
         "cactus_edge.rounding": rounding,
     }
-    return tuple((name, json.dumps(value, sort_keys=True).encode()) for name, value in entries.items())
+    return tuple(
+        (name, json.dumps(value, sort_keys=True).encode()) for name, value in entries.items()
+    )

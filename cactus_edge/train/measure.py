@@ -27,7 +27,13 @@ class FloatMeasurement(msgspec.Struct, frozen=True):
 
 
 def float_measurement(
-    path: Path, data: Dataset, epsilon: float, *, steps: int = 20, restarts: int = 2, runs: int = 300
+    path: Path,
+    data: Dataset,
+    epsilon: float,
+    *,
+    steps: int = 20,
+    restarts: int = 2,
+    runs: int = 300,
 ) -> FloatMeasurement:
     """Attack a trained float network by projected gradient and time it.
 

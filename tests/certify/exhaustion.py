@@ -94,7 +94,9 @@ def _margins(
         tally.proved_by_bounds += int((plain[0] & rivals).sum())
         tally.proved_by_margin += int((proved[0] & rivals).sum())
         tally.false_proofs += int((proved[0] & ~truth & rivals).sum())
-        whole = check._holds(graph, (bounds[0][0], bounds[1][0]), (source[0][0], source[1][0]), label)
+        whole = check._holds(
+            graph, (bounds[0][0], bounds[1][0]), (source[0][0], source[1][0]), label
+        )
         tally.checker_differences += int(whole != bool(proved[0][rivals].all()))
 
 

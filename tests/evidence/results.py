@@ -33,7 +33,9 @@ def write(
     """Write ``name.json`` and ``name.md``; every row has the same keys."""
     record = {"title": title, "machine": machine(), "command": command, "rows": list(rows)}
     files.write(
-        FOLDER / f"{name}.json", json.dumps(record, indent=2, default=str).encode() + b"\n", force=True
+        FOLDER / f"{name}.json",
+        json.dumps(record, indent=2, default=str).encode() + b"\n",
+        force=True,
     )
     columns = list(rows[0])
     lines = [f"# {title}", "", text, "", f"Machine: {machine()}. Reproduce: `{command}`.", ""]
