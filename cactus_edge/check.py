@@ -434,5 +434,6 @@ def _units(parameters: Requantization, label: int, rival: int) -> tuple[int, int
     largest = max(factors)
     if min(factors) == largest:
         return 1, 1
-    own, other = (max(1, round(factors[c] / largest * 4096)) for c in (label, rival))
+    shares = [factors[c] / largest for c in (label, rival)]  # exact: Fractions
+    own, other = (max(1, round(share * 4096)) for share in shares)
     return own, other

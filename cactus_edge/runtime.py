@@ -32,7 +32,9 @@ _BLOCK_BYTES = 1 << 20
 _SMALLEST_BLOCK = 8
 _LARGEST_BLOCK = 64
 _PIECE_BLOCKS = 4
-"""Blocks that a thread takes at a time."""
+"""A thread takes at most this many blocks at a time, so that all of them end together."""
+_GRAIN = 16
+"""Images below which a batch is not divided among threads."""
 
 IntegerArray = npt.NDArray[np.generic]
 Stored = npt.NDArray[np.int8 | np.uint8]
@@ -122,13 +124,12 @@ class Session:
             worker.run(self._bytes(array[part]), results[part])
             pool.give_back(worker)
 
-        threads = min(self.threads, -(-len(array) // pool.program.block))
-        parts = _parts(len(array), pool.program.block * _PIECE_BLOCKS, threads)
-        if threads < 2:
+        parts = _parts(len(array), pool.program.block, self.threads)
+        if len(parts) < 2 or self.threads < 2:
             for part in parts:
                 compute(part)
         else:
-            with ThreadPoolExecutor(threads) as executor:
+            with ThreadPoolExecutor(min(self.threads, len(parts))) as executor:
                 for _ in executor.map(compute, parts):
                     pass
         return {tensor: self._result(pool.program, results, tensor) for tensor in wanted}
@@ -199,9 +200,14 @@ def _available_threads() -> int:
     return os.cpu_count() or 1
 
 
-def _parts(count: int, largest: int, threads: int) -> list[slice]:
-    """Consecutive slices that cover ``count`` samples, at least one for each thread."""
-    size = min(largest, max(1, -(-count // max(threads, 1))))
+def _parts(count: int, block: int, threads: int) -> list[slice]:
+    """Consecutive slices that cover ``count`` images, at least one for each thread if possible.
+
+    Their size is a multiple of ``_GRAIN``, because fewer rows make slower tiles.
+    """
+    grain = min(_GRAIN, block)
+    size = -(-count // (threads * grain)) * grain
+    size = max(grain, min(size, block * _PIECE_BLOCKS))
     return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
 

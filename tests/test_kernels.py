@@ -385,3 +385,12 @@ def test_cache_key_holds_the_digest_of_the_sources(
 def test_digest_covers_kernels_and_semantics() -> None:
     assert jit.source_digest(semantics) != jit.source_digest()
     assert jit.source_digest(semantics) == jit.source_digest(semantics)
+
+
+def test_without_a_cache_folder_kernels_compile_all_the_same(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Numba refuses to cache a function that has no file, as it does where it cannot write."""
+    function = jit.entry(eval("lambda x: x + 1"))
+    assert function(2) == 3
+    assert "not cached" in caplog.text

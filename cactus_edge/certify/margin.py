@@ -126,9 +126,8 @@ def _parts(parameters: Requantization) -> Int64Array:
     largest = max(factors)
     if min(factors) == largest:
         return np.ones(len(factors), np.int64)
-    return np.array(
-        [max(1, round(f / largest * _UNITS)) for f in factors], np.int64
-    )  # exact: Fractions
+    shares = [factor / largest for factor in factors]  # exact: Fractions
+    return np.array([max(1, round(share * _UNITS)) for share in shares], np.int64)
 
 
 def wins(

@@ -1,0 +1,184 @@
+"""Compare runtimes bit for bit, and name the first layer and element in which one differs.
+
+Stock runtimes only show a model's output, so a layer is looked at through the *prefix*: the model
+cut behind that layer. Every layer of every runtime is compared on a few samples and the logits on
+all of them; where logits differ all the same, the prefixes are searched on the sample that differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import msgspec
+import numpy as np
+
+from cactus_edge import universal
+from cactus_edge.errors import CactusEdgeError
+from cactus_edge.execute import execute, execute_all
+from cactus_edge.graph import Graph, Int64Array
+from cactus_edge.validate.peers import Peer, peers, runner
+
+LAYER_SAMPLES = 32
+Progress = Callable[[int, int], None]
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """The first differing element: ``position`` are its coordinates in the layer's output."""
+
+    layer: int
+    name: str
+    kind: str
+    sample: int
+    position: tuple[int, ...]
+    expected: int
+    found: int
+
+
+class PeerResult(msgspec.Struct, frozen=True):
+    """One runtime. ``status``: equal, different, absent or error.
+
+    ``elements`` counts logits and ``layer_elements`` the elements of all layers that were compared;
+    ``mismatches`` of both kinds are against the reference under the runtime's own profile. ``output``
+    is the SHA-256 of all logits.
+    """
+
+    name: str
+    version: str
+    profile: str
+    status: str
+    message: str = ""
+    elements: int = 0
+    mismatches: int = 0
+    layer_elements: int = 0
+    layer_mismatches: int = 0
+    output: str = ""
+    first: Difference | None = None
+
+
+class Validation(msgspec.Struct, frozen=True):
+    """A model on all runtimes.
+
+    ``runtimes_differ`` counts logits on which at least two runtimes differ, ``decisions_differ``
+    samples that two runtimes classify differently. Both are 0 for a universal model.
+    """
+
+    universal: bool
+    samples: int
+    peers: tuple[PeerResult, ...]
+    outputs: int
+    runtimes_differ: int
+    decisions_differ: int
+
+    @property
+    def agrees(self) -> bool:
+        """Every installed runtime equals its profile, and universal models have one output."""
+        run = [peer for peer in self.peers if peer.status != "absent"]
+        equal = all(peer.status == "equal" for peer in run)
+        return bool(run) and equal and (self.outputs == 1 or not self.universal)
+
+
+def validate_model(
+    graph: Graph,
+    inputs: Int64Array,
+    *,
+    candidates: Sequence[Peer] | None = None,
+    layer_samples: int = LAYER_SAMPLES,
+    progress: Progress | None = None,
+) -> Validation:
+    """Run a model on every runtime.
+
+    Args:
+        graph: as read from the file.
+        inputs: stored integers [n, ...].
+        candidates: runtimes; all known ones without it.
+        layer_samples: on how many samples every layer is compared.
+        progress: called with (runtimes done, runtimes in all).
+    """
+    chosen = peers() if candidates is None else tuple(candidates)
+    results: list[PeerResult] = []
+    logits: list[Int64Array] = []
+    for index, peer in enumerate(chosen):
+        result, found = _validate_peer(graph, inputs, peer, layer_samples)
+        results.append(result)
+        if found is not None:
+            logits.append(found.reshape(len(inputs), -1))
+        if progress:
+            progress(index + 1, len(chosen))
+    stacked = np.stack(logits) if logits else np.zeros((1, len(inputs), 1), np.int64)
+    decisions = stacked.argmax(axis=2)
+    return Validation(
+        universal=universal.is_universal(graph),
+        samples=len(inputs),
+        peers=tuple(results),
+        outputs=len({result.output for result in results if result.output}),
+        runtimes_differ=int((stacked != stacked[0]).any(axis=0).sum()),
+        decisions_differ=int((decisions != decisions[0]).any(axis=0).sum()),
+    )
+
+
+def prefix(graph: Graph, index: int) -> Graph:
+    """The core up to operator ``index``, with that operator's output as the model's output."""
+    operators = graph.core[: index + 1]
+    return Graph(graph.tensors, operators, graph.core_input, operators[-1].output)
+
+
+def _validate_peer(
+    graph: Graph, inputs: Int64Array, peer: Peer, layer_samples: int
+) -> tuple[PeerResult, Int64Array | None]:
+    head = (peer.name, peer.version, peer.profile)
+    if peer.absence:
+        return PeerResult(*head, "absent", peer.absence), None
+    run = runner(peer)
+    prefixes = [prefix(graph, index) for index in range(len(graph.core))]
+    few = inputs[:layer_samples]
+    try:
+        expected = execute(graph, inputs, peer.profile)
+        found, *layers = run([(graph, inputs), *((part, few) for part in prefixes)])
+        found = found.reshape(expected.shape)
+        first, elements, mismatches = _compare(graph, few, layers, peer.profile)
+        wrong = np.argwhere(found != expected)
+        if len(wrong) and first is None:
+            sample = int(wrong[0][0])
+            one = inputs[sample : sample + 1]
+            again = run([(part, one) for part in prefixes])
+            first, _, _ = _compare(graph, one, again, peer.profile, sample)
+    except (CactusEdgeError, OSError, ValueError) as error:
+        return PeerResult(*head, "error", " ".join(str(error).split())), None
+    result = PeerResult(
+        *head,
+        "different" if len(wrong) or mismatches else "equal",
+        elements=expected.size,
+        mismatches=len(wrong),
+        layer_elements=elements,
+        layer_mismatches=mismatches,
+        output=hashlib.sha256(found.astype("<i2").tobytes()).hexdigest(),
+        first=first,
+    )
+    return result, found
+
+
+def _compare(
+    graph: Graph, inputs: Int64Array, layers: Sequence[Int64Array], profile: str, offset: int = 0
+) -> tuple[Difference | None, int, int]:
+    """The first difference, elements compared, and mismatches; ``layers`` are outputs of prefixes."""
+    first: Difference | None = None
+    elements = mismatches = 0
+    values = execute_all(graph, inputs, profile)
+    for index, (op, found) in enumerate(zip(graph.core, layers, strict=True)):
+        expected = values[op.output]
+        different = np.argwhere(found.reshape(expected.shape) != expected)
+        elements += expected.size
+        mismatches += len(different)
+        if len(different) and first is None:
+            where = tuple(different[0].tolist())
+            first = Difference(
+                layer=index,
+                name=op.name,
+                kind=op.kind,
+                sample=offset + where[0],
+                position=where[1:],
+                expected=int(expected[where]),
+                found=int(found.reshape(expected.shape)[where]),
+            )
+    return first, elements, mismatches

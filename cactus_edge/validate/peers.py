@@ -1,0 +1,131 @@
+"""Every runtime that can execute a model, behind one interface, with the profile it follows.
+
+Stock runtimes run in a child process: one that crashes is reported, and nothing else is lost.
+Which profile a runtime follows depends on package, mode and processor; the table is the measured
+one of ``profiles``, and the tests repeat the measurement.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+import numpy as np
+
+from cactus_edge import profiles
+from cactus_edge.graph import Graph, Int64Array, Stored
+from cactus_edge.runtime import Session
+from cactus_edge.validate.child import Part, Worker
+
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A runtime in one mode.
+
+    ``package`` is what pip installs and ``module`` what is imported; ``extra`` brings it. Our own
+    executors follow every profile and are compared under ``profile``.
+    """
+
+    name: str
+    package: str
+    module: str
+    extra: str
+    mode: str
+    profile: str
+
+    @property
+    def version(self) -> str:
+        """The installed version; empty when it is not installed."""
+        if not self.package:
+            return "own"
+        try:
+            return metadata.version(self.package) if self._importable() else ""
+        except metadata.PackageNotFoundError:
+            return ""
+
+    @property
+    def absence(self) -> str:
+        """Why it cannot run, or an empty string."""
+        if self.version:
+            return ""
+        return f"not installed; run: pip install 'cactus-edge[{self.extra}]'"
+
+    def _importable(self) -> bool:
+        try:
+            return importlib.util.find_spec(self.module) is not None
+        except ModuleNotFoundError:
+            return False
+
+
+def _machine() -> str:
+    return "arm" if platform.machine() in ("aarch64", "arm64") else "x86"
+
+
+def peers(profile: str = profiles.DEFAULT) -> tuple[Peer, ...]:
+    """Every known runtime on this machine; own executors under ``profile``."""
+    cpu = _machine()
+    old, new = "tflite_runtime.interpreter", "ai_edge_litert.interpreter"
+    tflite = ("tflite-runtime", old, "runtimes")
+    litert = ("ai-edge-litert", new, "runtimes")
+    return (
+        Peer("numba", "", "", "", "session", profile),
+        Peer("host C", "ziglang", "ziglang", "sim", "host", profile),
+        Peer("Cortex-M4", "unicorn", "unicorn", "sim", "cortex-m4", profile),
+        Peer("tflite reference", *tflite, "BUILTIN_REF", "tflite-reference"),
+        Peer(
+            "tflite optimized", *tflite, "BUILTIN_WITHOUT_DEFAULT_DELEGATES", f"tflite-{cpu}"
+        ),
+        Peer("tflite default", *tflite, "AUTO", f"tflite-{cpu}"),
+        Peer("tflite XNNPACK", *tflite, "XNNPACK", f"tflite-xnnpack-{cpu}"),
+        Peer("LiteRT reference", *litert, "BUILTIN_REF", "litert-reference"),
+        Peer(
+            "LiteRT optimized", *litert, "BUILTIN_WITHOUT_DEFAULT_DELEGATES", f"litert-{cpu}"
+        ),
+        Peer("LiteRT default", *litert, "AUTO", f"litert-xnnpack-{cpu}"),
+        Peer(
+            "TFLite Micro",
+            "tflite-micro",
+            "tflite_micro.python.tflite_micro.runtime",
+            "runtimes",
+            "micro",
+            "tflite-micro",
+        ),
+    )
+
+
+def runner(peer: Peer) -> Callable[[Sequence[Part]], list[Int64Array]]:
+    """A function from (graph, stored inputs [n, ...]) pairs to stored outputs, int64 [n, ...] each.
+
+    The function raises ToolError when the runtime refuses a model, fails, or crashes.
+    """
+    if peer.mode not in _OWN:
+        return Worker(peer.module, peer.mode).run
+    own = _OWN[peer.mode]
+    return lambda parts: [own(graph, batch, peer.profile).astype(np.int64) for graph, batch in parts]
+
+
+def _session(graph: Graph, batch: Int64Array, profile: str) -> Stored:
+    return Session(graph, profile).run(batch)
+
+
+def _host(graph: Graph, batch: Int64Array, profile: str) -> Stored:
+    from firmware_sim import run_host
+
+    return run_host(graph, batch, profile).outputs
+
+
+def _emulated(graph: Graph, batch: Int64Array, profile: str) -> Stored:
+    from firmware_sim import simulate
+
+    return simulate(graph, batch, profile=profile, cpu="cortex-m4").outputs
+
+
+_OWN: dict[str, Callable[[Graph, Int64Array, str], Stored]] = {
+    "session": _session,
+    "host": _host,
+    "cortex-m4": _emulated,
+}
