@@ -11,6 +11,7 @@ The search is in floats; the proof is not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,7 +25,11 @@ from cactus_edge.graph import Graph, Linear
 _DELTAS = (4e-4, 2e-4, 8e-4, 1e-4, 1.2e-3, 5e-5, 2.5e-5, 1.6e-3, 1.2e-5, 6e-6)
 _HALVES = 12
 _LEAST_CHANNELS = 16
+# Far from the wanted scale the search goes on in these steps, upwards only: nothing is clipped.
+_STRIDE = 1.1
 LARGEST_CHANGE = 4.0
+# Below this multiplier a weight level is so far below an output step that levels may be given up.
+_FINE_MULTIPLIER = 1 / 1000
 
 FloatArray = npt.NDArray[np.float64]
 Make = Callable[[npt.NDArray[np.uint32], "list[int] | None"], tuple[Graph, Linear]]
@@ -86,12 +91,15 @@ def _agreeing(
 def candidates(wanted: float, smallest: float, ratio: float) -> list[np.float32]:
     """Scales just above those at which the reciprocal multiplier is even, nearest first."""
     half = 1 / (wanted * ratio) / 2
-    near = [j for j in range(max(1, round(half) - _HALVES), round(half) + _HALVES + 1)]
+    largest = max(wanted * LARGEST_CHANGE, _FINE_MULTIPLIER / ratio)
+    halves = set(range(max(1, round(half) - _HALVES), round(half) + _HALVES + 1))
+    rungs = math.ceil(math.log(largest / wanted, _STRIDE)) + 1
+    halves |= {max(1, round(half / _STRIDE**rung)) for rung in range(1, rungs)}
     points: list[tuple[float, np.float32]] = []
-    for j in near:
+    for j in halves:
         for order, delta in enumerate(_DELTAS):
             scale = np.float32(1 / ((2 * j - delta) * ratio))
-            if smallest <= scale <= wanted * LARGEST_CHANGE:
+            if smallest <= scale <= largest:
                 # All deltas of one j are tried before the next j.
                 distance = abs(1 / (2 * j * ratio) / wanted - 1)
                 points.append((distance + order * 1e-12, scale))

@@ -14,6 +14,7 @@ from cactus_edge.cli.output import (
     DataOption,
     ForceOption,
     JsonOption,
+    bar,
     console,
     emit,
     percent,
@@ -34,6 +35,125 @@ def _samples(graph: Graph, data: str, count: int) -> Int64Array:
     if count < 1:
         raise UsageError(f"--samples {count}: at least one sample is needed")
     return inputs.stored(graph, datasets.load(data, "test").images[:count])
+
+
+def validate(
+    model: ModelArgument,
+    data: DataOption,
+    samples: SamplesOption = 100,
+    layer_samples: Annotated[
+        int, typer.Option("--layer-samples", help="Samples on which every layer is compared.")
+    ] = 32,
+    profile: Annotated[
+        str, typer.Option("--profile", help="Rounding profile of our own executors.")
+    ] = profiles.DEFAULT,
+    as_json: JsonOption = False,
+) -> None:
+    """Run every installed runtime on the same inputs, layer by layer, against its profile.
+
+    Example: cactus-edge validate model.tflite --data mnist --samples 1000
+    """
+    from cactus_edge.validate import peers, validate_model
+
+    profiles.profile_of(profile)
+    graph, _ = flatbuffer.load(model)
+    stored = _samples(graph, data, samples)
+    with bar("validate", "runtimes") as progress:
+        result = validate_model(
+            graph,
+            stored,
+            candidates=peers(profile),
+            layer_samples=layer_samples,
+            progress=progress,
+        )
+    rows = [
+        (
+            peer.name,
+            peer.version or "-",
+            peer.profile,
+            peer.status,
+            peer.elements,
+            peer.mismatches,
+            peer.layer_elements,
+            peer.layer_mismatches,
+            peer.output[:12] or peer.message,
+        )
+        for peer in result.peers
+    ]
+    columns = (
+        "runtime",
+        "version",
+        "profile",
+        "status",
+        "logits",
+        "differ",
+        "layer elements",
+        "differ",
+        "output",
+    )
+    kind = "universal" if result.universal else "not universal"
+    title = (
+        f"{model.name}, {kind}, {result.samples} samples: {result.outputs} distinct outputs; "
+        f"runtimes differ in {result.runtimes_differ} logits, {result.decisions_differ} decisions"
+    )
+    emit(result, as_json, table(title, columns, rows))
+    for peer in result.peers:
+        if peer.first is not None:
+            where = f"layer {peer.first.layer} ({peer.first.kind} '{peer.first.name}')"
+            console.print(
+                f"{peer.name}: first difference in {where}, sample {peer.first.sample}, "
+                f"element {list(peer.first.position)}: expected {peer.first.expected}, "
+                f"found {peer.first.found}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+    if not result.agrees:
+        bad = [peer.name for peer in result.peers if peer.status in ("different", "error")]
+        raise RuntimesDisagreeError(f"{model}: {', '.join(bad) or 'universal outputs differ'}")
+
+
+def bench(
+    model: ModelArgument,
+    rounds: Annotated[
+        int, typer.Option("--rounds", help="Interleaved turns of each runtime.")
+    ] = 50,
+    batch: Annotated[int, typer.Option("--batch", help="Images of the throughput run.")] = 1024,
+    layout: Annotated[str, typer.Option("--layout", help="auto, dense or sparse.")] = "auto",
+    profile: Annotated[
+        str, typer.Option("--profile", help="Rounding profile of our runtime.")
+    ] = profiles.DEFAULT,
+    as_json: JsonOption = False,
+) -> None:
+    """Time single inferences beside the installed peers, interleaved in one process.
+
+    Example: cactus-edge bench model.tflite
+    """
+    from cactus_edge.bench import benchmark
+
+    graph, content = flatbuffer.load(model)
+    result = benchmark(
+        graph, model=content, profile=profile, layout=layout, rounds=rounds, batch=batch
+    )
+    rows = [
+        (
+            latency.name,
+            latency.version,
+            f"{latency.median:.1f}",
+            f"{latency.ratio:.2f}",
+            f"{latency.differing}/{latency.compared}",
+        )
+        for latency in result.latencies
+    ]
+    title = (
+        f"{model.name} on {result.machine}: compiled in {result.compile_seconds:.1f} s, loaded in "
+        f"{result.load_seconds:.2f} s; {result.images_per_second:,.0f} images/s in batches of "
+        f"{result.batch} on {result.threads} threads"
+    )
+    columns = ("runtime", "version", "median us", "ratio of medians", "outputs that differ")
+    emit(result, as_json, table(title, columns, rows))
+    for absent in result.absent:
+        console.print(f"{absent.name}: {absent.reason}", highlight=False, markup=False)
 
 
 class SimulateOutput(msgspec.Struct, frozen=True):
@@ -157,5 +277,5 @@ def demo(
 
 def register(app: typer.Typer) -> None:
     """Add this module's verbs."""
-    for verb in (simulate, demo):
+    for verb in (validate, bench, simulate, demo):
         app.command()(verb)

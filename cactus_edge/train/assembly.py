@@ -41,8 +41,14 @@ from cactus_edge.train.folding import Flatten, Layer, Pool, Stage
 from cactus_edge.train.ranges import Range
 
 ScaleBits = npt.NDArray[np.uint32]
+ScaleBits = npt.NDArray[np.uint32]
+
 PIXEL = Quantization.of(np.float32(1) / np.float32(255), -128)
 _LARGEST_MULTIPLIER = 0.9
+# Channels whose weights all but vanished: below these bounds a level of theirs means nothing, and a
+# bias in units of it would not fit.
+_SMALLEST_MULTIPLIER = 2.0**-18
+_LARGEST_BIAS = 2.0**25
 
 
 class LayerReport(msgspec.Struct, frozen=True):
@@ -276,12 +282,14 @@ class _Maker:
         source, target = self._scale_of(0), self._scale_of(1)
         ratio = source / target
         largest = np.where(largest > 0, largest, max(float(np.median(largest)), 1e-6))
-        # A multiplier of 1 or more is not monotone; more levels than needed do no harm here.
-        wanted = np.minimum(largest / self.limit, _LARGEST_MULTIPLIER / ratio)
+        floor = self._smallest_scale(source, ratio, per_tensor)
+        # A multiplier of 1 or more is not monotone.
+        wanted = np.minimum(np.maximum(largest / self.limit, floor), _LARGEST_MULTIPLIER / ratio)
         bits = wanted.astype(np.float32).view(np.uint32)
         solved, change = np.zeros(wanted.size, bool), np.zeros(wanted.size)
         if universal:
-            snapped = snap(self.make, wanted, largest / (self.limit + 0.499), ratio)
+            smallest = np.maximum(largest / (self.limit + 0.499), floor)
+            snapped = snap(self.make, wanted, smallest, ratio)
             bits, solved, change = snapped.scale_bits, snapped.solved, np.abs(snapped.change)
         report = LayerReport(
             name=self.layer.name,
@@ -293,6 +301,15 @@ class _Maker:
             largest_change=float(change.max()),
         )
         return bits, report
+
+    def _smallest_scale(self, source: float, ratio: float, per_tensor: bool) -> FloatArray:
+        """Scales below which a channel's bias or multiplier leaves its range: float64 [n]."""
+        bias = np.abs(self._real_bias()) / (source * _LARGEST_BIAS)
+        floor = np.maximum(bias, _SMALLEST_MULTIPLIER / ratio)
+        return floor.max(keepdims=True) if per_tensor else floor
+
+    def _real_bias(self) -> FloatArray:
+        return self.layer.bias.numpy() + self.shift
 
     def _scale_of(self, end: int) -> float:
         quantization = self.ends[end].quantization
@@ -319,11 +336,10 @@ class _Maker:
         serves for questions about channels, not for execution.
         """
         scale = bits.view(np.float32).astype(np.float64)
-        real = self.layer.bias.numpy() + self.shift
+        real = self._real_bias()
         real = real if rows is None else real[rows]
         channels = len(real)
-        limit = 2**30
-        bias = np.clip(np.rint(real / (self._scale_of(0) * scale)), -limit, limit)
+        bias = np.rint(real / (self._scale_of(0) * scale))
         inputs, output = self.indices
         weights = Weights(self._quantized(bits, rows), self.bits, bits)
         activation = Activation.RELU if self.layer.relu else Activation.NONE

@@ -7,7 +7,7 @@ from cactus_edge.validate.compare import (
     prefix,
     validate_model,
 )
-from cactus_edge.validate.peers import Peer, peers
+from cactus_edge.validate.runtimes import Peer, peers
 
 __all__ = [
     "Difference",

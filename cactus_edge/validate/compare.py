@@ -17,7 +17,7 @@ from cactus_edge import universal
 from cactus_edge.errors import CactusEdgeError
 from cactus_edge.execute import execute, execute_all
 from cactus_edge.graph import Graph, Int64Array
-from cactus_edge.validate.peers import Peer, peers, runner
+from cactus_edge.validate.runtimes import Peer, peers, runner
 
 LAYER_SAMPLES = 32
 Progress = Callable[[int, int], None]
@@ -39,8 +39,8 @@ class PeerResult(msgspec.Struct, frozen=True):
     """One runtime. ``status``: equal, different, absent or error.
 
     ``elements`` counts logits and ``layer_elements`` the elements of all layers that were compared;
-    ``mismatches`` of both kinds are against the reference under the runtime's own profile. ``output``
-    is the SHA-256 of all logits.
+    ``mismatches`` of both kinds are against the reference under the runtime's own profile.
+    ``output`` is the SHA-256 of all logits.
     """
 
     name: str
@@ -92,7 +92,7 @@ def validate_model(
         graph: as read from the file.
         inputs: stored integers [n, ...].
         candidates: runtimes; all known ones without it.
-        layer_samples: on how many samples every layer is compared.
+        layer_samples: on how many samples every layer is compared, at least 1.
         progress: called with (runtimes done, runtimes in all).
     """
     chosen = peers() if candidates is None else tuple(candidates)
@@ -131,7 +131,7 @@ def _validate_peer(
         return PeerResult(*head, "absent", peer.absence), None
     run = runner(peer)
     prefixes = [prefix(graph, index) for index in range(len(graph.core))]
-    few = inputs[:layer_samples]
+    few = inputs[: max(1, layer_samples)]
     try:
         expected = execute(graph, inputs, peer.profile)
         found, *layers = run([(graph, inputs), *((part, few) for part in prefixes)])
@@ -161,7 +161,7 @@ def _validate_peer(
 def _compare(
     graph: Graph, inputs: Int64Array, layers: Sequence[Int64Array], profile: str, offset: int = 0
 ) -> tuple[Difference | None, int, int]:
-    """The first difference, elements compared, and mismatches; ``layers`` are outputs of prefixes."""
+    """The first difference, elements compared, mismatches; ``layers`` are outputs of prefixes."""
     first: Difference | None = None
     elements = mismatches = 0
     values = execute_all(graph, inputs, profile)

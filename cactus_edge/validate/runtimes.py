@@ -16,10 +16,10 @@ from importlib import metadata
 import numpy as np
 
 from cactus_edge import profiles
+from cactus_edge.execute import execute
 from cactus_edge.graph import Graph, Int64Array, Stored
 from cactus_edge.runtime import Session
 from cactus_edge.validate.child import Part, Worker
-
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,16 @@ def peers(profile: str = profiles.DEFAULT) -> tuple[Peer, ...]:
     tflite = ("tflite-runtime", old, "runtimes")
     litert = ("ai-edge-litert", new, "runtimes")
     return (
+        Peer("reference", "", "", "", "reference", profile),
         Peer("numba", "", "", "", "session", profile),
         Peer("host C", "ziglang", "ziglang", "sim", "host", profile),
         Peer("Cortex-M4", "unicorn", "unicorn", "sim", "cortex-m4", profile),
         Peer("tflite reference", *tflite, "BUILTIN_REF", "tflite-reference"),
-        Peer(
-            "tflite optimized", *tflite, "BUILTIN_WITHOUT_DEFAULT_DELEGATES", f"tflite-{cpu}"
-        ),
+        Peer("tflite optimized", *tflite, "BUILTIN_WITHOUT_DEFAULT_DELEGATES", f"tflite-{cpu}"),
         Peer("tflite default", *tflite, "AUTO", f"tflite-{cpu}"),
         Peer("tflite XNNPACK", *tflite, "XNNPACK", f"tflite-xnnpack-{cpu}"),
         Peer("LiteRT reference", *litert, "BUILTIN_REF", "litert-reference"),
-        Peer(
-            "LiteRT optimized", *litert, "BUILTIN_WITHOUT_DEFAULT_DELEGATES", f"litert-{cpu}"
-        ),
+        Peer("LiteRT optimized", *litert, "BUILTIN_WITHOUT_DEFAULT_DELEGATES", f"litert-{cpu}"),
         Peer("LiteRT default", *litert, "AUTO", f"litert-xnnpack-{cpu}"),
         Peer(
             "TFLite Micro",
@@ -105,7 +102,9 @@ def runner(peer: Peer) -> Callable[[Sequence[Part]], list[Int64Array]]:
     if peer.mode not in _OWN:
         return Worker(peer.module, peer.mode).run
     own = _OWN[peer.mode]
-    return lambda parts: [own(graph, batch, peer.profile).astype(np.int64) for graph, batch in parts]
+    return lambda parts: [
+        own(graph, batch, peer.profile).astype(np.int64) for graph, batch in parts
+    ]
 
 
 def _session(graph: Graph, batch: Int64Array, profile: str) -> Stored:
@@ -125,6 +124,7 @@ def _emulated(graph: Graph, batch: Int64Array, profile: str) -> Stored:
 
 
 _OWN: dict[str, Callable[[Graph, Int64Array, str], Stored]] = {
+    "reference": execute,
     "session": _session,
     "host": _host,
     "cortex-m4": _emulated,

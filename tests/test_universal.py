@@ -1,0 +1,99 @@
+"""The proof of agreement against brute force over every reachable accumulator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cactus_edge import profiles, universal
+from cactus_edge.constraints import accumulator_bounds
+from cactus_edge.execute import execute, requantize
+from cactus_edge.graph import Add, Linear, Requantization
+from tests.graphs import random_graph
+
+COLUMNS = ["CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"]
+
+
+def brute_force(graph, op: Linear) -> tuple[int, ...]:  # noqa: ANN001
+    """Channels on which two profiles differ for some accumulator between the bounds."""
+    lower, upper = accumulator_bounds(graph, op)
+    zero_point, limits = graph.tensors[op.output].zero_point, graph.output_range(op)
+    bad: list[int] = []
+    every = [profiles.requantization(graph, op, p) for p in profiles.PROFILES.values()]
+    for channel in range(op.channels):
+        points = np.arange(lower[channel], upper[channel] + 1)[:, None]
+        outputs = {
+            requantize(
+                points,
+                Requantization(
+                    r.rounding[channel : channel + 1],
+                    r.multiplier[channel : channel + 1],
+                    r.shift[channel : channel + 1],
+                ),
+                zero_point,
+                limits,
+            ).tobytes()
+            for r in every
+        }
+        if len(outputs) > 1:
+            bad.append(channel)
+    return tuple(bad)
+
+
+@pytest.mark.parametrize("is_universal", [True, False])
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_proof_equals_brute_force(kind: str, is_universal: bool) -> None:
+    agreeing = disagreeing = 0
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        graph = random_graph(
+            rng,
+            operators=[kind],
+            depth=1,
+            classes=None,
+            channels=10,
+            universal=is_universal,
+            shape=(1, 3, 3, 3),
+            bits=(4,),
+        )
+        for op in graph.core:
+            if isinstance(op, Linear):
+                proved = universal.disagreeing_channels(graph, op)
+                assert proved == brute_force(graph, op)
+                disagreeing += len(proved)
+                agreeing += op.channels - len(proved)
+    assert agreeing if is_universal else disagreeing
+
+
+def test_universal_graphs_have_one_output() -> None:
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        graph = random_graph(rng, universal=True, depth=4)
+        assert universal.is_universal(graph)
+        batch = rng.integers(-128, 128, (40, *graph.tensors[graph.input].shape[1:]))
+        assert len({execute(graph, batch, name).tobytes() for name in profiles.PROFILES}) == 1
+
+
+def test_an_add_is_compared_on_all_pairs() -> None:
+    found = {True: 0, False: 0}
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        graph = random_graph(rng, operators=["ADD"], depth=2, classes=None)
+        entries = {entry.name: entry for entry in universal.agreement(graph)}
+        for op in graph.core:
+            if isinstance(op, Add):
+                found[not entries[op.name].disagreeing] += 1
+    assert found[False], "every ADD agrees: the comparison shows nothing"
+
+
+def test_explicit_integers_always_agree() -> None:
+    graph = random_graph(np.random.default_rng(1), depth=3)
+    assert universal.is_universal(profiles.resolve(graph))
+    linear = next(op for op in graph.core if isinstance(op, Linear))
+    explicit = profiles.requantization(graph, linear, profiles.PROFILES["litert-arm"])
+    with_one = replace(linear, requantization=explicit)
+    operators = tuple(with_one if op is linear else op for op in graph.operators)
+    entries = universal.agreement(replace(graph, operators=operators))
+    assert not next(e for e in entries if e.name == linear.name).disagreeing
