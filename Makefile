@@ -47,8 +47,7 @@ check: $(STAMP)
 	diff -u docs/operators.md build/operators.md
 
 evidence: $(STAMP)
-	$(BIN)/pytest -m evidence
-	$(BIN)/python tools/evidence.py
+	$(BIN)/pytest -m evidence -s
 
 bench: $(STAMP)
 	$(BIN)/python tools/benchmark.py

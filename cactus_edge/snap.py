@@ -68,6 +68,11 @@ def snap(make: Make, wanted: FloatArray, smallest: FloatArray, ratio: float) -> 
         chosen[open_] = [queues[i][turn] for i in open_]
         solved = _agreeing(make, chosen, solved, open_)
     chosen[~solved] = unchanged[~solved]
+    if chosen.size > 1 and solved.any():
+        # The trials saw other neighbours; what counts is the layer as it ships.
+        bad = list(universal.disagreeing_channels(*make(chosen.view(np.uint32), None)))
+        solved[bad] = False
+        chosen[~solved] = unchanged[~solved]
     change = chosen.astype(np.float64) / wanted - 1
     return Snapped(chosen.view(np.uint32), solved, change)
 
@@ -81,8 +86,10 @@ def _agreeing(
     if chosen.size == 1:
         result[0] = not universal.disagreeing_channels(*make(bits, None))
         return result
-    # Some profiles treat layers of few channels in another way: the trial is never that narrow.
-    rows = (open_ * _LEAST_CHANNELS)[: max(len(open_), _LEAST_CHANNELS)]
+    # Some profiles treat narrow layers, and what is left over from whole vectors of channels, in
+    # another way (always TFLite Micro's): the trial has neither.
+    count = _LEAST_CHANNELS * -(-len(open_) // _LEAST_CHANNELS)
+    rows = (open_ * _LEAST_CHANNELS)[:count]
     bad = {rows[i] for i in universal.disagreeing_channels(*make(bits[rows], rows))}
     result[open_] = [i not in bad for i in open_]
     return result

@@ -11,6 +11,7 @@ from cactus_edge import profiles, universal
 from cactus_edge.execute import execute
 from cactus_edge.graph import (
     Activation,
+    DepthwiseConv2D,
     FullyConnected,
     Graph,
     Linear,
@@ -104,3 +105,42 @@ def test_candidates_lie_just_above_even_reciprocals(wanted: float) -> None:
         rounding = nearest * 2.0**-23  # the scale itself is a float32
         assert -2e-3 < reciprocal - nearest < rounding
         assert scale >= np.float32(wanted * 0.99)
+
+
+def test_coarser_scales_are_tried_where_none_is_near() -> None:
+    """A multiplier of 1e-6: its neighbours are finer than float32 arithmetic can tell apart."""
+    wanted, ratio = 1e-6, 1.0
+    found = np.array(candidates(wanted, wanted, ratio), np.float64)
+    assert (np.diff(np.abs(found / wanted - 1)) > -2e-3).all(), "nearest first"
+    assert 0.0009 < found.max() <= 0.001
+    assert len(found) < 2000
+
+
+@pytest.mark.parametrize("channels", [3, 13, 20])
+def test_depthwise_vectors_and_their_rest_agree(channels: int) -> None:
+    """Runtimes round whole vectors of eight channels otherwise than the rest."""
+    rng = np.random.default_rng(channels)
+    values = rng.normal(0, 0.3, (1, 3, 3, channels))
+    tensors = (
+        Tensor("x", (1, 6, 6, channels), quantization=Quantization.of(0.01, -128)),
+        Tensor("y", (1, 4, 4, channels), quantization=Quantization.of(0.017, -128)),
+    )
+
+    def make(bits: np.ndarray, rows: list[int] | None = None) -> tuple[Graph, Linear]:
+        chosen = list(range(channels)) if rows is None else rows
+        weights = np.rint(values[..., chosen] / bits.view(np.float32).astype(np.float64))
+        op = DepthwiseConv2D(
+            name="layer",
+            inputs=(0,),
+            output=1,
+            weights=Weights(np.clip(weights, -127, 127).astype(np.int8), 8, bits),
+            bias=np.zeros(len(chosen), np.int32),
+            activation=Activation.RELU,
+        )
+        return Graph(tensors, (op,), 0, 1), op
+
+    largest = np.abs(values).max(axis=(0, 1, 2))
+    result = snap(make, largest / 127, largest / 127.499, 0.01 / 0.017)
+    graph, op = make(result.scale_bits)
+    assert result.solved.all()
+    assert universal.disagreeing_channels(graph, op) == ()

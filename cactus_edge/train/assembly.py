@@ -52,9 +52,10 @@ _LARGEST_BIAS = 2.0**25
 
 
 class LayerReport(msgspec.Struct, frozen=True):
-    """One weighted layer; ``snapped`` of ``channels`` scales are universal.
+    """One weighted layer; ``snapped`` of ``channels`` scales are universal, ``unsnapped`` are not.
 
-    Changes are relative to the scale that the largest weight asks for.
+    Changes are relative to the scale that the largest weight asks for; a large one belongs to a
+    channel whose weights all but vanished.
     """
 
     name: str
@@ -62,6 +63,7 @@ class LayerReport(msgspec.Struct, frozen=True):
     sparsity: float
     channels: int
     snapped: int
+    unsnapped: tuple[int, ...]
     median_change: float
     largest_change: float
 
@@ -88,15 +90,15 @@ class Assembly:
         stages: Sequence[Stage],
         ranges: Mapping[str, Range],
         input_shape: tuple[int, ...],
-        bits: int,
+        widths: Mapping[str, int],
     ) -> None:
-        """Keep the parts; ``input_shape`` is (C, H, W) or (F,)."""
+        """Keep the parts; ``input_shape`` is (C, H, W) or (F,), ``widths`` bits by layer name."""
         shape = (
             (1, *input_shape[1:], input_shape[0]) if len(input_shape) == 3 else (1, *input_shape)
         )
         self._stages = list(stages)
         self._ranges = ranges
-        self._bits = bits
+        self._widths = widths
         self._tensors = [Tensor("input", shape, quantization=PIXEL)]
         self._operators: list[Operator] = []
         self._reports: list[LayerReport] = []
@@ -162,9 +164,10 @@ class Assembly:
             raise UnsupportedModelError(
                 f"layer '{layer.name}': a hidden layer must end in ReLU to be deployed"
             )
+        width = self._widths[layer.name]
         padding = self._pad(layer) if layer.convolution else Padding.VALID
         values = self._arranged(layer)
-        if not layer.convolution and self._bits <= 4 and len(self._tensors[-1].shape) == 2:
+        if not layer.convolution and width <= 4 and len(self._tensors[-1].shape) == 2:
             self._reshape(f"{layer.name}/pixel", (1, 1, 1, self._tensors[-1].size))
         inputs, output, source = self._next()
         span = self._ranges[layer.name]
@@ -174,7 +177,7 @@ class Assembly:
         )
         shift = -span.lower if last else 0.0
         maker = _Maker(
-            layer, values, self._bits, (source, target), (inputs, output), padding, shift,
+            layer, values, width, (source, target), (inputs, output), padding, shift,
             (*self._tensors, target),
         )  # fmt: skip
         bits, report = maker.scales(per_tensor=last, universal=universal)
@@ -183,7 +186,7 @@ class Assembly:
         self._reports.append(report)
         scale = np.broadcast_to(bits.view(np.float32).astype(np.float64), layer.weight.shape[0])
         shipped = torch.from_numpy(scale.copy()).reshape(-1, *[1] * (layer.weight.dim() - 1))
-        limit = 2 ** (self._bits - 1) - 1
+        limit = 2 ** (width - 1) - 1
         rounded = torch.clamp(torch.round(layer.weight / shipped), -limit, limit) * shipped
         shadow = replace(layer, weight=rounded, padding=layer.padding)
         self.shadows.append(
@@ -297,6 +300,7 @@ class _Maker:
             sparsity=1 - np.count_nonzero(self._quantized(bits)) / self.values.size,
             channels=wanted.size,
             snapped=int(solved.sum()),
+            unsnapped=tuple(np.flatnonzero(~solved).tolist()),
             median_change=float(np.median(change)),
             largest_change=float(change.max()),
         )

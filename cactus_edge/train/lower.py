@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from cactus_edge.graph import Graph
 from cactus_edge.inputs import METADATA
 from cactus_edge.train.assembly import Assembly, LayerReport
 from cactus_edge.train.checkpoint import Model, load_model
+from cactus_edge.train.compress import fake_quantize
 from cactus_edge.train.folding import Layer, Stage, stages
 from cactus_edge.train.ranges import calibrate
 from cactus_edge.train.shadow import LayerDifference, shadow_check
@@ -55,12 +56,22 @@ class Lowering:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to compress. ``epsilon`` None: the recipe's radius of certification."""
+    """How to compress.
+
+    Attributes:
+        bits: width of the weights.
+        sparsity: fraction that is pruned, by magnitude, in the recipe's scope.
+        epsilon: radius for calibration; None is the recipe's radius of certification.
+        universal: whether to move scales to where every runtime agrees.
+        edge_bits: width of the first and the last layer; None is ``bits``, the default, because
+            wider edges did not certify more (see docs/universal.md).
+    """
 
     bits: int = 8
     sparsity: float = 0.0
     epsilon: float | None = None
     universal: bool = True
+    edge_bits: int | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -68,8 +79,9 @@ class Settings:
         Raises:
             UsageError: bits, sparsity or epsilon outside what can be deployed.
         """
-        if self.bits not in (2, 3, 4, 8):
-            raise UsageError(f"--bits {self.bits}: weights are deployed at 8, 4, 3 or 2 bits")
+        for width in (self.bits, self.bits if self.edge_bits is None else self.edge_bits):
+            if width not in (2, 3, 4, 8):
+                raise UsageError(f"--bits {width}: weights are deployed at 8, 4, 3 or 2 bits")
         if not 0 <= self.sparsity < 1:
             raise UsageError(f"--sparsity {self.sparsity}: a fraction from 0 to below 1 is needed")
         if self.epsilon is not None and not 0 <= self.epsilon <= 1:
@@ -96,9 +108,10 @@ def lower(model: Model, calibration: datasets.Dataset, settings: Settings) -> Lo
         recipe.compression.scope,
         prune_last=recipe.compression.prune_last,
     )
+    widths = _widths(folded, settings)
     images = _tensor(calibration, CALIBRATION_SAMPLES)
-    ranges = calibrate(_rounded(folded, settings.bits), images, epsilon)
-    assembly = Assembly(folded, ranges, model.network.input_shape, settings.bits)
+    ranges = calibrate(_rounded(folded, widths), images, epsilon)
+    assembly = Assembly(folded, ranges, model.network.input_shape, widths)
     graph, reports = assembly.build(settings.universal)
     agreed = universal.is_universal(graph)
     graph = replace(graph, metadata=_metadata(model, calibration, settings, epsilon, graph))
@@ -123,6 +136,7 @@ def convert(
     sparsity: float = 0.0,
     epsilon: float | None = None,
     universal: bool = True,
+    edge_bits: int | None = None,
     force: bool = False,
 ) -> LoweringReport:
     """Convert a run's directory (or its ``model.safetensors``) to a ``.tflite`` file.
@@ -131,7 +145,7 @@ def convert(
         UsageError: settings out of range, an unreadable checkpoint, an output that exists.
         UnsupportedModelError: see ``lower``.
     """
-    settings = Settings(bits, sparsity, epsilon, universal)
+    settings = Settings(bits, sparsity, epsilon, universal, edge_bits)
     files.refuse_existing(output, force)
     model = load_model(checkpoint)
     data = datasets.load(model.recipe.data.name, "train", model.recipe.data.validation)
@@ -148,12 +162,19 @@ def _tensor(data: datasets.Dataset, count: int) -> torch.Tensor:
     return images.permute(0, 3, 1, 2) if images.dim() == 4 else images
 
 
-def _rounded(folded: Sequence[Stage], bits: int) -> list[Stage]:
-    """The stages with weights rounded as they will ship, for calibration."""
-    from cactus_edge.train.compress import fake_quantize
+def _widths(folded: Sequence[Stage], settings: Settings) -> dict[str, int]:
+    """Bits by layer name."""
+    names = [stage.name for stage in folded if isinstance(stage, Layer)]
+    widths = dict.fromkeys(names, settings.bits)
+    if settings.edge_bits is not None:
+        widths |= {names[0]: settings.edge_bits, names[-1]: settings.edge_bits}
+    return widths
 
+
+def _rounded(folded: Sequence[Stage], widths: Mapping[str, int]) -> list[Stage]:
+    """The stages with weights rounded nearly as they will ship, for calibration."""
     return [
-        replace(stage, weight=fake_quantize(stage.weight, bits))
+        replace(stage, weight=fake_quantize(stage.weight, widths[stage.name]))
         if isinstance(stage, Layer)
         else stage
         for stage in folded
@@ -175,6 +196,7 @@ def _metadata(
         "recipe": msgspec.to_builtins(model.recipe),
         "training_data_sha256": model.metadata.data_sha256,
         "bits": settings.bits,
+        "edge_bits": settings.bits if settings.edge_bits is None else settings.edge_bits,
         "sparsity": settings.sparsity,
         "epsilon": epsilon,
     }

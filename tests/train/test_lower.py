@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from cactus_edge import datasets, flatbuffer, universal
+from cactus_edge import datasets, flatbuffer, inputs, profiles, universal
 from cactus_edge.datasets import Dataset
 from cactus_edge.errors import OutputError, ToolError, UnsupportedModelError, UsageError
 from cactus_edge.execute import execute
-from cactus_edge.graph import Conv2D, FullyConnected, Linear
+from cactus_edge.graph import Conv2D, FullyConnected, Graph, Linear, Padding
 from cactus_edge.train.assembly import Assembly
 from cactus_edge.train.checkpoint import Model, ModelMetadata, save_model
 from cactus_edge.train.folding import Layer, stages
@@ -49,8 +49,35 @@ def model(architecture: str, shape: tuple[int, ...], width: float = 1.0) -> Mode
             nn.init.uniform_(layer.running_mean, -0.2, 0.2)
             nn.init.uniform_(layer.running_var, 0.5, 1.5)
             nn.init.uniform_(layer.weight, -1.2, 1.2)
-    metadata = ModelMetadata(architecture, width, shape, 10, "11" * 32)
+    return wrapped(network)
+
+
+def wrapped(network: Network) -> Model:
+    """A network as if it had been loaded."""
+    metadata = ModelMetadata(
+        network.architecture, network.width, network.input_shape, network.classes, "11" * 32
+    )
     return Model(network.eval(), recipe(), {}, metadata)
+
+
+def centred(values: np.ndarray) -> np.ndarray:
+    """Without what all logits share: the shift that makes them non-negative."""
+    return values - values.mean(axis=1, keepdims=True)
+
+
+def distance(made: Model, graph: Graph, data: Dataset) -> float:
+    """Largest difference to the float network's logits, in steps, where nothing saturates."""
+    integers = execute(graph, data.images.astype(np.int64) - 128)
+    tensor = graph.tensors[graph.logits]
+    assert tensor.quantization is not None
+    scale = float(tensor.quantization.scale)
+    with torch.no_grad():
+        pixels = torch.from_numpy(data.images).permute(0, 3, 1, 2).float() / 255
+        expected = made.network(pixels).numpy()
+    inside = ((integers > -128) & (integers < 127)).all(axis=1)
+    assert inside.mean() > 0.5
+    difference = centred(integers.astype(np.float64)) - centred(expected / scale)
+    return float(np.abs(difference[inside]).max())
 
 
 @pytest.mark.parametrize("architecture", sorted(NETWORKS))
@@ -82,20 +109,75 @@ def test_int8_logits_are_close_to_the_network() -> None:
     data = images((8, 8, 1))
     made = model("cnn-tiny", (1, 8, 8))
     graph = lower(made, data, Settings(8, 0.0, 0.0)).graph
+    assert distance(made, graph, data) < 12
+
+
+def test_pools_depthwise_and_paddings() -> None:
+    torch.manual_seed(1)
+    layers: list[tuple[str, nn.Module]] = [
+        ("same", nn.Conv2d(2, 12, 3, padding=1)),
+        ("relu1", nn.ReLU()),
+        ("average", nn.AvgPool2d(2)),
+        ("depthwise", nn.Conv2d(12, 24, 3, padding=1, groups=12, bias=False)),
+        ("norm", nn.BatchNorm2d(24)),
+        ("relu2", nn.ReLU()),
+        ("maximum", nn.MaxPool2d(3, stride=2)),
+        ("strided", nn.Conv2d(24, 8, 3, stride=2, padding=1)),
+        ("relu3", nn.ReLU()),
+        ("flatten", nn.Flatten()),
+        ("last", nn.Linear(32, 10)),
+    ]
+    made = wrapped(Network("made-up", (2, 14, 14), 10, 1.0, layers))
+    data = images((14, 14, 2))
+    lowering = lower(made, data, Settings(8, 0.0, 0.0))
+    graph = lowering.graph
+    kinds = [op.kind for op in graph.operators]
+    assert kinds == [
+        "CONV_2D", "AVERAGE_POOL_2D", "DEPTHWISE_CONV_2D", "MAX_POOL_2D", "PAD", "CONV_2D",
+        "RESHAPE", "FULLY_CONNECTED",
+    ]  # fmt: skip
+    first = graph.operators[0]
+    assert isinstance(first, Conv2D)
+    assert first.padding is Padding.SAME
+    assert distance(made, graph, data) < 12
+    assert lowering.report.universal
     stored = data.images.astype(np.int64) - 128
-    tensor = graph.tensors[graph.logits]
-    assert tensor.quantization is not None
-    real = (execute(graph, stored) + 128) * float(tensor.quantization.scale)
+    assert len({execute(graph, stored, name).tobytes() for name in profiles.PROFILES}) == 1
+
+
+@pytest.mark.parametrize(("bits", "edge_bits"), [(4, 8), (8, 4), (2, 3)])
+def test_edges_of_another_width(bits: int, edge_bits: int) -> None:
+    made, data = model("cnn-tiny", (1, 8, 8)), images((8, 8, 1))
+    lowering = lower(made, data, Settings(bits, 0.3, 0.02, edge_bits=edge_bits))
+    linear = [op for op in lowering.graph.core if isinstance(op, Linear)]
+    assert [op.weights.bits for op in linear] == [edge_bits, bits, bits, edge_bits]
+    assert [layer.bits for layer in lowering.report.layers] == [edge_bits, bits, bits, edge_bits]
+
+
+def test_channels_whose_weights_all_but_vanished() -> None:
+    """Pruning by penalty leaves weights of 1e-9 beside an ordinary bias."""
+    made, data = model("cnn-tiny", (1, 8, 8)), images((8, 8, 1))
+    first = made.network.weighted()[0][1]
     with torch.no_grad():
-        pixels = torch.from_numpy(data.images).permute(0, 3, 1, 2).float() / 255
-        expected = made.network(pixels).numpy()
-    # The shift that makes logits non-negative is common to all of them.
-    centred = real - real.mean(axis=1, keepdims=True)
-    wanted = expected - expected.mean(axis=1, keepdims=True)
-    inside = (execute(graph, stored) > -128) & (execute(graph, stored) < 127)
-    assert np.abs(centred - wanted)[inside.all(axis=1)].max() < 12 * float(
-        tensor.quantization.scale
-    )
+        for channel, factor in enumerate((1e-5, 1e-7, 1e-12, 0.0)):
+            first.weight[channel] *= factor
+        assert first.bias is not None
+        first.bias[:4] = 0.3
+    lowering = lower(made, data, Settings(8, 0.0, 0.02))
+    assert lowering.report.universal, lowering.report.layers
+    assert lowering.report.layers[0].unsnapped == ()
+    assert distance(made, lowering.graph, data) < 12
+
+
+def test_real_inputs_get_an_affine_map() -> None:
+    rng = np.random.default_rng(0)
+    samples = rng.random((64, 12), dtype=np.float32)
+    data = Dataset("made-up", samples, np.arange(64) % 10, 10, "train", "11" * 32)
+    made = wrapped(build("mlp", (12,), 10, 0.25))
+    graph = lower(made, data, Settings(4, 0.5, 0.02)).graph
+    assert json.loads(dict(graph.metadata)[inputs.METADATA]) == {"kind": "affine"}
+    predicted = execute(graph, inputs.stored(graph, samples)).argmax(axis=1)
+    assert len(np.unique(predicted)) > 1
 
 
 def test_normalization_is_folded_exactly() -> None:
@@ -119,7 +201,8 @@ def test_a_wrong_layer_is_caught_by_the_shadow() -> None:
     made = model("cnn-tiny", (1, 8, 8))
     folded = stages(made.network, 0.0)
     pixels = torch.rand(16, 1, 8, 8, dtype=torch.float64)
-    assembly = Assembly(folded, calibrate(folded, pixels, 0.02), (1, 8, 8), 8)
+    widths = {stage.name: 8 for stage in folded if isinstance(stage, Layer)}
+    assembly = Assembly(folded, calibrate(folded, pixels, 0.02), (1, 8, 8), widths)
     graph, _ = assembly.build(universal=True)
     shadow_check(graph, assembly.shadows, pixels)
     index = next(i for i, op in enumerate(graph.operators) if op.name == "conv2")
@@ -138,6 +221,8 @@ def test_plain_scales_are_not_universal_and_say_so() -> None:
     assert not lowering.report.universal
     rounding = json.loads(dict(lowering.graph.metadata)["cactus_edge.rounding"])
     assert "conv2" in rounding["disagreeing channels"]
+    named = {layer.name: list(layer.unsnapped) for layer in lowering.report.layers}
+    assert set(rounding["disagreeing channels"]["conv2"]) <= set(named["conv2"])
 
 
 def test_convert_is_deterministic_and_refuses_to_overwrite(tmp_path: Path) -> None:
@@ -153,7 +238,8 @@ def test_convert_is_deterministic_and_refuses_to_overwrite(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"bits": 5}, {"sparsity": 1.0}, {"sparsity": -0.1}, {"epsilon": 2.0}]
+    "arguments",
+    [{"bits": 5}, {"edge_bits": 7}, {"sparsity": 1.0}, {"sparsity": -0.1}, {"epsilon": 2.0}],
 )
 def test_settings_out_of_range(arguments: dict[str, float]) -> None:
     with pytest.raises(UsageError):
@@ -169,4 +255,4 @@ def test_layers_without_a_deployed_form() -> None:
     folded = stages(network, 0.0)
     ranges = calibrate(folded, torch.rand(8, 4, dtype=torch.float64), 0.0)
     with pytest.raises(UnsupportedModelError, match="'first'"):
-        Assembly(folded, ranges, (4,), 8).build(universal=True)
+        Assembly(folded, ranges, (4,), {"first": 8, "second": 8}).build(universal=True)
