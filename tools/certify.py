@@ -1,4 +1,4 @@
-"""``cactus-edge certify`` for people who cloned the repository instead of installing the package."""
+"""``cactus-edge certify``, for people who cloned the repository instead of installing it."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``cactus-edge train`` for people who cloned the repository instead of installing the package."""
+"""``cactus-edge train``, for people who cloned the repository instead of installing it."""
 
 import sys
 from pathlib import Path

@@ -81,8 +81,8 @@ def test_certified_accuracy(
         "MNIST at epsilon 0.1: the deployed integers",
         "`recipes/mnist-quick.toml` (cnn-small, 166,550 parameters), trained in "
         f"{seconds:.0f} s, then converted in one shot at several widths and sparsities. All 10,000 "
-        "test images; certified by interval bounds with elided margin, exact in integers, for every "
-        "rounding profile of a universal model; re-derived by the independent checker. Peak memory "
+        "test images; certified by interval bounds with elided margin, exact in integers, for "
+        "every rounding profile of a universal model; re-derived by the independent checker. Peak memory "
         f"of the whole process: {peak:.2f} GiB.",
         rows,
     )
@@ -143,7 +143,7 @@ def test_every_runtime_computes_the_same(
         "Every installed runtime against its profile",
         "1,000 MNIST images through every runtime, in this environment. `mismatches` are against "
         "the reference executor under the runtime's own profile; in the rows 'between runtimes' "
-        "they are logits on which at least two runtimes differ. `--plain` converts without universal "
-        "scales: every runtime still equals its profile, but the profiles differ.",
+        "they are logits on which at least two runtimes differ. `--plain` converts without "
+        "universal scales: every runtime still equals its profile, but the profiles differ.",
         rows,
     )
