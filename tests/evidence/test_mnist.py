@@ -82,8 +82,8 @@ def test_certified_accuracy(
         "`recipes/mnist-quick.toml` (cnn-small, 166,550 parameters), trained in "
         f"{seconds:.0f} s, then converted in one shot at several widths and sparsities. All 10,000 "
         "test images; certified by interval bounds with elided margin, exact in integers, for "
-        "every rounding profile of a universal model; re-derived by the independent checker. Peak memory "
-        f"of the whole process: {peak:.2f} GiB.",
+        "every rounding profile of a universal model; re-derived by the independent checker. Peak "
+        f"memory of the whole process: {peak:.2f} GiB.",
         rows,
     )
 

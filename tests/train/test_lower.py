@@ -67,13 +67,15 @@ def centred(values: np.ndarray) -> np.ndarray:
 
 def distance(made: Model, graph: Graph, data: Dataset) -> float:
     """Largest difference to the float network's logits, in steps, where nothing saturates."""
-    integers = execute(graph, data.images.astype(np.int64) - 128)
+    integers = execute(graph, inputs.stored(graph, data.images))
     tensor = graph.tensors[graph.logits]
     assert tensor.quantization is not None
     scale = float(tensor.quantization.scale)
     with torch.no_grad():
-        pixels = torch.from_numpy(data.images).permute(0, 3, 1, 2).float() / 255
-        expected = made.network(pixels).numpy()
+        samples = torch.from_numpy(data.images)
+        if samples.dtype == torch.uint8:
+            samples = samples.permute(0, 3, 1, 2).float() / 255
+        expected = made.network(samples).numpy()
     inside = ((integers > -128) & (integers < 127)).all(axis=1)
     assert inside.mean() > 0.5
     difference = centred(integers.astype(np.float64)) - centred(expected / scale)
@@ -109,7 +111,7 @@ def test_int8_logits_are_close_to_the_network() -> None:
     data = images((8, 8, 1))
     made = model("cnn-tiny", (1, 8, 8))
     graph = lower(made, data, Settings(8, 0.0, 0.0)).graph
-    assert distance(made, graph, data) < 12
+    assert distance(made, graph, data) < 4
 
 
 def test_pools_depthwise_and_paddings() -> None:
@@ -121,11 +123,11 @@ def test_pools_depthwise_and_paddings() -> None:
         ("depthwise", nn.Conv2d(12, 24, 3, padding=1, groups=12, bias=False)),
         ("norm", nn.BatchNorm2d(24)),
         ("relu2", nn.ReLU()),
-        ("maximum", nn.MaxPool2d(3, stride=2)),
+        ("maximum", nn.MaxPool2d(2, stride=1)),
         ("strided", nn.Conv2d(24, 8, 3, stride=2, padding=1)),
         ("relu3", nn.ReLU()),
         ("flatten", nn.Flatten()),
-        ("last", nn.Linear(32, 10)),
+        ("last", nn.Linear(72, 10)),
     ]
     made = wrapped(Network("made-up", (2, 14, 14), 10, 1.0, layers))
     data = images((14, 14, 2))
@@ -139,7 +141,7 @@ def test_pools_depthwise_and_paddings() -> None:
     first = graph.operators[0]
     assert isinstance(first, Conv2D)
     assert first.padding is Padding.SAME
-    assert distance(made, graph, data) < 12
+    assert distance(made, graph, data) < 4
     assert lowering.report.universal
     stored = data.images.astype(np.int64) - 128
     assert len({execute(graph, stored, name).tobytes() for name in profiles.PROFILES}) == 1
@@ -166,7 +168,7 @@ def test_channels_whose_weights_all_but_vanished() -> None:
     lowering = lower(made, data, Settings(8, 0.0, 0.02))
     assert lowering.report.universal, lowering.report.layers
     assert lowering.report.layers[0].unsnapped == ()
-    assert distance(made, lowering.graph, data) < 12
+    assert distance(made, lowering.graph, data) < 4
 
 
 def test_real_inputs_get_an_affine_map() -> None:
@@ -174,10 +176,9 @@ def test_real_inputs_get_an_affine_map() -> None:
     samples = rng.random((64, 12), dtype=np.float32)
     data = Dataset("made-up", samples, np.arange(64) % 10, 10, "train", "11" * 32)
     made = wrapped(build("mlp", (12,), 10, 0.25))
-    graph = lower(made, data, Settings(4, 0.5, 0.02)).graph
+    graph = lower(made, data, Settings(8, 0.0, 0.0)).graph
     assert json.loads(dict(graph.metadata)[inputs.METADATA]) == {"kind": "affine"}
-    predicted = execute(graph, inputs.stored(graph, samples)).argmax(axis=1)
-    assert len(np.unique(predicted)) > 1
+    assert distance(made, graph, data) < 4
 
 
 def test_normalization_is_folded_exactly() -> None:
