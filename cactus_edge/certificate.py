@@ -36,11 +36,13 @@ class Arithmetic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``universal``: every profile was proved to compute the same integers.
 
     ``conjunction``: one propagation for each group of profiles that differ on this model; a verdict
-    of ``certified`` holds under all of ``profiles``.
+    of ``certified`` holds under all of ``profiles``. ``uncovered``: known profiles about which the
+    certificate says nothing, with the reason.
     """
 
     rounding: Literal["universal", "conjunction"]
     profiles: tuple[str, ...]
+    uncovered: dict[str, str] = {}
 
 
 class Property(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

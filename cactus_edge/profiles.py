@@ -12,10 +12,11 @@ every runtime that is installed.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
-from cactus_edge import scales
+from cactus_edge import scales, semantics
 from cactus_edge.errors import InvalidGraphError, UsageError
 from cactus_edge.graph import (
     Add,
@@ -61,6 +62,8 @@ class Profile:
     ``one_channel``: convolutions with a single output channel.
     ``packed``: the profile whose convolutions apply to int4 weights, and whose FULLY_CONNECTED
     applies to int4 weights with an odd number of inputs, where a delegate leaves them alone.
+    ``add_early_shift``: ADD follows ``semantics.add_early_shift`` on most elements. It was measured
+    on x86_64; on aarch64 it is assumed, which refuses some models and never accepts a wrong one.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Profile:
     vector: Method | None = None
     one_channel: Method | None = None
     packed: str | None = None
+    add_early_shift: bool = False
 
 
 _TABLE = (
@@ -139,6 +143,7 @@ _TABLE = (
         (_NEON, _NEON),
         _DOUBLE,
         depthwise_vector=_NEON,
+        add_early_shift=True,
     ),
     Profile(
         "litert-arm",
@@ -148,6 +153,7 @@ _TABLE = (
         _DOUBLE,
         depthwise_vector=_NEON,
         vector=_NEON,
+        add_early_shift=True,
     ),
     Profile(
         "litert-xnnpack-x86",
@@ -263,6 +269,22 @@ def requantization(graph: Graph, op: Linear, profile: Profile) -> Requantization
     return Requantization(rounding, multiplier, shift)
 
 
+@cache
+def early_shift_agrees(
+    integers: tuple[int, int, int, int, int, int], least_a: int, least_b: int
+) -> bool:
+    """Whether ``add_early_shift`` is ``add_double_half_away`` on every pair of operands.
+
+    ``least_a`` and ``least_b`` are the operands' least values less their zero points.
+    """
+    if max(integers[1], integers[3]) > 20:
+        return False
+    level = np.arange(256, dtype=np.int64)
+    a, b = (level + least_a)[:, None], (level + least_b)[None, :]
+    early = semantics.add_early_shift(a, b, *integers)  # pyright: ignore[reportArgumentType]
+    return np.array_equal(early, semantics.ADD[AddRounding.DOUBLE_HALF_AWAY](a, b, *integers))
+
+
 def add_requantization(graph: Graph, op: Add, rounding: AddRounding) -> AddRequantization:
     """The integers of an ADD.
 
@@ -278,14 +300,27 @@ def add_requantization(graph: Graph, op: Add, rounding: AddRounding) -> AddRequa
 
 
 def resolve(graph: Graph, name: str = DEFAULT) -> Graph:
-    """``graph`` with the integers of the named profile in every operator that has none yet."""
+    """``graph`` with the integers of the named profile in every operator that has none yet.
+
+    Raises:
+        UsageError: no such profile.
+        InvalidGraphError: the profile does not cover the graph, or a scale is unusable.
+    """
     profile = profile_of(name)
 
     def resolved(op: Operator) -> Operator:
         if isinstance(op, Linear) and op.requantization is None:
             return replace(op, requantization=requantization(graph, op, profile))
         if isinstance(op, Add) and op.requantization is None:
-            return replace(op, requantization=add_requantization(graph, op, profile.add))
+            chosen = add_requantization(graph, op, profile.add)
+            ends = [graph.tensors[index] for index in op.inputs]
+            least = [end.dtype.range[0] - end.zero_point for end in ends]
+            if profile.add_early_shift and not early_shift_agrees(chosen.integers, *least):
+                raise InvalidGraphError(
+                    f"ADD '{op.name}': {profile.summary} rounds it by an element's position, which "
+                    f"profile '{name}' does not cover; equal input scales avoid that"
+                )
+            return replace(op, requantization=chosen)
         return op
 
     return replace(graph, operators=tuple(resolved(op) for op in graph.operators))

@@ -166,6 +166,27 @@ def add_double_half_away(
     return requantize_double_half_away(scaled_a + scaled_b, multiplier, shift)
 
 
+def add_early_shift(
+    a: int,
+    b: int,
+    multiplier_a: int,
+    shift_a: int,
+    multiplier_b: int,
+    shift_b: int,
+    multiplier: int,
+    shift: int,
+) -> int:
+    """What LiteRT's optimized ADD does to all but the last ``size % 16`` elements: shifts first.
+
+    No profile is resolved to it, because it depends on an element's position; a model is refused
+    for such a runtime unless it equals ``add_double_half_away`` on every pair. Shifts of the
+    operands are at most 20.
+    """
+    scaled_a = multiply_high(a * (1 << (20 - shift_a)), multiplier_a)
+    scaled_b = multiply_high(b * (1 << (20 - shift_b)), multiplier_b)
+    return requantize_double_half_away(scaled_a + scaled_b, multiplier, shift)
+
+
 def add_single(
     a: int,
     b: int,

@@ -115,6 +115,7 @@ def _stored(
 def _add_agrees(graph: Graph, op: Add) -> bool:
     (low_a, high_a), (low_b, high_b) = (stored_range(graph, i) for i in op.inputs)
     zero_a, zero_b = (graph.tensors[i].zero_point for i in op.inputs)
+    least = [graph.tensors[i].dtype.range[0] - graph.tensors[i].zero_point for i in op.inputs]
     a = np.arange(low_a, high_a + 1, dtype=np.int64)[:, None] - zero_a
     b = np.arange(low_b, high_b + 1, dtype=np.int64)[None, :] - zero_b
     limits = graph.output_range(op)
@@ -122,6 +123,9 @@ def _add_agrees(graph: Graph, op: Add) -> bool:
     results: list[Int64Array] = []
     for rounding in AddRounding:
         integers = profiles.add_requantization(graph, op, rounding).integers
+        early = rounding is AddRounding.DOUBLE_HALF_AWAY
+        if early and not profiles.early_shift_agrees(integers, *least):
+            return False
         rounded = semantics.ADD[rounding](a, b, *integers)
         results.append(semantics.clamp(rounded + zero_point, *limits))  # pyright: ignore
     return all(np.array_equal(results[0], other) for other in results[1:])

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from hypothesis import strategies as st
 
-from cactus_edge import profiles, universal
+from cactus_edge import profiles, scales, universal
 from cactus_edge.execute import accumulate, run_operator
 from cactus_edge.graph import (
     Activation,
@@ -46,6 +46,7 @@ from cactus_edge.graph import (
     Weights,
     window_geometry,
 )
+from cactus_edge.semantics import AddRounding
 
 CORE_OPERATORS = (
     "CONV_2D",
@@ -383,11 +384,19 @@ class _Builder:
                 self.fully_connected(self.shape[1], scale=scale)
         a, b = (self.tensors[i].quantization for i in (self.current, other))
         assert a is not None and b is not None
-        factor = self.rng.choice([1, 3 / 2, 5 / 3, 7 / 5])
-        if not self.options.universal:
-            factor = self.rng.uniform(0.6, 1.8)
-        scale = max(float(a.scale), float(b.scale)) * float(factor)
-        quantization = Quantization.of(scale, self.integer(-128, 100))
+        for _ in range(50):
+            factor = self.rng.choice([1, 3 / 2, 5 / 3, 7 / 5])
+            if not self.options.universal:
+                factor = self.rng.uniform(0.6, 1.8)
+            scale = max(float(a.scale), float(b.scale)) * float(factor)
+            quantization = Quantization.of(scale, self.integer(-128, 100))
+            ends = [scales.decode_float32(q.scale_bits) for q in (a, b, quantization)]
+            integers = scales.add_parameters(AddRounding.DOUBLE_HALF_AWAY, *ends)
+            # Others are not covered by every profile, see ``semantics.add_early_shift``.
+            if profiles.early_shift_agrees(integers, -128 - a.zero_point, -128 - b.zero_point):
+                break
+        else:
+            return
         head = self.head("ADD", other)
         op = Add(**head, activation=self.activation(quantization))  # type: ignore
         self.emit(op, Tensor(op.name, self.shape, DType.INT8, quantization))

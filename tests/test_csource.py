@@ -139,6 +139,7 @@ DOMAINS: dict[tuple[str, Width], Callable[[np.random.Generator], Columns]] = {
     ("requantize_float64", 64): requantization((2**52, 2**53 - 1), (53, 84), 0),
     ("add_double_half_away", 64): addition((0, 31)),
     ("add_double_half_away", 32): addition((0, 30)),
+    ("add_early_shift", 64): addition((0, 20)),
     ("add_single", 64): addition((31, 62)),
     ("add_fixed_point", 64): fixed_point,
     ("average", 64): lambda rng: [integers(rng, -(2**40), 2**40), integers(rng, 1, 2**23)],

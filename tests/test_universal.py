@@ -9,8 +9,10 @@ import pytest
 
 from cactus_edge import profiles, universal
 from cactus_edge.constraints import accumulator_bounds
+from cactus_edge.errors import InvalidGraphError
 from cactus_edge.execute import execute, requantize
-from cactus_edge.graph import Add, Linear, Requantization
+from cactus_edge.graph import Add, Graph, Linear, Quantization, Requantization, Tensor
+from cactus_edge.semantics import AddRounding
 from tests.graphs import random_graph
 
 COLUMNS = ["CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"]
@@ -97,3 +99,29 @@ def test_explicit_integers_always_agree() -> None:
     operators = tuple(with_one if op is linear else op for op in graph.operators)
     entries = universal.agreement(replace(graph, operators=operators))
     assert not next(e for e in entries if e.name == linear.name).disagreeing
+
+
+def test_an_add_that_litert_rounds_by_position_is_not_covered() -> None:
+    """Found by search: one pair of operands on which shifting first changes LiteRT's sum."""
+    found = 0
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        quantizations = [Quantization.of(rng.uniform(0.01, 0.1), 0) for _ in range(3)]
+        tensors = tuple(
+            Tensor(n, (1, 4), quantization=q) for n, q in zip("abc", quantizations, strict=True)
+        )
+        integers = profiles.scales.add_parameters(
+            AddRounding.DOUBLE_HALF_AWAY,
+            *(profiles.scales.decode_float32(q.scale_bits) for q in quantizations),
+        )
+        op = Add(name="sum", inputs=(0, 1), output=2)
+        graph = Graph(tensors, (op,), 0, 2)
+        if profiles.early_shift_agrees(integers, -128, -128):
+            profiles.resolve(graph, "litert-x86")
+            continue
+        found += 1
+        with pytest.raises(InvalidGraphError, match="element's position"):
+            profiles.resolve(graph, "litert-x86")
+        profiles.resolve(graph, "tflite-micro")
+        assert not universal.is_universal(graph)
+    assert found

@@ -19,7 +19,7 @@ from cactus_edge.certify import margin
 from cactus_edge.certify.attack import Settings, search
 from cactus_edge.certify.twin import Twin, twin
 from cactus_edge.constraints import validate
-from cactus_edge.errors import CactusEdgeError
+from cactus_edge.errors import CactusEdgeError, InvalidGraphError
 from cactus_edge.execute import execute
 from cactus_edge.graph import Add, BoolArray, Graph, Int64Array, Linear, Stored
 from cactus_edge.runtime import Session
@@ -37,22 +37,40 @@ class Group:
     graph: Graph
 
 
-def groups(graph: Graph, names: Sequence[str]) -> tuple[bool, list[Group]]:
-    """Whether the model is universal, and the groups among the named profiles.
+@dataclass(frozen=True)
+class Coverage:
+    """The groups of a model; ``uncovered`` profiles, with the reason, take no part."""
+
+    universal: bool
+    groups: tuple[Group, ...]
+    uncovered: dict[str, str]
+
+
+def cover(graph: Graph, names: Sequence[str] | None) -> Coverage:
+    """Resolve a model under the named profiles, or under every one that covers it.
 
     Raises:
-        InvalidGraphError: a profile cannot represent the model's scales.
+        InvalidGraphError: a named profile does not cover the model, or none does.
     """
     if universal.is_universal(graph):
         every = tuple(profiles.PROFILES)
-        return True, [Group(every, _resolved(graph, profiles.DEFAULT))]
+        return Coverage(True, (Group(every, _resolved(graph, profiles.DEFAULT)),), {})
     found: dict[bytes, Group] = {}
-    for name in names:
-        resolved = _resolved(graph, name)
+    uncovered: dict[str, str] = {}
+    for name in profiles.PROFILES if names is None else names:
+        try:
+            resolved = _resolved(graph, name)
+        except InvalidGraphError as error:
+            if names is not None:
+                raise
+            uncovered[name] = str(error)
+            continue
         key = _integers(resolved)
         known = found.get(key)
         found[key] = Group((*known.names, name), known.graph) if known else Group((name,), resolved)
-    return False, list(found.values())
+    if not found:
+        raise InvalidGraphError(next(iter(uncovered.values())))
+    return Coverage(False, tuple(found.values()), uncovered)
 
 
 def _resolved(graph: Graph, name: str) -> Graph:
@@ -75,16 +93,16 @@ def _integers(graph: Graph) -> bytes:
 class Certifier:
     """Compiled once for a model; ``bounds`` and ``verdicts`` take any number of boxes."""
 
-    def __init__(self, graph: Graph, names: Sequence[str] = tuple(profiles.PROFILES)) -> None:
-        """Build the twin of each group.
+    def __init__(self, graph: Graph, names: Sequence[str] | None = None) -> None:
+        """Build the twin of each group of the named profiles (None: all that cover the model).
 
         Raises:
             InvalidGraphError: the model breaks a constraint under one of the profiles.
             UnsupportedModelError: the model has no twin.
         """
         self.graph = graph
-        self.universal, self.groups = groups(graph, names)
-        self._engines = [_Engine(group.graph) for group in self.groups]
+        self.coverage = cover(graph, names)
+        self._engines = [_Engine(group.graph) for group in self.coverage.groups]
 
     def bounds(self, lower: Int64Array, upper: Int64Array) -> list[tuple[Int64Array, Int64Array]]:
         """Stored logits' bounds over each box, for each group: int64 [samples, classes]."""
@@ -128,7 +146,7 @@ class Certifier:
         plain = np.ones(count, bool)
         witness: list[tuple[Bounds, ...]] = [()] * count
         broken: dict[int, Counterexample] = {}
-        for engine, group in zip(self._engines, self.groups, strict=True):
+        for engine, group in zip(self._engines, self.coverage.groups, strict=True):
             low, high, by_bounds, by_margin = engine.prove(lower, upper, labels, gaps)
             plain &= by_bounds
             certified &= by_margin
@@ -139,7 +157,9 @@ class Certifier:
             for i in np.flatnonzero(wrong).tolist():
                 broken.setdefault(i, (stored[i], "sample", group.names[0]))
         if settings is not None:
-            attack_open(self.groups, settings, certified, broken, (stored, lower, upper, labels))
+            attack_open(
+                self.coverage.groups, settings, certified, broken, (stored, lower, upper, labels)
+            )
         predictions = self.predictions(stored)
         return [
             _sample(
@@ -154,7 +174,7 @@ class Certifier:
 
 
 def attack_open(
-    groups: list[Group],
+    groups: Sequence[Group],
     settings: Settings,
     closed: BoolArray,
     broken: dict[int, Counterexample],
@@ -181,7 +201,7 @@ def attack_open(
 
 
 def attack_boxes(
-    groups: list[Group],
+    groups: Sequence[Group],
     first: int,
     box: tuple[Int64Array, Int64Array, Int64Array, Int64Array],
     settings: Settings,

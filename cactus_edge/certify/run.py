@@ -12,7 +12,7 @@ import cactus_edge
 from cactus_edge import certificate, inputs, profiles
 from cactus_edge.certificate import Certificate, Sample
 from cactus_edge.certify.attack import Settings
-from cactus_edge.certify.engine import Certifier, attack_boxes, chunks, groups
+from cactus_edge.certify.engine import Certifier, attack_boxes, chunks, cover
 from cactus_edge.datasets import Dataset, Images
 from cactus_edge.errors import DataError, UsageError
 from cactus_edge.flatbuffer import read_tflite
@@ -33,14 +33,15 @@ Progress = Callable[[int, int], None]
 class Request:
     """What to certify: samples ``first`` to ``first + count - 1`` of ``data`` (None: to the end).
 
-    ``profiles`` restricts the claim to some runtimes; a universal model covers them all anyway.
+    ``profiles`` restricts the claim to some runtimes (None: all that cover the model); a claim
+    about a universal model is about all of them in any case.
     """
 
     data: Dataset
     perturbation: Perturbation
     first: int = 0
     count: int | None = None
-    profiles: tuple[str, ...] = tuple(profiles.PROFILES)
+    profiles: tuple[str, ...] | None = None
     attack: Settings | None = None
 
 
@@ -75,7 +76,8 @@ def certify(
         )
         if progress:
             progress(part.stop, len(labels))
-    names = tuple(name for group in certifier.groups for name in group.names)
+    coverage = certifier.coverage
+    names = tuple(name for group in coverage.groups for name in group.names)
     data = request.data
     return Certificate(
         format=certificate.FORMAT,
@@ -85,7 +87,7 @@ def certify(
             file, hashlib.sha256(model).hexdigest(), graph.fingerprint(), len(model)
         ),
         arithmetic=certificate.Arithmetic(
-            "universal" if certifier.universal else "conjunction", names
+            "universal" if coverage.universal else "conjunction", names, coverage.uncovered
         ),
         input_map=inputs.input_map(graph).describe(),
         property=certificate.Property(
@@ -110,7 +112,7 @@ def decision_text(graph: Graph) -> str:
 
 def _selected(graph: Graph, request: Request) -> tuple[Images, Int64Array]:
     total = len(request.data.labels)
-    for name in request.profiles:
+    for name in request.profiles or ():
         profiles.profile_of(name)
     count = total - request.first if request.count is None else request.count
     if not (0 <= request.first < total and 0 < count <= total - request.first):
@@ -148,7 +150,7 @@ def attack(
         UsageError: a range or a profile that does not exist.
     """
     images, labels = _selected(graph, request)
-    _, found = groups(graph, request.profiles)
+    found = cover(graph, request.profiles).groups
     samples: list[Sample] = []
     for part in chunks(len(labels)):
         stored = inputs.stored(graph, images[part])

@@ -10,7 +10,7 @@ import typer
 
 from cactus_edge import certificate as certificates
 from cactus_edge import check as checking
-from cactus_edge import datasets, files, flatbuffer, inputs, profiles
+from cactus_edge import datasets, files, flatbuffer, inputs
 from cactus_edge.cli.output import (
     DataOption,
     ForceOption,
@@ -114,7 +114,7 @@ def certify(
         perturbation=perturbation,
         first=first,
         count=samples,
-        profiles=tuple(profile) if profile else tuple(profiles.PROFILES),
+        profiles=tuple(profile) if profile else None,
         attack=Settings(steps=steps, restarts=restarts) if attack else None,
     )
     with bar("certify") as progress:
@@ -146,6 +146,10 @@ def certify(
         ("certificate", shown.certificate),
     ]
     emit(shown, as_json, table(f"{model.name} on {data} {split}", ("", "value"), rows))
+    for name, reason in result.arithmetic.uncovered.items():
+        console.print(
+            f"not covered: {name}: {reason}", highlight=False, markup=False, soft_wrap=True
+        )
     if require is not None and summary.certified_accuracy < require:
         raise PropertyNotMetError(
             f"{percent(summary.certified_accuracy)} % certified, {percent(require)} % required"
@@ -234,7 +238,7 @@ def attack(
         perturbation=_perturbation(eps, levels),
         first=first,
         count=samples,
-        profiles=tuple(profile) if profile else tuple(profiles.PROFILES),
+        profiles=tuple(profile) if profile else None,
         attack=Settings(steps=steps, restarts=restarts),
     )
     with bar("attack") as progress:

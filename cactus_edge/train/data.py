@@ -19,6 +19,8 @@ from cactus_edge.datasets import Dataset
 
 CROP = 2  # largest shift of the augmentation, in pixels
 
+Augmentation = Literal["none", "crop", "flip-crop"]
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -68,14 +70,15 @@ def order(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=source)
 
 
-def augment(images: Tensor, kind: Literal["none", "flip-crop"], source: torch.Generator) -> Tensor:
-    """Mirror half of the ``images`` [N, C, H, W] and shift each by up to ``CROP`` pixels."""
+def augment(images: Tensor, kind: Augmentation, source: torch.Generator) -> Tensor:
+    """Shift each of the ``images`` [N, C, H, W] by up to ``CROP`` pixels; mirror half of them."""
     if kind == "none" or images.dim() != 4:
         return images
     count, _, height, width = images.shape
     device = images.device
-    flip = torch.rand(count, generator=source, device=device) < 0.5
-    images = torch.where(flip[:, None, None, None], images.flip(3), images)
+    if kind == "flip-crop":
+        flip = torch.rand(count, generator=source, device=device) < 0.5
+        images = torch.where(flip[:, None, None, None], images.flip(3), images)
     padded = functional.pad(images, [CROP] * 4, mode="replicate")
     shift = torch.randint(0, 2 * CROP + 1, (2, count), generator=source, device=device)
     rows = shift[0][:, None] + torch.arange(height, device=device)  # [N, H]

@@ -34,12 +34,12 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         name: ``digits``, ``mnist``, ``fashion-mnist``, ``cifar10`` or the path of an ``.npz``.
         validation: fraction of the training data held out for everything that is tuned.
-        augment: ``flip-crop`` mirrors images and shifts them by up to two pixels.
+        augment: ``crop`` shifts images by up to two pixels, ``flip-crop`` mirrors them too.
     """
 
     name: str
     validation: Annotated[float, msgspec.Meta(gt=0.0, le=0.5)] = 0.1
-    augment: Literal["none", "flip-crop"] = "none"
+    augment: Literal["none", "crop", "flip-crop"] = "none"
 
 
 class NetworkChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

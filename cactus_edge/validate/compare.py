@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import msgspec
 import numpy as np
 
-from cactus_edge import universal
-from cactus_edge.errors import CactusEdgeError
+from cactus_edge import profiles, universal
+from cactus_edge.errors import CactusEdgeError, InvalidGraphError
 from cactus_edge.execute import execute, execute_all
 from cactus_edge.graph import Graph, Int64Array
 from cactus_edge.validate.runtimes import Peer, peers, runner
@@ -36,7 +36,9 @@ class Difference(msgspec.Struct, frozen=True):
 
 
 class PeerResult(msgspec.Struct, frozen=True):
-    """One runtime. ``status``: equal, different, absent or error.
+    """One runtime. ``status``: equal, different, absent, uncovered or error.
+
+    ``uncovered``: the model rescales in a way that the runtime's profile does not describe.
 
     ``elements`` counts logits and ``layer_elements`` the elements of all layers that were compared;
     ``mismatches`` of both kinds are against the reference under the runtime's own profile.
@@ -73,7 +75,7 @@ class Validation(msgspec.Struct, frozen=True):
     @property
     def agrees(self) -> bool:
         """Every installed runtime equals its profile, and universal models have one output."""
-        run = [peer for peer in self.peers if peer.status != "absent"]
+        run = [peer for peer in self.peers if peer.status not in ("absent", "uncovered")]
         equal = all(peer.status == "equal" for peer in run)
         return bool(run) and equal and (self.outputs == 1 or not self.universal)
 
@@ -129,6 +131,10 @@ def _validate_peer(
     head = (peer.name, peer.version, peer.profile)
     if peer.absence:
         return PeerResult(*head, "absent", peer.absence), None
+    try:
+        profiles.resolve(graph, peer.profile)
+    except InvalidGraphError as error:
+        return PeerResult(*head, "uncovered", str(error)), None
     run = runner(peer)
     prefixes = [prefix(graph, index) for index in range(len(graph.core))]
     few = inputs[: max(1, layer_samples)]

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cactus_edge import check, decision, profiles
+from cactus_edge import check, decision
 from cactus_edge.certify import margin
-from cactus_edge.certify.engine import groups
+from cactus_edge.certify.engine import cover
 from cactus_edge.certify.twin import twin
 from cactus_edge.execute import execute
 from cactus_edge.graph import Graph
@@ -56,7 +56,7 @@ def exhaust(graph: Graph, seed: int, tally: Tally, radius: int = 3) -> None:
     tally.graphs += 1
     for op in graph.core:
         tally.operators[op.kind] = tally.operators.get(op.kind, 0) + 1
-    for group in groups(graph, tuple(profiles.PROFILES))[1]:
+    for group in cover(graph, None).groups:
         tally.boxes += 1
         tally.points += len(points)
         logits = execute(group.graph, points).reshape(len(points), -1)

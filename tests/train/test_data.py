@@ -34,4 +34,6 @@ def test_augmentation_mirrors_and_shifts() -> None:
         expected = 27 + 1000 if step == 1 else 28 + 1000
         rows, columns = divmod(int(sample[3, 3]) - expected + 18, 8)
         assert abs(rows - 2) <= 2 and abs(columns - 2) <= 2
+    shifted = augment(image, "crop", generator(CPU, 0, "augment"))
+    assert bool((shifted[:, 0, 3, 4] - shifted[:, 0, 3, 3] == 1).all())
     assert augment(image, "none", generator(CPU, 0, "augment")) is image
