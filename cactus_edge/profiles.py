@@ -60,8 +60,9 @@ class Profile:
     ``depthwise_vector``: the first ``8 * floor(channels / 8)`` channels of a depthwise layer.
     ``vector``: FULLY_CONNECTED at batch 1 with at least 4 outputs and 16 inputs.
     ``one_channel``: convolutions with a single output channel.
-    ``packed``: the profile whose convolutions apply to int4 weights, and whose FULLY_CONNECTED
-    applies to int4 weights with an odd number of inputs, where a delegate leaves them alone.
+    ``packed``: the profile that applies to int4 weights, where a delegate leaves them alone.
+    ``packed_fully_connected``: except that the delegate takes int4 FULLY_CONNECTED with an even
+    number of inputs.
     ``add_early_shift``: ADD follows ``semantics.add_early_shift`` on most elements. It was measured
     on x86_64; on aarch64 it is assumed, which refuses some models and never accepts a wrong one.
     """
@@ -76,6 +77,7 @@ class Profile:
     vector: Method | None = None
     one_channel: Method | None = None
     packed: str | None = None
+    packed_fully_connected: bool = False
     add_early_shift: bool = False
 
 
@@ -163,6 +165,7 @@ _TABLE = (
         _FLOAT32,
         add=AddRounding.FIXED_POINT,
         packed="litert-x86",
+        packed_fully_connected=True,
     ),
     Profile(
         "litert-xnnpack-arm",
@@ -172,6 +175,7 @@ _TABLE = (
         _FLOAT32,
         add=AddRounding.FIXED_POINT,
         packed="litert-arm",
+        packed_fully_connected=True,
     ),
     Profile(
         "single-rounding",
@@ -205,7 +209,7 @@ def methods(op: Linear, profile: Profile) -> tuple[tuple[int, Method], ...]:
     fallback = PROFILES[profile.packed] if profile.packed else None
     if isinstance(op, FullyConnected):
         depth = op.weights.values.shape[1]
-        if fallback and packed and depth % 2:
+        if fallback and packed and (depth % 2 or not profile.packed_fully_connected):
             return methods(op, fallback)
         if profile.vector and channels >= 4 and depth >= 16:
             return ((channels, profile.vector),)

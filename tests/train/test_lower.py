@@ -156,15 +156,17 @@ def test_edges_of_another_width(bits: int, edge_bits: int) -> None:
     assert [layer.bits for layer in lowering.report.layers] == [edge_bits, bits, bits, edge_bits]
 
 
-def test_channels_whose_weights_all_but_vanished() -> None:
-    """Pruning by penalty leaves weights of 1e-9 beside an ordinary bias."""
+@pytest.mark.parametrize(
+    ("factor", "bias"), [(1e-12, 0.0), (1e-12, -50.0), (1e-12, 0.5), (1e-5, 0.5), (0.0, 0.5)]
+)
+def test_a_channel_whose_weights_all_but_vanished(factor: float, bias: float) -> None:
+    """Training leaves such weights beside an ordinary bias, or one that shuts the channel."""
     made, data = model("cnn-tiny", (1, 8, 8)), images((8, 8, 1))
     first = made.network.weighted()[0][1]
+    assert first.bias is not None
     with torch.no_grad():
-        for channel, factor in enumerate((1e-5, 1e-7, 1e-12, 0.0)):
-            first.weight[channel] *= factor
-        assert first.bias is not None
-        first.bias[:4] = 0.3
+        first.weight[0] *= factor
+        first.bias[0] = bias
     lowering = lower(made, data, Settings(8, 0.0, 0.02))
     assert lowering.report.universal, lowering.report.layers
     assert lowering.report.layers[0].unsnapped == ()
