@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
@@ -24,6 +26,11 @@ from cactus_edge.cli.output import (
 )
 from cactus_edge.errors import PropertyNotMetError, UsageError
 from cactus_edge.inputs import Perturbation
+
+if TYPE_CHECKING:
+    from cactus_edge.graph import Graph
+
+logger = logging.getLogger(__name__)
 
 ModelArgument = Annotated[Path, typer.Argument(help="A .tflite file.", metavar="MODEL")]
 EpsilonOption = Annotated[
@@ -71,10 +78,17 @@ def _perturbation(epsilon: str | None, levels: int | None) -> Perturbation:
     return inputs.Perturbation.levels(levels)
 
 
-def _split(name: str, split: str) -> datasets.Dataset:
+def _split(name: str, split: str, graph: Graph) -> datasets.Dataset:
+    """A split; what a model's training held out is known from the model's provenance."""
     if split not in ("train", "validation", "test"):
         raise UsageError(f"no split '{split}'; use test, validation or train")
-    return datasets.load(name, split)  # pyright: ignore[reportArgumentType]
+    fraction = datasets.VALIDATION_FRACTION
+    provenance = dict(graph.metadata).get("cactus_edge.provenance", b"{}")
+    try:
+        fraction = float(json.loads(provenance)["recipe"]["data"]["validation"])
+    except (ValueError, KeyError, TypeError):
+        logger.info("the model does not say what training held out; taking %g", fraction)
+    return datasets.load(name, split, fraction)  # pyright: ignore[reportArgumentType]
 
 
 def certify(
@@ -108,9 +122,9 @@ def certify(
 
     files.refuse_existing(output, force)
     perturbation = _perturbation(eps, levels)
-    _, content = flatbuffer.load(model)
+    graph, content = flatbuffer.load(model)
     request = Request(
-        data=_split(data, split),
+        data=_split(data, split, graph),
         perturbation=perturbation,
         first=first,
         count=samples,
@@ -176,8 +190,8 @@ def check(
     Example: cactus-edge check certificate.json model.tflite --data mnist
     """
     claim = certificates.load(certificate)
-    content = files.read(model, "model")
-    dataset = _split(data, claim.data.split)
+    graph, content = flatbuffer.load(model)
+    dataset = _split(data, claim.data.split, graph)
     with bar("check") as progress:
         result = checking.check(claim, content, dataset, progress=progress)
     shown = CheckOutput(
@@ -234,7 +248,7 @@ def attack(
         files.refuse_existing(output, force)
     graph, _ = flatbuffer.load(model)
     request = Request(
-        data=_split(data, split),
+        data=_split(data, split, graph),
         perturbation=_perturbation(eps, levels),
         first=first,
         count=samples,
