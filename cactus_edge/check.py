@@ -116,8 +116,11 @@ def _head(claim: Certificate, model: bytes, graph: Graph, data: Dataset) -> Iter
     unknown = [name for name in names if name not in profiles.PROFILES]
     if not names or unknown or len(set(names)) != len(names):
         yield f"arithmetic: profiles {list(names)} are not distinct known profiles"
-    if rounding == "universal" and set(names) != set(profiles.PROFILES):
-        yield "arithmetic: a universal model is certified for every profile"
+    covering = set(profiles.PROFILES) - set(profiles.uncovered(graph))
+    if not set(names) <= covering:
+        yield f"arithmetic: profiles {sorted(set(names) - covering)} do not cover the model"
+    if rounding == "universal" and set(names) != covering:
+        yield "arithmetic: a universal model is certified for every profile that covers it"
     if claim.input_map != inputs.input_map(graph).describe():
         yield "input map: differs from the model's"
     rule = "argmax of the stored logits, the lowest index wins a tie"

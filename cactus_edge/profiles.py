@@ -21,13 +21,16 @@ from cactus_edge.errors import InvalidGraphError, UsageError
 from cactus_edge.graph import (
     Add,
     AddRequantization,
+    Conv2D,
     DepthwiseConv2D,
     FullyConnected,
     Graph,
     Linear,
     Operator,
+    Padding,
     Requantization,
     Tensor,
+    window_geometry,
 )
 from cactus_edge.scales import ScaleArithmetic
 from cactus_edge.semantics import AddRounding, Rounding
@@ -65,6 +68,8 @@ class Profile:
     number of inputs.
     ``add_early_shift``: ADD follows ``semantics.add_early_shift`` on most elements. It was measured
     on x86_64; on aarch64 it is assumed, which refuses some models and never accepts a wrong one.
+    ``needs_covering_windows``: SAME convolutions larger than 1x1 whose windows leave out input
+    elements are computed wrongly (tflite-runtime 2.14's XNNPACK), so they are refused.
     """
 
     name: str
@@ -79,6 +84,7 @@ class Profile:
     packed: str | None = None
     packed_fully_connected: bool = False
     add_early_shift: bool = False
+    needs_covering_windows: bool = False
 
 
 _TABLE = (
@@ -119,6 +125,7 @@ _TABLE = (
         (_FLOAT32, _FLOAT32),
         _FLOAT32,
         add=AddRounding.FIXED_POINT,
+        needs_covering_windows=True,
         packed="tflite-x86",
     ),
     Profile(
@@ -129,6 +136,7 @@ _TABLE = (
         _FLOAT32_REASSOCIATED,
         add=AddRounding.FIXED_POINT,
         one_channel=_RNDNU,
+        needs_covering_windows=True,
         packed="tflite-arm",
     ),
     Profile(
@@ -313,6 +321,8 @@ def resolve(graph: Graph, name: str = DEFAULT) -> Graph:
     profile = profile_of(name)
 
     def resolved(op: Operator) -> Operator:
+        if profile.needs_covering_windows and isinstance(op, Conv2D):
+            _require_covering_windows(graph, op, profile)
         if isinstance(op, Linear) and op.requantization is None:
             return replace(op, requantization=requantization(graph, op, profile))
         if isinstance(op, Add) and op.requantization is None:
@@ -328,6 +338,33 @@ def resolve(graph: Graph, name: str = DEFAULT) -> Graph:
         return op
 
     return replace(graph, operators=tuple(resolved(op) for op in graph.operators))
+
+
+def _require_covering_windows(graph: Graph, op: Conv2D, profile: Profile) -> None:
+    """Raise InvalidGraphError where ``Profile.needs_covering_windows`` is not met."""
+    kernel, source = op.weights.values.shape[1:3], graph.tensors[op.inputs[0]].shape
+    builtin = op.requantization is not None or op.weights.bits <= 4
+    if builtin or op.padding is Padding.VALID or kernel == (1, 1):
+        return
+    for axis in (0, 1):
+        extent, stride, dilation = source[1 + axis], op.stride[axis], op.dilation[axis]
+        output, _, _ = window_geometry(extent, kernel[axis], stride, dilation, op.padding)
+        if (output - 1) * stride + (kernel[axis] - 1) * dilation + 1 < extent:
+            raise InvalidGraphError(
+                f"{op.kind} '{op.name}': {profile.summary} computes SAME padding wrongly where "
+                "windows leave out input elements; write a PAD and VALID instead"
+            )
+
+
+def uncovered(graph: Graph) -> dict[str, str]:
+    """Profiles that do not cover the graph, with the reason."""
+    reasons: dict[str, str] = {}
+    for name in PROFILES:
+        try:
+            resolve(graph, name)
+        except InvalidGraphError as error:
+            reasons[name] = str(error)
+    return reasons
 
 
 def is_resolved(graph: Graph) -> bool:

@@ -1,4 +1,4 @@
-"""Proof that a model computes the same integers under every rounding profile.
+"""Proof that a model computes the same integers under every rounding profile that covers it.
 
 Requantization is monotone, so two profiles agree on a channel if and only if they agree on both
 ends of each step: for every level k, at the least accumulator that reaches k and at the one below

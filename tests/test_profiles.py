@@ -9,15 +9,16 @@ operator has to fail, or the comparison would show nothing.
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 
 import numpy as np
 import pytest
 
 from cactus_edge import profiles, semantics
 from cactus_edge.errors import InvalidGraphError
-from cactus_edge.execute import accumulate, execute, execute_all
+from cactus_edge.execute import accumulate, execute, execute_all, run_operator
 from cactus_edge.graph import (
     Activation,
     Add,
@@ -199,7 +200,7 @@ def linear_case(rng: np.random.Generator, column: Column, regime: Regime) -> Cas
     weights = np.abs(op.weights.values.astype(np.int64))
     weights = weights.reshape(-1, channels) if weights.shape[0] == 1 else weights.T
     reach = weights.reshape(-1, channels).sum(axis=0) * 255
-    # Steps from ``step`` to ``step + 1`` relative to the zero point, within the accumulator's limit.
+    # Steps from ``step`` to ``step + 1`` behind the zero point, within the accumulator's limit.
     most = np.floor((LIMIT - 1 - 2 * reach) * real - 0.5).astype(np.int64)
     low = np.maximum(-128 - target.zero_point, -most - 1)
     high = np.minimum(126 - target.zero_point, most)
@@ -208,7 +209,9 @@ def linear_case(rng: np.random.Generator, column: Column, regime: Regime) -> Cas
     row = 128 if column.kernel == 1 else rng.integers(0, len(sums), channels)
     bias = boundary - sums[row, np.arange(channels)]
 
-    shape = (1, channels) if column.kind is FullyConnected else (1, *_valid(inputs, column), channels)
+    shape = (
+        (1, channels) if column.kind is FullyConnected else (1, *_valid(inputs, column), channels)
+    )
     final = column.kind(
         name="layer",
         inputs=(0,),
@@ -217,7 +220,9 @@ def linear_case(rng: np.random.Generator, column: Column, regime: Regime) -> Cas
         bias=bias,
         activation=regime.activation,
     )
-    return Case(Graph((tensor, Tensor("output", shape, DType.INT8, target)), (final,), 0, 1), inputs)
+    return Case(
+        Graph((tensor, Tensor("output", shape, DType.INT8, target)), (final,), 0, 1), inputs
+    )
 
 
 def _valid(inputs: Int64Array, column: Column) -> tuple[int, int]:
@@ -271,12 +276,12 @@ def test_linear_layers(peer: Peer) -> None:
 
 
 def test_sweeps_meet_the_steps() -> None:
-    """Under any profile most channels of a 1x1 layer take at least two values in each case."""
+    """Nearly every channel takes two values at least, where no activation hides the step."""
     for column in COLUMNS:
         for case, output in zip(cases(column), expected(column, profiles.DEFAULT), strict=True):
             values = output.reshape(-1, output.shape[-1])
             stepping = (values.min(axis=0) < values.max(axis=0)).mean()
-            assert stepping > (0.35 if case.op.activation is not Activation.NONE else 0.95)
+            assert stepping > (0.25 if case.op.activation is not Activation.NONE else 0.95)
             accumulators = accumulate(case.op, case.graph.tensors[0], case.inputs)
             assert abs(accumulators).max() < LIMIT
 
@@ -317,9 +322,26 @@ def scaled_convolution(op: Conv2D, scale: float) -> Conv2D:
     return result
 
 
+# Float32 patterns of two input scales and an output scale, zero points 0, where it matters that
+# LiteRT's optimized ADD shifts first. About one triple in 200 is of this kind.
+EARLY_SHIFT_SCALES = (
+    (1043543090, 1036756642, 1038478423),
+    (1011666670, 1007167390, 1013313599),
+    (1014939668, 1016742580, 1023484819),
+    (1018750806, 1018624116, 1021078216),
+)
+
+
+def early_shift_graphs(width: int) -> list[Graph]:
+    return [
+        add_graph(*(Quantization(bits, 0) for bits in patterns), width=width)
+        for patterns in EARLY_SHIFT_SCALES
+    ]
+
+
 @cache
 def add_graphs() -> tuple[Graph, ...]:
-    """Equal and different input scales, exact and inexact ratios."""
+    """Equal and different input scales, exact and inexact ratios; then the awkward ones."""
     rng = np.random.default_rng(17)
     graphs: list[Graph] = []
     for index in range(12):
@@ -328,14 +350,15 @@ def add_graphs() -> tuple[Graph, ...]:
             scale_b = scale_a
         if index % 3 == 1:
             scale_a, scale_b = 2.0 ** rng.integers(-7, -2, 2)
-        scale = max(scale_a, scale_b) * (rng.choice([1, 1.5, 2]) if index % 2 else rng.uniform(0.6, 2))
+        factor = rng.choice([1, 1.5, 2]) if index % 2 else rng.uniform(0.6, 2)
+        scale = max(scale_a, scale_b) * factor
         zero_points = rng.integers(-128, 128, 3).tolist()
         ends = (
             Quantization.of(s, z)
             for s, z in zip((scale_a, scale_b, scale), zero_points, strict=True)
         )
         graphs.append(add_graph(*ends, width=1 << 16))
-    return tuple(graphs)
+    return (*graphs, *early_shift_graphs(1 << 16))
 
 
 def all_pairs() -> Int64Array:
@@ -383,13 +406,13 @@ def test_add_on_all_pairs(peer: Peer) -> None:
     for graph, output in zip(add_graphs(), outputs, strict=True):
         found = output.reshape(1, 1, -1)
         if not covered(graph, peer.profile):
-            early = sums(graph, pairs, chosen, early=True)
-            assert np.array_equal(found, early), "what is refused is what semantics describes"
+            assert np.array_equal(found, sums(graph, pairs, chosen, early=True))
+            assert not np.array_equal(found, sums(graph, pairs, chosen)), "refused without need"
             continue
         compared += 1
         for rounding in AddRounding:
             mismatches[rounding] += int((found != sums(graph, pairs, rounding)).sum())
-    assert compared >= 4
+    assert compared >= len(add_graphs()) - len(EARLY_SHIFT_SCALES)
     assert [rounding for rounding, count in mismatches.items() if count == 0] == [chosen]
 
 
@@ -400,25 +423,18 @@ def test_litert_add_depends_on_the_position(width: int) -> None:
     optimized = next(peer for peer in RUNTIMES if peer.name == "LiteRT optimized")
     if optimized.absence:
         pytest.skip(optimized.absence)
-    checked = 0
-    for wide in add_graphs():
-        if covered(wide, optimized.profile):
-            continue
-        ends = [tensor.quantization for tensor in wide.tensors[1:]]
-        graph = add_graph(*ends, width=width)  # type: ignore
-        double = sums(wide, all_pairs(), AddRounding.DOUBLE_HALF_AWAY)
-        early = sums(wide, all_pairs(), AddRounding.DOUBLE_HALF_AWAY, early=True)
-        differing = np.flatnonzero((double != early).ravel())
-        if not differing.size:
-            continue
-        where = differing[0]
-        pair = np.repeat(all_pairs()[:, :, where : where + 1], width, axis=2)
-        (output,) = runner(optimized)([(graph, pair)])
-        body = width // 16 * 16
-        assert (output.ravel()[:body] == early.ravel()[where]).all()
-        assert (output.ravel()[body:] == double.ravel()[where]).all()
-        checked += 1
-    assert checked
+    parts: list[tuple[Graph, Int64Array]] = []
+    values: list[tuple[int, int]] = []
+    for graph in early_shift_graphs(width):
+        assert not covered(graph, optimized.profile)
+        double = sums(graph, all_pairs(), AddRounding.DOUBLE_HALF_AWAY).ravel()
+        early = sums(graph, all_pairs(), AddRounding.DOUBLE_HALF_AWAY, early=True).ravel()
+        where = np.flatnonzero(double != early)[0]
+        parts.append((graph, np.repeat(all_pairs()[:, :, where : where + 1], width, axis=2)))
+        values.append((int(early[where]), int(double[where])))
+    body = width // 16 * 16
+    for output, (early_value, double_value) in zip(runner(optimized)(parts), values, strict=True):
+        assert output.ravel().tolist() == [early_value] * body + [double_value] * (width - body)
 
 
 # ---------------------------------------------------------------------- operators without scales
@@ -462,13 +478,81 @@ def test_pools_pad_and_reshape(peer: Peer) -> None:
     assert half_even, "no tie was met"
 
 
+# ---------------------------------------------------------------------- SAME padding
+def misplaced(graph: Graph, op: object) -> bool:
+    """Whether XNNPACK before July 2026 reads the wrong elements.
+
+    It computes the padding as ``(output - 1) * stride + reach - input`` in unsigned integers, which
+    wraps where the stride passes the window. A 1x1 layer is not padded, int4 is not delegated.
+    """
+    if not isinstance(op, Conv2D) or op.padding is Padding.VALID or op.weights.bits <= 4:
+        return False
+    kernel = op.weights.values.shape[1:3]
+    source, target = graph.tensors[op.inputs[0]].shape, graph.tensors[op.output].shape
+    totals = [
+        (target[1 + axis] - 1) * op.stride[axis]
+        + (kernel[axis] - 1) * op.dilation[axis]
+        + 1
+        - source[1 + axis]
+        for axis in (0, 1)
+    ]
+    return kernel != (1, 1) and min(totals) < 0
+
+
+def padded_graphs() -> list[Graph]:
+    rng = np.random.default_rng(29)
+    graphs: list[Graph] = []
+    for kind in (Conv2D, DepthwiseConv2D):
+        for sizes in product((1, 2, 3), (1, 2, 3), (1, 2, 3), (1, 2, 3), (1, 2)):
+            kernel, stride, dilation = sizes[:2], sizes[2:4], (1, sizes[4])
+            shape = (5, *kernel, 4) if kind is Conv2D else (1, *kernel, 4)
+            channels = 5 if kind is Conv2D else 4
+            draft = kind(
+                name="layer",
+                inputs=(0,),
+                output=1,
+                weights=Weights(rng.integers(-9, 10, shape)),
+                bias=rng.integers(-99, 100, channels),
+                stride=stride,
+                dilation=dilation,
+                padding=Padding.SAME,
+            )
+            extents = tuple(-(-extent // s) for extent, s in zip((7, 8), stride, strict=True))
+            tensors = (
+                Tensor("input", (1, 7, 8, 4), DType.INT8, Quantization.of(0.05, 3)),
+                Tensor("output", (1, *extents, channels), DType.INT8, Quantization.of(0.1, -4)),
+            )
+            graphs.append(Graph(tensors, (scaled(draft, np.array([0.02])),), 0, 1))
+    return graphs
+
+
+def test_same_padding(peer: Peer) -> None:
+    """All kernels, strides and dilations, and precisely where the old delegate goes wrong."""
+    inputs = np.random.default_rng(37).integers(-128, 128, (2, 7, 8, 4))
+    profile = profiles.PROFILES[peer.profile]
+    wrong = 0
+    graphs = padded_graphs()
+    for graph, found in zip(graphs, runner(peer)([(g, inputs) for g in graphs]), strict=True):
+        op = graph.core[0]
+        assert isinstance(op, Conv2D)
+        resolved = replace(op, requantization=profiles.requantization(graph, op, profile))
+        wanted = run_operator(graph, resolved, [inputs])
+        bad = peer.mode == "XNNPACK" and misplaced(graph, op)
+        wrong += bad
+        assert np.array_equal(found, wanted) is not bad, (op.kind, op.stride, op.dilation)
+    assert wrong < len(graphs) / 4
+
+
 # ---------------------------------------------------------------------- whole graphs
 def test_random_networks(peer: Peer) -> None:
     parts: list[tuple[Graph, Int64Array]] = []
     for seed in range(40):
         rng = np.random.default_rng([31, seed])
         graph = random_graph(rng, depth=1 + seed % 6)
+        if peer.mode == "XNNPACK" and any(misplaced(graph, op) for op in graph.core):
+            continue
         parts.append((graph, random_inputs(rng, graph, 12)))
+    assert len(parts) > 30
     differing = dict.fromkeys(profiles.PROFILES, 0)
     for (graph, inputs), found in zip(parts, runner(peer)(parts), strict=True):
         for name in differing:

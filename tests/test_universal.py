@@ -8,10 +8,21 @@ import numpy as np
 import pytest
 
 from cactus_edge import profiles, universal
+from cactus_edge.certify.engine import cover
 from cactus_edge.constraints import accumulator_bounds
 from cactus_edge.errors import InvalidGraphError
 from cactus_edge.execute import execute, requantize
-from cactus_edge.graph import Add, Graph, Linear, Quantization, Requantization, Tensor
+from cactus_edge.graph import (
+    Add,
+    Conv2D,
+    Graph,
+    Linear,
+    Padding,
+    Quantization,
+    Requantization,
+    Tensor,
+    Weights,
+)
 from cactus_edge.semantics import AddRounding
 from tests.graphs import random_graph
 
@@ -125,3 +136,36 @@ def test_an_add_that_litert_rounds_by_position_is_not_covered() -> None:
         profiles.resolve(graph, "tflite-micro")
         assert not universal.is_universal(graph)
     assert found
+
+
+def leaving_out(bits: int) -> Graph:
+    """A universal SAME convolution whose windows (stride 3, kernel 2) leave out input elements."""
+    rng = np.random.default_rng(0)
+    tensors = (
+        Tensor("x", (1, 6, 6, 1), quantization=Quantization.of(0.25, -128)),
+        Tensor("y", (1, 2, 2, 2), quantization=Quantization.of(0.5, -128)),
+    )
+    # 1 / m just below 6: see ``snap``.
+    scale = np.full(2, 2 / (6 - 4e-4), np.float32).view(np.uint32)
+    conv = Conv2D(
+        name="conv",
+        inputs=(0,),
+        output=1,
+        weights=Weights(rng.integers(-3, 4, (2, 2, 2, 1)), bits, scale),
+        bias=np.zeros(2, np.int32),
+        stride=(3, 3),
+        padding=Padding.SAME,
+    )
+    return Graph(tensors, (conv,), 0, 1)
+
+
+def test_windows_that_leave_out_inputs_are_not_covered_by_xnnpack_2_14() -> None:
+    graph = leaving_out(8)
+    assert universal.is_universal(graph)
+    outside = profiles.uncovered(graph)
+    assert set(outside) == {"tflite-xnnpack-x86", "tflite-xnnpack-arm"}
+    assert all("'conv'" in reason for reason in outside.values())
+    coverage = cover(graph, None)
+    assert coverage.uncovered == outside
+    assert set(coverage.groups[0].names) == set(profiles.PROFILES) - set(outside)
+    assert profiles.uncovered(leaving_out(4)) == {}

@@ -53,18 +53,15 @@ def cover(graph: Graph, names: Sequence[str] | None) -> Coverage:
         InvalidGraphError: a named profile does not cover the model, or none does.
     """
     if universal.is_universal(graph):
-        every = tuple(profiles.PROFILES)
-        return Coverage(True, (Group(every, _resolved(graph, profiles.DEFAULT)),), {})
+        outside = profiles.uncovered(graph)
+        every = tuple(name for name in profiles.PROFILES if name not in outside)
+        return Coverage(True, (Group(every, _resolved(graph, profiles.DEFAULT)),), outside)
     found: dict[bytes, Group] = {}
-    uncovered: dict[str, str] = {}
+    uncovered = profiles.uncovered(graph) if names is None else {}
     for name in profiles.PROFILES if names is None else names:
-        try:
-            resolved = _resolved(graph, name)
-        except InvalidGraphError as error:
-            if names is not None:
-                raise
-            uncovered[name] = str(error)
+        if name in uncovered:
             continue
+        resolved = _resolved(graph, name)
         key = _integers(resolved)
         known = found.get(key)
         found[key] = Group((*known.names, name), known.graph) if known else Group((name,), resolved)
