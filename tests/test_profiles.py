@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from cactus_edge import profiles, semantics
-from cactus_edge.errors import InvalidGraphError
 from cactus_edge.execute import accumulate, execute, execute_all, run_operator
 from cactus_edge.graph import (
     Activation,
@@ -44,7 +43,7 @@ from cactus_edge.validate.runtimes import runner
 from tests.graphs import random_graph, random_inputs, scaled
 
 LIMIT = 1 << 27
-CHANNELS = 96
+CHANNELS = 48
 RUNTIMES = tuple(peer for peer in peers() if peer.extra == "runtimes")
 EXACT_IDENTITY = 64
 
@@ -325,10 +324,10 @@ def scaled_convolution(op: Conv2D, scale: float) -> Conv2D:
 # Float32 patterns of two input scales and an output scale, zero points 0, where it matters that
 # LiteRT's optimized ADD shifts first. About one triple in 200 is of this kind.
 EARLY_SHIFT_SCALES = (
-    (1043543090, 1036756642, 1038478423),
     (1011666670, 1007167390, 1013313599),
     (1014939668, 1016742580, 1023484819),
     (1018750806, 1018624116, 1021078216),
+    (1012832932, 1017139945, 1016692612),
 )
 
 
@@ -379,12 +378,7 @@ def sums(graph: Graph, pairs: Int64Array, rounding: AddRounding, early: bool = F
 
 
 def covered(graph: Graph, profile: str) -> bool:
-    try:
-        profiles.resolve(graph, profile)
-    except InvalidGraphError as error:
-        assert "element's position" in str(error)
-        return False
-    return True
+    return profile not in profiles.uncovered(graph)
 
 
 def test_operands_of_add_are_the_pairs() -> None:
@@ -463,8 +457,8 @@ def plain_graphs() -> list[Graph]:
 
 def test_pools_pad_and_reshape(peer: Peer) -> None:
     rng = np.random.default_rng(23)
-    middle = rng.integers(-60, 61, (40, 1, 1, 6))
-    inputs = np.clip(middle + rng.integers(-70, 71, (40, 8, 9, 6)), -128, 127)
+    middle = rng.integers(-60, 61, (8, 1, 1, 6))
+    inputs = np.clip(middle + rng.integers(-70, 71, (8, 8, 9, 6)), -128, 127)
     graphs = plain_graphs()
     half_even = 0
     for graph, found in zip(graphs, runner(peer)([(g, inputs) for g in graphs]), strict=True):
@@ -479,26 +473,6 @@ def test_pools_pad_and_reshape(peer: Peer) -> None:
 
 
 # ---------------------------------------------------------------------- SAME padding
-def misplaced(graph: Graph, op: object) -> bool:
-    """Whether XNNPACK before July 2026 reads the wrong elements.
-
-    It computes the padding as ``(output - 1) * stride + reach - input`` in unsigned integers, which
-    wraps where the stride passes the window. A 1x1 layer is not padded, int4 is not delegated.
-    """
-    if not isinstance(op, Conv2D) or op.padding is Padding.VALID or op.weights.bits <= 4:
-        return False
-    kernel = op.weights.values.shape[1:3]
-    source, target = graph.tensors[op.inputs[0]].shape, graph.tensors[op.output].shape
-    totals = [
-        (target[1 + axis] - 1) * op.stride[axis]
-        + (kernel[axis] - 1) * op.dilation[axis]
-        + 1
-        - source[1 + axis]
-        for axis in (0, 1)
-    ]
-    return kernel != (1, 1) and min(totals) < 0
-
-
 def padded_graphs() -> list[Graph]:
     rng = np.random.default_rng(29)
     graphs: list[Graph] = []
@@ -527,7 +501,7 @@ def padded_graphs() -> list[Graph]:
 
 
 def test_same_padding(peer: Peer) -> None:
-    """All kernels, strides and dilations, and precisely where the old delegate goes wrong."""
+    """Kernels, strides and dilations; what a profile does not cover is indeed computed wrongly."""
     inputs = np.random.default_rng(37).integers(-128, 128, (2, 7, 8, 4))
     profile = profiles.PROFILES[peer.profile]
     wrong = 0
@@ -537,25 +511,24 @@ def test_same_padding(peer: Peer) -> None:
         assert isinstance(op, Conv2D)
         resolved = replace(op, requantization=profiles.requantization(graph, op, profile))
         wanted = run_operator(graph, resolved, [inputs])
-        bad = peer.mode == "XNNPACK" and misplaced(graph, op)
-        wrong += bad
-        assert np.array_equal(found, wanted) is not bad, (op.kind, op.stride, op.dilation)
-    assert wrong < len(graphs) / 4
+        right = covered(graph, peer.profile)
+        wrong += not right
+        assert np.array_equal(found, wanted) is right, f"{op.kind} {op.stride} {op.dilation}"
+    assert 0 < wrong < len(graphs) / 4 if profile.needs_covering_windows else wrong == 0
 
 
 # ---------------------------------------------------------------------- whole graphs
 def test_random_networks(peer: Peer) -> None:
     parts: list[tuple[Graph, Int64Array]] = []
-    for seed in range(40):
+    for seed in range(24):
         rng = np.random.default_rng([31, seed])
         graph = random_graph(rng, depth=1 + seed % 6)
-        if peer.mode == "XNNPACK" and any(misplaced(graph, op) for op in graph.core):
-            continue
-        parts.append((graph, random_inputs(rng, graph, 12)))
-    assert len(parts) > 30
+        if covered(graph, peer.profile):
+            parts.append((graph, random_inputs(rng, graph, 12)))
+    assert len(parts) > 15
     differing = dict.fromkeys(profiles.PROFILES, 0)
     for (graph, inputs), found in zip(parts, runner(peer)(parts), strict=True):
-        for name in differing:
+        for name in set(differing) - set(profiles.uncovered(graph)):
             wanted = execute(graph, inputs, name)
             differing[name] += int((found.reshape(wanted.shape) != wanted).sum())
     assert differing[peer.profile] == 0
