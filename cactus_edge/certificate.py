@@ -19,6 +19,14 @@ from cactus_edge.errors import DataError
 
 FORMAT = "cactus_edge certificate"
 VERSION = 1
+VERIFIER = "interval twin with elided margin, exact in integers"
+SIDE_CONDITIONS = (
+    "every effective multiplier lies in [2^-31, 1)",
+    "every accumulator, bias included, is below 2^27 in magnitude",
+    "weight zero points are 0",
+    "the input reaches the model through the stated input map, rounding to nearest",
+)
+METHODS = {"certified": ("interval", "elided-margin"), "refuted": ("sample", "attack")}
 Verdict = Literal["certified", "refuted", "unknown", "error"]
 VERDICTS: tuple[Verdict, ...] = ("certified", "refuted", "unknown", "error")
 

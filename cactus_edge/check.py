@@ -1,10 +1,9 @@
 """The independent checker: re-derives every line of a certificate from model and data alone.
 
-The trusted base is this file with ``graph``, ``semantics`` and the tables it reads; it shares no
-code with the certifier, the executors or the kernels, and uses no float and no compiled code. Its
-interval propagation differs from the certifier's on purpose: not a doubled network, but sums and
-radii. With ``s = lower + upper`` and ``r = upper - lower`` of a layer's input less zero points,
-``W s + 2 b`` and ``|W| r`` are the sum and the difference of the accumulator's bounds.
+The trusted base is this file and ``check_bounds`` with ``graph``, ``semantics`` and the tables they
+read; it shares no code with the certifier, the executors or the kernels, and uses no float and no
+compiled code. Its interval propagation differs from the certifier's on purpose: not a doubled
+network, but sums and radii.
 """
 
 from __future__ import annotations
@@ -18,30 +17,23 @@ import numpy as np
 
 from cactus_edge import certificate, decision, inputs, profiles, semantics, universal
 from cactus_edge.certificate import Certificate, Sample
+from cactus_edge.check_bounds import Box, logits_box
 from cactus_edge.constraints import validate
 from cactus_edge.datasets import Dataset, Images
+from cactus_edge.errors import UsageError
 from cactus_edge.flatbuffer import read_tflite
 from cactus_edge.graph import (
-    Add,
-    AveragePool2D,
     Conv2D,
     DepthwiseConv2D,
-    FullyConnected,
     Graph,
     Int64Array,
     Linear,
-    MaxPool2D,
-    Operator,
-    Pad,
     Padding,
-    Pool2D,
     Requantization,
     Reshape,
-    window_geometry,
 )
 from cactus_edge.semantics import Rounding
 
-Box = tuple[Int64Array, Int64Array]
 _CHUNK = 250
 
 
@@ -123,10 +115,16 @@ def _head(claim: Certificate, model: bytes, graph: Graph, data: Dataset) -> Iter
         yield "arithmetic: a universal model is certified for every profile that covers it"
     if claim.input_map != inputs.input_map(graph).describe():
         yield "input map: differs from the model's"
-    rule = "argmax of the stored logits, the lowest index wins a tie"
-    rule += "; taken behind SOFTMAX" if graph.has_softmax else ""
+    rule = decision.describe(graph)
     if claim.property.decision != rule:
         yield f"decision rule: claimed '{claim.property.decision}', the model's is '{rule}'"
+    try:
+        _perturbation(claim)
+    except UsageError as error:
+        yield f"property: {error}"
+    stated = (claim.verifier, claim.side_conditions)
+    if stated != (certificate.VERIFIER, certificate.SIDE_CONDITIONS):
+        yield "verifier or side conditions: not those of this format"
     if claim.data.sha256 != data.sha256 or claim.data.split != data.split:
         yield f"data: the certificate is about {claim.data.name} {claim.data.split} of another hash"
     last = claim.data.first + claim.data.count
@@ -136,6 +134,16 @@ def _head(claim: Certificate, model: bytes, graph: Graph, data: Dataset) -> Iter
     attacked = claim.summary.attack_accuracy is not None
     if claim.summary != certificate.summarize(claim.samples, attacked):
         yield "summary: does not follow from the samples"
+
+
+def _perturbation(claim: Certificate) -> inputs.Perturbation:
+    """The claimed perturbation set; raises UsageError where there is no such set."""
+    radius = claim.property.radius
+    if claim.property.kind == "epsilon":
+        return inputs.Perturbation.epsilon(radius)
+    if not radius.isdecimal():
+        raise UsageError(f"'{radius}' is not a number of levels")
+    return inputs.Perturbation.levels(int(radius))
 
 
 def _groups(graph: Graph, names: tuple[str, ...]) -> list[tuple[Graph, tuple[str, ...]]]:
@@ -171,9 +179,8 @@ def _samples(
     labels: Int64Array,
     first: int,
 ) -> list[str]:
-    radius = Fraction(claim.property.radius)
     stored = inputs.stored(graph, images)
-    box = inputs.box(graph, images, inputs.Perturbation(claim.property.kind, radius))
+    box = inputs.box(graph, images, _perturbation(claim))
     points = [logits_box(resolved, (stored, stored))[0][0] for resolved, _ in groups]
     bounds = [logits_box(resolved, box) for resolved, _ in groups]
     problems: list[str] = []
@@ -182,6 +189,8 @@ def _samples(
         if (sample.index, sample.label) != (first + i, int(labels[i])):
             problems.append(f"{where}: index or label differs from the data")
             continue
+        if sample.method not in certificate.METHODS.get(sample.verdict, (sample.method,)):
+            problems.append(f"{where}: '{sample.verdict}' by unknown method '{sample.method}'")
         if sample.verdict == "error":
             continue
         if sample.prediction != int(points[0][i].argmax()):
@@ -234,114 +243,6 @@ def _counterexample(
     logits = logits_box(chosen[0], (point[None], point[None]))[0][0]
     wrong = decision.surely_wrong(graph, logits, np.array([sample.label]))
     return "" if wrong[0] else "the counterexample is classified as labelled"
-
-
-def logits_box(graph: Graph, box: Box) -> tuple[Box, Box]:
-    """Bounds of the stored logits and of the last linear layer's input, int64 [samples, -1]."""
-    values = {graph.core_input: box}
-    hidden = box
-    for op in graph.core:
-        if isinstance(op, Linear):
-            hidden = values[op.inputs[0]]
-        values[op.output] = _propagate(graph, op, [values[i] for i in op.inputs])
-    flat = [v.reshape(len(v), -1) for v in (*values[graph.logits], *hidden)]
-    return (flat[0], flat[1]), (flat[2], flat[3])
-
-
-def _propagate(graph: Graph, op: Operator, boxes: list[Box]) -> Box:
-    lower, upper = boxes[0]
-    source, target = graph.tensors[op.inputs[0]], graph.tensors[op.output]
-    limits = graph.output_range(op)
-    if isinstance(op, Linear):
-        least, most = _accumulators(op, lower - source.zero_point, upper - source.zero_point)
-        assert op.requantization is not None
-        low, high = (
-            _stored(op.requantization, a, target.zero_point, limits) for a in (least, most)
-        )
-        return low, high
-    if isinstance(op, Add):
-        assert op.requantization is not None
-        zeros = [graph.tensors[i].zero_point for i in op.inputs]
-        rule, integers = semantics.ADD[op.requantization.rounding], op.requantization.integers
-        ends = [rule(boxes[0][e] - zeros[0], boxes[1][e] - zeros[1], *integers) for e in (0, 1)]
-        low, high = (semantics.clamp(e + target.zero_point, *limits) for e in ends)
-        return low, high  # pyright: ignore
-    if isinstance(op, Pool2D):
-        low, high = (semantics.clamp(_pooled(op, end), *limits) for end in boxes[0])  # pyright: ignore
-        return low, high  # pyright: ignore
-    if isinstance(op, Pad):
-        fill = source.zero_point
-        return tuple(np.pad(end, op.paddings, constant_values=fill) for end in boxes[0])  # pyright: ignore
-    assert isinstance(op, Reshape)
-    return tuple(end.reshape(-1, *target.shape[1:]) for end in boxes[0])  # pyright: ignore
-
-
-def _accumulators(op: Linear, lower: Int64Array, upper: Int64Array) -> Box:
-    """Least and greatest accumulator from sums and radii (see the module's docstring)."""
-    weights = op.weights.values.astype(np.int64)
-    total = _linear(op, lower + upper, weights) + 2 * op.bias.astype(np.int64)
-    spread = _linear(op, upper - lower, np.abs(weights))
-    return (total - spread) >> 1, (total + spread) >> 1
-
-
-def _linear(op: Linear, x: Int64Array, weights: Int64Array) -> Int64Array:
-    if isinstance(op, FullyConnected):
-        return x.reshape(len(x), -1) @ weights.T
-    assert isinstance(op, Conv2D)
-    patches = _patches(x, weights.shape[1:3], op.stride, op.dilation, op.padding, 0)
-    if isinstance(op, DepthwiseConv2D):
-        repeats = op.channels // x.shape[-1]
-        return np.einsum("nhwklc,klc->nhwc", np.repeat(patches, repeats, axis=-1), weights[0])
-    rows = patches.reshape(*patches.shape[:3], -1)
-    return rows @ weights.reshape(op.channels, -1).T
-
-
-def _patches(
-    x: Int64Array,
-    kernel: tuple[int, ...],
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
-    padding: Padding,
-    fill: int,
-) -> Int64Array:
-    """Int64 [samples, out height, out width, kernel height, kernel width, channels]."""
-    axes = []
-    borders = [(0, 0)]
-    for a in (0, 1):
-        count, before, after = window_geometry(
-            x.shape[1 + a], kernel[a], stride[a], dilation[a], padding
-        )
-        borders.append((before, after))
-        axes.append(np.arange(count)[:, None] * stride[a] + np.arange(kernel[a]) * dilation[a])
-    padded = np.pad(x, [*borders, (0, 0)], constant_values=fill)
-    rows, columns = axes
-    return padded[:, rows[:, None, :, None], columns[None, :, None, :]]
-
-
-def _pooled(op: Pool2D, x: Int64Array) -> Int64Array:
-    arguments = (op.window, op.stride, (1, 1), op.padding)
-    if isinstance(op, MaxPool2D):
-        return _patches(x, *arguments, fill=-(1 << 40)).max(axis=(3, 4))
-    assert isinstance(op, AveragePool2D)
-    total = _patches(x, *arguments, fill=0).sum(axis=(3, 4))
-    inside = np.ones((1, *x.shape[1:3], 1), np.int64)
-    count = _patches(inside, *arguments, fill=0).sum(axis=(3, 4))
-    return semantics.average(total, count)  # pyright: ignore
-
-
-def _stored(
-    parameters: Requantization, accumulator: Int64Array, zero_point: int, limits: tuple[int, int]
-) -> Int64Array:
-    """Stored integers of accumulators [..., channels]."""
-    output = np.empty_like(accumulator)
-    for channel in range(accumulator.shape[-1]):
-        rule = semantics.REQUANTIZE[Rounding(int(parameters.rounding[channel]))]
-        output[..., channel] = rule(
-            accumulator[..., channel],
-            int(parameters.multiplier[channel]),
-            int(parameters.shift[channel]),
-        )
-    return semantics.clamp(output + zero_point, *limits)  # pyright: ignore
 
 
 def _holds(graph: Graph, logits: Box, hidden: Box, label: int) -> bool:

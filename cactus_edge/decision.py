@@ -63,3 +63,9 @@ def surely_wrong(graph: Graph, logits: Int64Array, labels: Int64Array) -> BoolAr
     best = flat.max(axis=1)
     gap = lead(graph)
     return (winner != labels) & ((winner < labels) | (best - own >= gap))
+
+
+def describe(graph: Graph) -> str:
+    """The decision rule in words, as certificates state it."""
+    rule = "argmax of the stored logits, the lowest index wins a tie"
+    return f"{rule}; taken behind SOFTMAX" if graph.has_softmax else rule

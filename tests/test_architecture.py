@@ -24,7 +24,7 @@ MAX_LINES = 450
 
 CERTIFIED = sorted(
     path
-    for pattern in ("semantics.py", "profiles.py", "check.py", "certify/**/*.py")
+    for pattern in ("semantics.py", "profiles.py", "check*.py", "certify/**/*.py")
     for path in PACKAGE.glob(pattern)
     if path.name != "attack.py"
 )
@@ -37,6 +37,7 @@ SOURCES = sorted([*SHIPPED, *(ROOT / "tools").rglob("*.py")])
 CHECKER_MODULES = {
     "certificate",
     "check",
+    "check_bounds",
     "constraints",
     "datasets",
     "decision",

@@ -139,6 +139,14 @@ FORGERIES: dict[str, Callable[[Certificate], Certificate]] = {
     "radius": lambda c: msgspec.structs.replace(
         c, property=msgspec.structs.replace(c.property, radius="9")
     ),
+    "negative radius": lambda c: msgspec.structs.replace(
+        c, property=msgspec.structs.replace(c.property, radius="-3")
+    ),
+    "radius that is none": lambda c: msgspec.structs.replace(
+        c, property=msgspec.structs.replace(c.property, radius="1/0")
+    ),
+    "method": lambda c: with_sample(c, "certified", method="branch and bound"),
+    "verifier": lambda c: msgspec.structs.replace(c, verifier="branch and bound"),
     "decision rule": lambda c: msgspec.structs.replace(
         c, property=msgspec.structs.replace(c.property, decision="highest index wins")
     ),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import cactus_edge
-from cactus_edge import certificate, inputs, profiles
+from cactus_edge import certificate, decision, inputs, profiles
 from cactus_edge.certificate import Certificate, Sample
 from cactus_edge.certify.attack import Settings
 from cactus_edge.certify.engine import Certifier, attack_boxes, chunks, cover
@@ -19,13 +19,6 @@ from cactus_edge.flatbuffer import read_tflite
 from cactus_edge.graph import Graph, Int64Array
 from cactus_edge.inputs import Perturbation
 
-VERIFIER = "interval twin with elided margin, exact in integers"
-SIDE_CONDITIONS = (
-    "every effective multiplier lies in [2^-31, 1)",
-    "every accumulator, bias included, is below 2^27 in magnitude",
-    "weight zero points are 0",
-    "the input reaches the model through the stated input map, rounding to nearest",
-)
 Progress = Callable[[int, int], None]
 
 
@@ -93,21 +86,15 @@ def certify(
         property=certificate.Property(
             "epsilon" if request.perturbation.kind == "epsilon" else "levels",
             str(request.perturbation.radius),
-            decision_text(graph),
+            decision.describe(graph),
         ),
         data=certificate.Data(data.name, data.split, data.sha256, request.first, len(labels)),
-        verifier=VERIFIER,
-        side_conditions=SIDE_CONDITIONS,
+        verifier=certificate.VERIFIER,
+        side_conditions=certificate.SIDE_CONDITIONS,
         summary=certificate.summarize(samples, request.attack is not None),
         samples=tuple(samples),
         how_to_check=f"cactus-edge check CERTIFICATE {file} --data {data.name}",
     )
-
-
-def decision_text(graph: Graph) -> str:
-    """The decision rule in words."""
-    rule = "argmax of the stored logits, the lowest index wins a tie"
-    return f"{rule}; taken behind SOFTMAX" if graph.has_softmax else rule
 
 
 def _selected(graph: Graph, request: Request) -> tuple[Images, Int64Array]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cactus_edge import check, decision
+from cactus_edge import check, check_bounds, decision
 from cactus_edge.certify import margin
 from cactus_edge.certify.engine import cover
 from cactus_edge.certify.twin import twin
@@ -67,7 +67,9 @@ def exhaust(graph: Graph, seed: int, tally: Tally, radius: int = 3) -> None:
         tally.bounds += 2 * low.size
         tally.attained += int((logits.min(axis=0) == low[0]).sum())
         tally.attained += int((logits.max(axis=0) == high[0]).sum())
-        (check_low, check_high), _ = check.logits_box(group.graph, (lower[None], upper[None]))
+        (check_low, check_high), _ = check_bounds.logits_box(
+            group.graph, (lower[None], upper[None])
+        )
         tally.checker_differences += int((check_low != low).sum() + (check_high != high).sum())
         _margins(group.graph, (lower, upper), logits, (low, high), tally)
 

@@ -1,0 +1,140 @@
+"""The checker's own interval propagation: sums and radii, in plain NumPy integers.
+
+With ``s = lower + upper`` and ``r = upper - lower`` of a layer's input less zero points,
+``W s + 2 b`` and ``|W| r`` are the sum and the difference of the accumulator's bounds.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cactus_edge import semantics
+from cactus_edge.graph import (
+    Add,
+    AveragePool2D,
+    Conv2D,
+    DepthwiseConv2D,
+    FullyConnected,
+    Graph,
+    Int64Array,
+    Linear,
+    MaxPool2D,
+    Operator,
+    Pad,
+    Padding,
+    Pool2D,
+    Requantization,
+    Reshape,
+    window_geometry,
+)
+from cactus_edge.semantics import Rounding
+
+Box = tuple[Int64Array, Int64Array]
+
+
+def logits_box(graph: Graph, box: Box) -> tuple[Box, Box]:
+    """Bounds of the stored logits and of the last linear layer's input, int64 [samples, -1]."""
+    values = {graph.core_input: box}
+    hidden = box
+    for op in graph.core:
+        if isinstance(op, Linear):
+            hidden = values[op.inputs[0]]
+        values[op.output] = _propagate(graph, op, [values[i] for i in op.inputs])
+    flat = [v.reshape(len(v), -1) for v in (*values[graph.logits], *hidden)]
+    return (flat[0], flat[1]), (flat[2], flat[3])
+
+
+def _propagate(graph: Graph, op: Operator, boxes: list[Box]) -> Box:
+    lower, upper = boxes[0]
+    source, target = graph.tensors[op.inputs[0]], graph.tensors[op.output]
+    limits = graph.output_range(op)
+    if isinstance(op, Linear):
+        least, most = _accumulators(op, lower - source.zero_point, upper - source.zero_point)
+        assert op.requantization is not None
+        low, high = (
+            _stored(op.requantization, a, target.zero_point, limits) for a in (least, most)
+        )
+        return low, high
+    if isinstance(op, Add):
+        assert op.requantization is not None
+        zeros = [graph.tensors[i].zero_point for i in op.inputs]
+        rule, integers = semantics.ADD[op.requantization.rounding], op.requantization.integers
+        ends = [rule(boxes[0][e] - zeros[0], boxes[1][e] - zeros[1], *integers) for e in (0, 1)]
+        low, high = (semantics.clamp(e + target.zero_point, *limits) for e in ends)
+        return low, high  # pyright: ignore
+    if isinstance(op, Pool2D):
+        low, high = (semantics.clamp(_pooled(op, end), *limits) for end in boxes[0])  # pyright: ignore
+        return low, high  # pyright: ignore
+    if isinstance(op, Pad):
+        fill = source.zero_point
+        return tuple(np.pad(end, op.paddings, constant_values=fill) for end in boxes[0])  # pyright: ignore
+    assert isinstance(op, Reshape)
+    return tuple(end.reshape(-1, *target.shape[1:]) for end in boxes[0])  # pyright: ignore
+
+
+def _accumulators(op: Linear, lower: Int64Array, upper: Int64Array) -> Box:
+    """Least and greatest accumulator from sums and radii (see the module's docstring)."""
+    weights = op.weights.values.astype(np.int64)
+    total = _linear(op, lower + upper, weights) + 2 * op.bias.astype(np.int64)
+    spread = _linear(op, upper - lower, np.abs(weights))
+    return (total - spread) >> 1, (total + spread) >> 1
+
+
+def _linear(op: Linear, x: Int64Array, weights: Int64Array) -> Int64Array:
+    if isinstance(op, FullyConnected):
+        return x.reshape(len(x), -1) @ weights.T
+    assert isinstance(op, Conv2D)
+    patches = _patches(x, weights.shape[1:3], op.stride, op.dilation, op.padding, 0)
+    if isinstance(op, DepthwiseConv2D):
+        repeats = op.channels // x.shape[-1]
+        return np.einsum("nhwklc,klc->nhwc", np.repeat(patches, repeats, axis=-1), weights[0])
+    rows = patches.reshape(*patches.shape[:3], -1)
+    return rows @ weights.reshape(op.channels, -1).T
+
+
+def _patches(
+    x: Int64Array,
+    kernel: tuple[int, ...],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    padding: Padding,
+    fill: int,
+) -> Int64Array:
+    """Int64 [samples, out height, out width, kernel height, kernel width, channels]."""
+    axes = []
+    borders = [(0, 0)]
+    for a in (0, 1):
+        count, before, after = window_geometry(
+            x.shape[1 + a], kernel[a], stride[a], dilation[a], padding
+        )
+        borders.append((before, after))
+        axes.append(np.arange(count)[:, None] * stride[a] + np.arange(kernel[a]) * dilation[a])
+    padded = np.pad(x, [*borders, (0, 0)], constant_values=fill)
+    rows, columns = axes
+    return padded[:, rows[:, None, :, None], columns[None, :, None, :]]
+
+
+def _pooled(op: Pool2D, x: Int64Array) -> Int64Array:
+    arguments = (op.window, op.stride, (1, 1), op.padding)
+    if isinstance(op, MaxPool2D):
+        return _patches(x, *arguments, fill=-(1 << 40)).max(axis=(3, 4))
+    assert isinstance(op, AveragePool2D)
+    total = _patches(x, *arguments, fill=0).sum(axis=(3, 4))
+    inside = np.ones((1, *x.shape[1:3], 1), np.int64)
+    count = _patches(inside, *arguments, fill=0).sum(axis=(3, 4))
+    return semantics.average(total, count)  # pyright: ignore
+
+
+def _stored(
+    parameters: Requantization, accumulator: Int64Array, zero_point: int, limits: tuple[int, int]
+) -> Int64Array:
+    """Stored integers of accumulators [..., channels]."""
+    output = np.empty_like(accumulator)
+    for channel in range(accumulator.shape[-1]):
+        rule = semantics.REQUANTIZE[Rounding(int(parameters.rounding[channel]))]
+        output[..., channel] = rule(
+            accumulator[..., channel],
+            int(parameters.multiplier[channel]),
+            int(parameters.shift[channel]),
+        )
+    return semantics.clamp(output + zero_point, *limits)  # pyright: ignore
