@@ -273,7 +273,13 @@ class _Builder:
                 window_geometry(extents[a], kernel[a], stride[a], dilation[a], padding)[0]
                 for a in (0, 1)
             )
-            if min(output) >= 1:
+            covering = all(
+                (output[a] - 1) * stride[a] + (kernel[a] - 1) * dilation[a] + 1 >= extents[a]
+                for a in (0, 1)
+            )
+            # Other SAME windows are not covered by every profile, see ``profiles.Profile``.
+            fits = padding is Padding.VALID or kernel == (1, 1) or covering
+            if min(output) >= 1 and fits:
                 break
         shape = (1, *kernel, target) if depthwise else (target, *kernel, source)
         kind = DepthwiseConv2D if depthwise else Conv2D
