@@ -125,6 +125,16 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     digest: str = ""
 
 
+def how_to_check(file: str, data: str) -> str:
+    """The command that re-derives a certificate."""
+    return f"cactus-edge check CERTIFICATE {file} --data {data}"
+
+
+def sealed(certificate: Certificate) -> Certificate:
+    """With its digest filled in."""
+    return msgspec.structs.replace(certificate, digest=digest(certificate))
+
+
 def digest(certificate: Certificate) -> str:
     """SHA-256 of the certificate without its digest."""
     bare = msgspec.structs.replace(certificate, digest="")
@@ -133,8 +143,7 @@ def digest(certificate: Certificate) -> str:
 
 def encode(certificate: Certificate) -> bytes:
     """JSON with the digest filled in: one line for the head, one for each sample."""
-    complete = msgspec.structs.replace(certificate, digest=digest(certificate))
-    text = msgspec.json.encode(complete)
+    text = msgspec.json.encode(sealed(certificate))
     return text.replace(b'{"index":', b'\n{"index":') + b"\n"
 
 

@@ -17,20 +17,16 @@ import numpy as np
 
 from cactus_edge import certificate, decision, inputs, profiles, semantics, universal
 from cactus_edge.certificate import Certificate, Sample
-from cactus_edge.check_bounds import Box, logits_box
+from cactus_edge.check_bounds import Box, last_layer, logits_box
 from cactus_edge.constraints import validate
 from cactus_edge.datasets import Dataset, Images
 from cactus_edge.errors import UsageError
 from cactus_edge.flatbuffer import read_tflite
 from cactus_edge.graph import (
-    Conv2D,
-    DepthwiseConv2D,
     Graph,
     Int64Array,
     Linear,
-    Padding,
     Requantization,
-    Reshape,
 )
 from cactus_edge.semantics import Rounding
 
@@ -127,6 +123,13 @@ def _head(claim: Certificate, model: bytes, graph: Graph, data: Dataset) -> Iter
         yield "verifier or side conditions: not those of this format"
     if claim.data.sha256 != data.sha256 or claim.data.split != data.split:
         yield f"data: the certificate is about {claim.data.name} {claim.data.split} of another hash"
+    if claim.data.name != data.name:
+        yield f"data: the certificate is about '{claim.data.name}', this is '{data.name}'"
+    unread = profiles.uncovered(graph)
+    if any(unread.get(name) != reason for name, reason in claim.arithmetic.uncovered.items()):
+        yield "arithmetic: 'uncovered' names a profile that covers the model, or another reason"
+    if claim.how_to_check != certificate.how_to_check(claim.model.file, claim.data.name):
+        yield "how_to_check: not the text of this format"
     last = claim.data.first + claim.data.count
     fits = 0 <= claim.data.first < last <= len(data.labels)
     if not fits or len(claim.samples) != claim.data.count:
@@ -183,16 +186,24 @@ def _samples(
     box = inputs.box(graph, images, _perturbation(claim))
     points = [logits_box(resolved, (stored, stored))[0][0] for resolved, _ in groups]
     bounds = [logits_box(resolved, box) for resolved, _ in groups]
+    classes = graph.tensors[graph.logits].size
+    known = np.clip(labels, 0, classes - 1)
+    misclassified = [decision.surely_wrong(graph, point, known) for point in points]
     problems: list[str] = []
     for i, sample in enumerate(samples):
         where = f"sample {first + i}"
         if (sample.index, sample.label) != (first + i, int(labels[i])):
             problems.append(f"{where}: index or label differs from the data")
             continue
+        if not 0 <= sample.label < classes:
+            problems.append(f"{where}: label {sample.label}, yet the model has {classes} logits")
+            continue
         if sample.method not in certificate.METHODS.get(sample.verdict, (sample.method,)):
             problems.append(f"{where}: '{sample.verdict}' by unknown method '{sample.method}'")
         if sample.verdict == "error":
+            problems.append(f"{where}: 'error', yet it can be treated; certify again")
             continue
+        wrong = [bool(w[i]) for w in misclassified]
         if sample.prediction != int(points[0][i].argmax()):
             problems.append(f"{where}: predicted {points[0][i].argmax()}, not {sample.prediction}")
         if [(b.lower, b.upper) for b in sample.bounds] != [
@@ -202,7 +213,7 @@ def _samples(
         own = [(hidden[0][i], hidden[1][i]) for _, hidden in bounds]
         resolved = [g for g, _ in groups]
         if sample.verdict == "certified":
-            if not all(
+            if any(wrong) or not all(
                 _holds(g, (low[i], high[i]), h, sample.label)
                 for g, ((low, high), _), h in zip(resolved, bounds, own, strict=True)
             ):
@@ -210,7 +221,7 @@ def _samples(
         elif sample.verdict == "refuted":
             problem = _counterexample(graph, groups, sample, stored[i], (box[0][i], box[1][i]))
             problems += [f"{where}: {problem}"] if problem else []
-        elif sample.label != sample.prediction and not graph.has_softmax:
+        elif any(wrong):
             problems.append(f"{where}: '{sample.verdict}', yet the sample itself is misclassified")
         elif all(
             _holds(g, (low[i], high[i]), h, sample.label)
@@ -253,28 +264,10 @@ def _holds(graph: Graph, logits: Box, hidden: Box, label: int) -> bool:
     rivals = rivals[rivals != label]
     if not rivals.size:
         return True
-    layer = _last(graph)
+    layer = last_layer(graph)
     if layer is None:
         return False
     return all(_margin(graph, layer, hidden, label, int(j), int(gaps[j])) for j in rivals)
-
-
-def _last(graph: Graph) -> Linear | None:
-    """The layer whose accumulators become the logits, where it is a matrix on its whole input."""
-    tensor = graph.logits
-    for op in reversed(graph.core):
-        if op.output == tensor and isinstance(op, Reshape):
-            tensor = op.inputs[0]
-        elif op.output == tensor:
-            if isinstance(op, DepthwiseConv2D) or not isinstance(op, Linear):
-                return None
-            source = graph.tensors[op.inputs[0]].shape
-            if isinstance(op, Conv2D):
-                exact = op.weights.values.shape[1:3] == source[1:3] and op.dilation == (1, 1)
-                inside = op.padding is Padding.VALID or source[1:3] == (1, 1)
-                return op if exact and inside else None
-            return op
-    return None
 
 
 def _margin(graph: Graph, op: Linear, hidden: Box, label: int, rival: int, gap: int) -> bool:

@@ -35,11 +35,10 @@ Box = tuple[Int64Array, Int64Array]
 def logits_box(graph: Graph, box: Box) -> tuple[Box, Box]:
     """Bounds of the stored logits and of the last linear layer's input, int64 [samples, -1]."""
     values = {graph.core_input: box}
-    hidden = box
     for op in graph.core:
-        if isinstance(op, Linear):
-            hidden = values[op.inputs[0]]
         values[op.output] = _propagate(graph, op, [values[i] for i in op.inputs])
+    last = last_layer(graph)
+    hidden = box if last is None else values[last.inputs[0]]
     flat = [v.reshape(len(v), -1) for v in (*values[graph.logits], *hidden)]
     return (flat[0], flat[1]), (flat[2], flat[3])
 
@@ -138,3 +137,21 @@ def _stored(
             int(parameters.shift[channel]),
         )
     return semantics.clamp(output + zero_point, *limits)  # pyright: ignore
+
+
+def last_layer(graph: Graph) -> Linear | None:
+    """The layer whose accumulators become the logits, where it is a matrix on its whole input."""
+    tensor = graph.logits
+    for op in reversed(graph.core):
+        if op.output == tensor and isinstance(op, Reshape):
+            tensor = op.inputs[0]
+        elif op.output == tensor:
+            if isinstance(op, DepthwiseConv2D) or not isinstance(op, Linear):
+                return None
+            source = graph.tensors[op.inputs[0]].shape
+            if isinstance(op, Conv2D):
+                exact = op.weights.values.shape[1:3] == source[1:3] and op.dilation == (1, 1)
+                inside = op.padding is Padding.VALID or source[1:3] == (1, 1)
+                return op if exact and inside else None
+            return op
+    return None

@@ -15,6 +15,7 @@ import numpy as np
 from cactus_edge import scales
 from cactus_edge.errors import InvalidGraphError
 from cactus_edge.graph import (
+    Activation,
     Add,
     Conv2D,
     DepthwiseConv2D,
@@ -32,6 +33,7 @@ from cactus_edge.graph import (
     Reshape,
     Softmax,
     Tensor,
+    sixes,
     window_geometry,
 )
 from cactus_edge.semantics import AddRounding, Rounding
@@ -103,6 +105,13 @@ def _check_wiring(graph: Graph) -> None:
         if misplaced:
             raise InvalidGraphError(f"{where}: only at the edge of the graph")
         known.add(op.output)
+    used = {graph.output} | {i for op in graph.operators for i in op.inputs}
+    for index, op in enumerate(graph.operators):
+        where = f"operator {index} ({op.kind} '{op.name}')"
+        if op.output not in used:
+            raise InvalidGraphError(f"{where}: nothing reads its output")
+        if isinstance(op, Softmax) and sum(isinstance(o, Softmax) for o in graph.operators) > 1:
+            raise InvalidGraphError(f"{where}: only one SOFTMAX is supported")
     if graph.output not in known or graph.output == graph.input:
         raise InvalidGraphError("the graph's output is not computed")
     core = {graph.core_input} | {op.output for op in graph.core}
@@ -260,6 +269,20 @@ def clamp_fits(graph: Graph, op: Operator) -> str:
     lower, upper = graph.output_range(op)
     least, greatest = graph.tensors[op.output].dtype.range
     return "" if least <= lower <= upper <= greatest else f"clamp {lower}..{upper}"
+
+
+@_rule(Linear, Add, Pool2D)
+def six_is_the_same_everywhere(graph: Graph, op: Operator) -> str:
+    """RELU6 only at output scales at which all runtimes round a stored 6 to one integer."""
+    fused = cast("Linear | Add | Pool2D", op)
+    if fused.activation is not Activation.RELU6 or fused.clamp is not None:
+        return ""
+    target = graph.tensors[op.output]
+    if target.quantization is None:
+        return f"'{target.name}' has no scale"
+    upper = target.dtype.range[1]
+    limits = {min(six, upper) for six in sixes(target)}
+    return "" if len(limits) == 1 else f"{min(limits)} or {max(limits)}"
 
 
 @_rule(Linear)

@@ -14,11 +14,17 @@ from cactus_edge.errors import OutputError, UsageError
 
 def refuse_existing(path: Path, force: bool) -> None:
     """Raise OutputError when ``path`` exists and ``force`` is not given; call it before work."""
-    if path.exists() and not force:
-        raise OutputError(f"{path} exists already; use --force to replace it")
-    parent = path.parent
-    while not parent.exists():
-        parent = parent.parent
+    try:
+        exists = path.exists() or path.is_symlink()
+        if exists and not force:
+            raise OutputError(f"{path} exists already; use --force to replace it")
+        if exists and not path.is_file():
+            raise OutputError(f"{path} is not a regular file")
+        parent = path.parent
+        while not parent.exists():
+            parent = parent.parent
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write ({error.strerror})") from None
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"{path}: cannot write in {parent}")
 
@@ -40,7 +46,9 @@ def writing(path: Path, *, force: bool = False) -> Generator[BinaryIO]:
     try:
         with os.fdopen(descriptor, "wb") as stream:
             yield stream
-        temporary.chmod(0o644)
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)

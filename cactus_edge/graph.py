@@ -377,12 +377,26 @@ class Graph:
 
 def _six(tensor: Tensor) -> int:
     """TFLite's upper clamp of RELU6: zero_point + round(6 / scale), halves away from zero."""
+    return sixes(tensor)[0]
+
+
+def sixes(tensor: Tensor) -> tuple[int, int]:
+    """What runtimes take for a stored 6: TFLite's integer and XNNPACK's.
+
+    TFLite rounds the float32 quotient half away from zero and adds the zero point; XNNPACK adds the
+    zero point in float32 and rounds half to even. ``constraints`` refuses where they differ.
+    """
     if tensor.quantization is None:
         raise ValueError(f"RELU6 on tensor '{tensor.name}' needs a scale")
     bits = tensor.quantization.scale_bits
-    # 6 / scale in float32 and std::round: the quotient is rounded twice, as the runtimes do.
     ratio = scales.divide(scales.Binary(12582912, -21), scales.decode_float32(bits), 32).fraction()
-    return tensor.zero_point + (2 * ratio.numerator + ratio.denominator) // (2 * ratio.denominator)
+    away = (2 * ratio.numerator + ratio.denominator) // (2 * ratio.denominator)
+    total = ratio + tensor.zero_point
+    if total:
+        sign = 1 if total > 0 else -1
+        magnitude = scales.nearest(abs(total.numerator), total.denominator, 32).fraction()
+        total = sign * magnitude
+    return tensor.zero_point + away, round(total)
 
 
 def _parts(value: object) -> Iterator[bytes]:

@@ -23,6 +23,7 @@ from cactus_edge.graph import Graph, Int64Array
 
 METADATA = "cactus_edge.input"
 _HALF = Fraction(1, 2)
+_LARGEST_EXPONENT = 40  # a rational with a billion digits is no radius
 _FLOAT_ERROR = Fraction(1, 1 << 22)
 
 
@@ -51,6 +52,18 @@ class Perturbation:
     kind: str
     radius: Fraction
 
+    def __post_init__(self) -> None:
+        """Check kind and range.
+
+        Raises:
+            UsageError: not a radius of this kind.
+        """
+        if self.kind == "epsilon":
+            if not 0 <= self.radius <= 1:
+                raise UsageError(f"epsilon {self.radius} is outside [0, 1]")
+        elif self.kind != "levels" or self.radius.denominator != 1 or not 0 <= self.radius <= 255:
+            raise UsageError(f"{self.kind} {self.radius}: levels are integers from 0 to 255")
+
     @staticmethod
     def epsilon(text: str | Fraction) -> Perturbation:
         """Radius on real inputs in [0, 1], from decimal text such as ``0.1`` or ``8/255``.
@@ -58,10 +71,7 @@ class Perturbation:
         Raises:
             UsageError: not a number in [0, 1].
         """
-        radius = _rational(text)
-        if not 0 <= radius <= 1:
-            raise UsageError(f"epsilon {text} is outside [0, 1]")
-        return Perturbation("epsilon", radius)
+        return Perturbation("epsilon", _rational(text))
 
     @staticmethod
     def levels(count: int) -> Perturbation:
@@ -70,8 +80,6 @@ class Perturbation:
         Raises:
             UsageError: outside 0..255.
         """
-        if not 0 <= count <= 255:
-            raise UsageError(f"levels {count} is outside 0..255")
         return Perturbation("levels", Fraction(count))
 
 
@@ -80,8 +88,10 @@ def _rational(text: str | Fraction) -> Fraction:
         return text
     try:
         numerator, _, denominator = text.partition("/")
-        divisor = Fraction(Decimal(denominator)) if denominator else Fraction(1)
-        return Fraction(Decimal(numerator)) / divisor
+        parts = [Decimal(numerator), Decimal(denominator or 1)]
+        if any(abs(part.adjusted()) > _LARGEST_EXPONENT for part in parts if part.is_finite()):
+            raise ValueError(text)
+        return Fraction(parts[0]) / Fraction(parts[1])
     except (InvalidOperation, ValueError, OverflowError, ZeroDivisionError):
         raise UsageError(f"'{text}' is not a number such as 0.1 or 8/255") from None
 
@@ -107,7 +117,7 @@ def input_map(graph: Graph) -> InputMap:
             return affine
         levels, offset = declared["levels_per_unit"], declared["offset"]
         pixel = kind == "pixel" and type(levels) is int and type(offset) is int and levels > 0
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise MalformedModelError(f"metadata '{METADATA}' is not an input map") from None
     nearest = scales.nearest(1, levels, 32) if pixel else None
     if nearest != stored or offset != tensor.zero_point or graph.core_input != graph.input:

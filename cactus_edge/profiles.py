@@ -69,7 +69,8 @@ class Profile:
     ``add_early_shift``: ADD follows ``semantics.add_early_shift`` on most elements. It was measured
     on x86_64; on aarch64 it is assumed, which refuses some models and never accepts a wrong one.
     ``needs_covering_windows``: SAME convolutions larger than 1x1 whose windows leave out input
-    elements are computed wrongly (tflite-runtime 2.14's XNNPACK), so they are refused.
+    elements are computed wrongly (tflite-runtime 2.14's XNNPACK, LiteRT's up to 2.1.0, the last
+    that was measured on aarch64), so they are refused.
     """
 
     name: str
@@ -182,6 +183,7 @@ _TABLE = (
         (_FLOAT32, _FLOAT32),
         _FLOAT32,
         add=AddRounding.FIXED_POINT,
+        needs_covering_windows=True,
         packed="litert-arm",
         packed_fully_connected=True,
     ),

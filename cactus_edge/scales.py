@@ -171,6 +171,11 @@ def add_parameters(
     """
     if rounding is semantics.AddRounding.FIXED_POINT:
         ratio_a, ratio_b = divide(a, output, 32), divide(b, output, 32)
+        least, most = Fraction(1, 512), 128
+        if not all(least <= ratio.fraction() <= most for ratio in (ratio_a, ratio_b)):
+            raise InvalidGraphError(
+                "XNNPACK's ADD is described for ratios of input to output scale from 1/512 to 128"
+            )
         largest = max(ratio_a, ratio_b, key=Binary.fraction)
         shift = 20 - (largest.exponent + 23)
         if not 0 < shift < 32:

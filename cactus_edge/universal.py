@@ -15,6 +15,7 @@ import numpy as np
 
 from cactus_edge import profiles, semantics
 from cactus_edge.constraints import accumulator_bounds, stored_range
+from cactus_edge.errors import InvalidGraphError
 from cactus_edge.graph import Add, Graph, Int64Array, Linear, Requantization
 from cactus_edge.profiles import Method
 from cactus_edge.semantics import AddRounding, Rounding
@@ -122,7 +123,10 @@ def _add_agrees(graph: Graph, op: Add) -> bool:
     zero_point = graph.tensors[op.output].zero_point
     results: list[Int64Array] = []
     for rounding in AddRounding:
-        integers = profiles.add_requantization(graph, op, rounding).integers
+        try:
+            integers = profiles.add_requantization(graph, op, rounding).integers
+        except InvalidGraphError:
+            return False
         early = rounding is AddRounding.DOUBLE_HALF_AWAY
         if early and not profiles.early_shift_agrees(integers, *least):
             return False

@@ -12,7 +12,7 @@ import pytest
 
 from cactus_edge import certificate, flatbuffer, universal
 from cactus_edge.certificate import Bounds, Certificate, Sample
-from cactus_edge.certify import Request, Settings, certify
+from cactus_edge.certify import Certifier, Request, Settings, certify
 from cactus_edge.check import check
 from cactus_edge.datasets import Dataset
 from cactus_edge.errors import DataError
@@ -242,3 +242,29 @@ def test_error_verdicts_claim_nothing() -> None:
     summary = certificate.summarize([sample], attacked=False)
     assert (summary.standard_accuracy, summary.certified_accuracy) == (0, 0)
     assert summary.verdicts["error"] == 1
+
+
+def test_the_certifier_refuses_what_is_no_box() -> None:
+    graph, _, data, _ = case(is_universal=True)
+    stored = np.zeros((2, *graph.tensors[graph.input].shape[1:]), np.int64)
+    certifier = Certifier(graph)
+    zero = np.zeros(2, np.int64)
+    for lower, upper, labels, message in (
+        (stored + 1, stored + 2, zero, "outside its box"),
+        (stored, stored - 1, zero, "outside its box"),
+        (stored, stored, zero - 1, "labels"),
+        (stored, stored, zero + 4, "labels"),
+        (stored, stored, np.zeros(3, np.int64), "differ in number"),
+        (stored - 300, stored, zero, "values outside"),
+        (stored.astype(np.float64), stored, zero, "stored integers"),
+    ):
+        with pytest.raises(DataError, match=message):
+            certifier.verdicts(0, stored, lower, upper, labels)
+    with pytest.raises(DataError, match="box is empty"):
+        certifier.bounds(stored + 1, stored)
+
+
+def test_an_error_is_no_verdict_that_holds() -> None:
+    _, model, data, claim = case(is_universal=True)
+    forged = with_sample(claim, "refuted", verdict="error", method="none")
+    assert any("certify again" in p for p in check(sealed(forged), model, data).problems)

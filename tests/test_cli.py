@@ -137,6 +137,10 @@ def test_require_makes_the_exit_code(model: Path, capsys: pytest.CaptureFixture[
         (("--eps", "0.1", "--levels", "3"), 2, "--eps or --levels"),
         (("--eps", "2"), 2, "outside [0, 1]"),
         (("--eps", "much"), 2, "not a number"),
+        (("--eps", "1e-999999999"), 2, "not a number"),
+        (("--eps", "0.1", "--require", "nan"), 2, "fraction"),
+        (("--eps", "0.1", "--attack", "--steps", "0"), 2, "at least one step"),
+        (("--eps", "0.1", "--attack", "--restarts", "-1"), 2, "no negative"),
         (("--eps", "0.1", "--samples", "99999"), 2, "which has"),
         (("--eps", "0.1", "--first", "-1"), 2, "are not in"),
         (("--eps", "0.1", "--split", "holdout"), 2, "no split"),
@@ -186,6 +190,22 @@ def test_output_that_cannot_be_written(model: Path, capsys: pytest.CaptureFixtur
     code, _, err = call(capsys, *arguments)
     assert code == 2
     assert "cannot write" in err
+    arguments[-1] = model.with_name("n" * 300)
+    code, _, err = call(capsys, *arguments)
+    assert (code, "cannot write" in err) == (2, True)
+
+
+def test_a_defect_is_one_line_too(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("unforeseen [bracket]")
+
+    monkeypatch.setattr(flatbuffer, "load", broken)
+    code, out, err = call(capsys, "analyze", model)
+    assert code == 5
+    assert "RuntimeError: unforeseen [bracket]" in err
+    assert "Traceback" not in out + err
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,18 @@ def test_products_that_would_be_subnormal_are_refused() -> None:
 def test_xnnpack_add_parameters(a: float, b: float, c: float) -> None:
     x, y, z = (np.float32(v) for v in (a, b, c))
     ratio_x, ratio_y = x / z, y / z
+    assume(min(ratio_x, ratio_y) >= 1 / 512 and max(ratio_x, ratio_y) <= 128)
     exponent = math.frexp(float(max(ratio_x, ratio_y)))[1] - 1
     shift = 20 - exponent
     assume(0 < shift < 32)
     expected = [int(np.rint(np.float64(r) * 2.0**shift)) for r in (ratio_x, ratio_y)]
     found = scales.add_parameters(AddRounding.FIXED_POINT, decoded(x), decoded(y), decoded(z))
     assert found == (expected[0], 0, expected[1], 0, 1, shift)
+
+
+@pytest.mark.parametrize("ratio", [1 / 1023, 0.0005, 257.7])
+def test_add_ratios_that_xnnpack_leaves_to_others(ratio: float) -> None:
+    one, other = decoded(np.float32(1)), decoded(np.float32(ratio))
+    for pair in ((one, other), (other, one)):
+        with pytest.raises(InvalidGraphError, match="from 1/512 to 128"):
+            scales.add_parameters(AddRounding.FIXED_POINT, *pair, one)

@@ -163,7 +163,7 @@ def test_windows_that_leave_out_inputs_are_not_covered_by_xnnpack_2_14() -> None
     graph = leaving_out(8)
     assert universal.is_universal(graph)
     outside = profiles.uncovered(graph)
-    assert set(outside) == {"tflite-xnnpack-x86", "tflite-xnnpack-arm"}
+    assert set(outside) == {"tflite-xnnpack-x86", "tflite-xnnpack-arm", "litert-xnnpack-arm"}
     assert all("'conv'" in reason for reason in outside.values())
     coverage = cover(graph, None)
     assert coverage.uncovered == outside

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cactus_edge import decision
+from cactus_edge.errors import UsageError
 from cactus_edge.execute import windows
 from cactus_edge.graph import (
     Add,
@@ -47,6 +48,15 @@ class Settings:
     rounds: int = 4
     coordinates: int = 16
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UsageError: no step, or a negative number.
+        """
+        if self.steps < 1 or min(self.restarts, self.rounds, self.coordinates) < 0:
+            raise UsageError("an attack needs at least one step, and no negative number")
 
 
 def search(

@@ -19,8 +19,8 @@ from cactus_edge.certify import margin
 from cactus_edge.certify.attack import Settings, search
 from cactus_edge.certify.twin import Twin, twin
 from cactus_edge.constraints import validate
-from cactus_edge.errors import CactusEdgeError, InvalidGraphError
-from cactus_edge.execute import execute
+from cactus_edge.errors import CactusEdgeError, DataError, InvalidGraphError
+from cactus_edge.execute import check_input, execute
 from cactus_edge.graph import Add, BoolArray, Graph, Int64Array, Linear, Stored
 from cactus_edge.runtime import Session
 
@@ -102,7 +102,12 @@ class Certifier:
         self._engines = [_Engine(group.graph) for group in self.coverage.groups]
 
     def bounds(self, lower: Int64Array, upper: Int64Array) -> list[tuple[Int64Array, Int64Array]]:
-        """Stored logits' bounds over each box, for each group: int64 [samples, classes]."""
+        """Stored logits' bounds over each box, for each group: int64 [samples, classes].
+
+        Raises:
+            DataError: boxes that do not fit the model, or are empty.
+        """
+        self._check(lower, lower, upper, np.zeros(len(lower), np.int64))
         return [engine.propagate(lower, upper)[:2] for engine in self._engines]
 
     def predictions(self, stored: Int64Array) -> Int64Array:
@@ -118,14 +123,49 @@ class Certifier:
         labels: Int64Array,
         settings: Settings | None = None,
     ) -> list[Sample]:
-        """A verdict for each sample; errors of this package become the verdict ``error``."""
+        """A verdict for each sample; a sample that cannot be treated becomes an ``error``.
+
+        Args:
+            first: index of the first sample, for the certificate.
+            stored: integers [samples, ...], the samples themselves.
+            lower: integers, like ``stored``: the boxes' lower ends; ``upper`` likewise.
+            upper: see ``lower``.
+            labels: integers [samples], below the number of logits.
+            settings: strength of the attack on what stays open; None for no attack.
+
+        Raises:
+            DataError: arrays that do not fit the model, a sample outside its box, a label without
+                a logit.
+        """
+        self._check(stored, lower, upper, labels)
         try:
             return self._verdicts(first, stored, lower, upper, labels, settings)
         except CactusEdgeError as error:
-            return [
-                Sample(first + i, int(label), -1, "error", "none", message=str(error))
-                for i, label in enumerate(labels)
-            ]
+            if len(labels) == 1:
+                label = int(labels[0])
+                return [Sample(first, label, -1, "error", "none", message=str(error))]
+        found: list[Sample] = []
+        for i in range(len(labels)):
+            one = slice(i, i + 1)
+            found += self.verdicts(
+                first + i, stored[one], lower[one], upper[one], labels[one], settings
+            )
+        return found
+
+    def _check(
+        self, stored: Int64Array, lower: Int64Array, upper: Int64Array, labels: Int64Array
+    ) -> None:
+        for array in (stored, lower, upper):
+            check_input(self.graph, array)
+        if not stored.shape == lower.shape == upper.shape or labels.shape != (len(stored),):
+            raise DataError("samples, boxes and labels differ in number")
+        if not ((lower <= stored) & (stored <= upper)).all():
+            raise DataError("a sample lies outside its box, or a box is empty")
+        classes = self.graph.tensors[self.graph.logits].size
+        if labels.size and not (labels.min() >= 0 and labels.max() < classes):
+            raise DataError(
+                f"labels {labels.min()}..{labels.max()}, the model has {classes} logits"
+            )
 
     def _verdicts(
         self,

@@ -72,7 +72,7 @@ def certify(
     coverage = certifier.coverage
     names = tuple(name for group in coverage.groups for name in group.names)
     data = request.data
-    return Certificate(
+    claim = Certificate(
         format=certificate.FORMAT,
         version=certificate.VERSION,
         tool=f"cactus-edge {cactus_edge.__version__}",
@@ -93,8 +93,9 @@ def certify(
         side_conditions=certificate.SIDE_CONDITIONS,
         summary=certificate.summarize(samples, request.attack is not None),
         samples=tuple(samples),
-        how_to_check=f"cactus-edge check CERTIFICATE {file} --data {data.name}",
+        how_to_check=certificate.how_to_check(file, data.name),
     )
+    return certificate.sealed(claim)
 
 
 def _selected(graph: Graph, request: Request) -> tuple[Images, Int64Array]:

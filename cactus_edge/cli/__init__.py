@@ -15,7 +15,7 @@ import typer
 import cactus_edge
 from cactus_edge.cli import inspecting, making, proving, running
 from cactus_edge.cli.output import console
-from cactus_edge.errors import CactusEdgeError
+from cactus_edge.errors import CactusEdgeError, ToolError
 
 app = typer.Typer(
     name="cactus-edge",
@@ -59,6 +59,11 @@ def run(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
+    except Exception as error:  # a defect: still one line, and never the code of a verdict
+        logging.getLogger(__name__).info("the defect, in full", exc_info=True)
+        text = f"{type(error).__name__}: {error}; this is a defect, --verbose shows where"
+        console.print(f"[red]error:[/red] {_plain(text)}", highlight=False, soft_wrap=True)
+        return ToolError.exit_code
     return 0
 
 

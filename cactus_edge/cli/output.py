@@ -79,17 +79,22 @@ def bar(title: str, unit: str = "samples") -> Generator[Callable[[int, int], Non
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task: list[TaskID] = []
+    progress = Progress(*columns, console=console, transient=True)
+    task: list[TaskID] = []
+    try:
 
         def update(done: int, total: int) -> None:
-            if not task:
+            if not task:  # nothing is shown before there is something to show
+                progress.start()
                 task.append(progress.add_task(title, total=total, rate=""))
             speed = progress.tasks[0].finished_speed or progress.tasks[0].speed
             rate = f"{speed:,.0f} {unit}/s" if speed else ""
             progress.update(task[0], completed=done, total=total, rate=rate)
 
         yield update
+    finally:
+        if task:
+            progress.stop()
 
 
 def save_json(path: Path, result: Any, *, force: bool) -> None:

@@ -24,7 +24,7 @@ from cactus_edge.cli.output import (
     save_json,
     table,
 )
-from cactus_edge.errors import PropertyNotMetError, UsageError
+from cactus_edge.errors import PropertyNotMetError, ToolError, UsageError
 from cactus_edge.inputs import Perturbation
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _split(name: str, split: str, graph: Graph) -> datasets.Dataset:
     provenance = dict(graph.metadata).get("cactus_edge.provenance", b"{}")
     try:
         fraction = float(json.loads(provenance)["recipe"]["data"]["validation"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         logger.info("the model does not say what training held out; taking %g", fraction)
     return datasets.load(name, split, fraction)  # pyright: ignore[reportArgumentType]
 
@@ -121,6 +121,8 @@ def certify(
     from cactus_edge.certify import certify as run
 
     files.refuse_existing(output, force)
+    if require is not None and not 0 <= require <= 1:
+        raise UsageError(f"--require {require}: a fraction from 0 to 1 is needed")
     perturbation = _perturbation(eps, levels)
     graph, content = flatbuffer.load(model)
     request = Request(
@@ -164,6 +166,8 @@ def certify(
         console.print(
             f"not covered: {name}: {reason}", highlight=False, markup=False, soft_wrap=True
         )
+    if shown.verdicts["error"]:
+        raise ToolError(f"{shown.verdicts['error']} samples could not be treated, see {output}")
     if require is not None and summary.certified_accuracy < require:
         raise PropertyNotMetError(
             f"{percent(summary.certified_accuracy)} % certified, {percent(require)} % required"

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from cactus_edge import profiles, universal
-from cactus_edge.errors import CactusEdgeError, InvalidGraphError
+from cactus_edge.errors import CactusEdgeError, InvalidGraphError, UsageError
 from cactus_edge.execute import execute, execute_all
 from cactus_edge.graph import Graph, Int64Array
 from cactus_edge.validate.runtimes import Peer, peers, runner
@@ -97,6 +97,8 @@ def validate_model(
         layer_samples: on how many samples every layer is compared, at least 1.
         progress: called with (runtimes done, runtimes in all).
     """
+    if layer_samples < 1:
+        raise UsageError(f"{layer_samples} layer samples: at least one is needed")
     chosen = peers() if candidates is None else tuple(candidates)
     results: list[PeerResult] = []
     logits: list[Int64Array] = []
@@ -137,7 +139,7 @@ def _validate_peer(
         return PeerResult(*head, "uncovered", str(error)), None
     run = runner(peer)
     prefixes = [prefix(graph, index) for index in range(len(graph.core))]
-    few = inputs[: max(1, layer_samples)]
+    few = inputs[:layer_samples]
     try:
         expected = execute(graph, inputs, peer.profile)
         found, *layers = run([(graph, inputs), *((part, few) for part in prefixes)])
