@@ -10,14 +10,23 @@ import msgspec
 import numpy as np
 import pytest
 
-from cactus_edge import certificate, flatbuffer, universal
+from cactus_edge import certificate, check_bounds, flatbuffer, universal
 from cactus_edge.certificate import Bounds, Certificate, Sample
 from cactus_edge.certify import Certifier, Request, Settings, certify
 from cactus_edge.check import check
 from cactus_edge.datasets import Dataset
 from cactus_edge.errors import DataError
-from cactus_edge.graph import Graph, Linear
+from cactus_edge.graph import (
+    FullyConnected,
+    Graph,
+    Linear,
+    Quantization,
+    Requantization,
+    Tensor,
+    Weights,
+)
 from cactus_edge.inputs import Perturbation
+from cactus_edge.semantics import Rounding
 from tests.graphs import random_graph
 
 COUNT = 60
@@ -268,3 +277,31 @@ def test_an_error_is_no_verdict_that_holds() -> None:
     _, model, data, claim = case(is_universal=True)
     forged = with_sample(claim, "refuted", verdict="error", method="none")
     assert any("certify again" in p for p in check(sealed(forged), model, data).problems)
+
+
+def test_a_layer_that_nothing_reads_does_not_stand_for_the_last_one() -> None:
+    """Margins are proved through the layer of the logits, wherever other layers stand."""
+    rng = np.random.default_rng(2)
+    quantization = Quantization.of(0.05, -128)
+    factors = Requantization.uniform(Rounding.SINGLE, 1 << 30, 37, 3)
+
+    def layer(name: str, source: int, target: int) -> FullyConnected:
+        return FullyConnected(
+            name=name,
+            inputs=(source,),
+            output=target,
+            weights=Weights(rng.integers(-99, 99, (3, 3))),
+            bias=rng.integers(-500, 500, 3),
+            requantization=factors,
+        )
+
+    tensors = tuple(Tensor(f"t{i}", (1, 3), quantization=quantization) for i in range(4))
+    operators = (layer("hidden", 0, 1), layer("logits", 1, 2), layer("dead", 2, 3))
+    graph = Graph(tensors, operators, 0, 2)
+    box = (np.full((1, 3), -20), np.full((1, 3), 30))
+    _, hidden = check_bounds.logits_box(graph, box)
+    expected, _ = check_bounds.logits_box(replace(graph, output=1), box)
+    assert all(np.array_equal(a, b) for a, b in zip(hidden, expected, strict=True))
+    layer_of_logits = check_bounds.last_layer(graph)
+    assert layer_of_logits is not None
+    assert layer_of_logits.name == "logits"

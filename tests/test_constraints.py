@@ -69,14 +69,6 @@ def test_relu6_is_refused_where_runtimes_round_six_differently(
             validate(made)
 
 
-def test_an_operator_whose_output_nothing_reads_is_refused() -> None:
-    quantization = Quantization.of(0.05, -128)
-    made = graph([layer("logits", 0, 1), layer("dead", 1, 2)], quantization, 1)
-    with pytest.raises(InvalidGraphError, match="'dead'.*nothing reads"):
-        validate(made)
-    validate(replace(made, output=2))
-
-
 def test_one_softmax_at_most() -> None:
     quantization = Quantization.of(0.05, -128)
     probability = Quantization.of(1 / 256, -128)
