@@ -65,7 +65,8 @@ class Profile:
     ``one_channel``: convolutions with a single output channel.
     ``packed``: the profile that applies to int4 weights, where a delegate leaves them alone.
     ``packed_fully_connected``: except that the delegate takes int4 FULLY_CONNECTED with an even
-    number of inputs.
+    number of inputs. ``packed_unmeasured``: that was not measured; nothing is claimed about models
+    with such a layer.
     ``add_early_shift``: ADD follows ``semantics.add_early_shift`` on most elements. It was measured
     on x86_64; on aarch64 it is assumed, which refuses some models and never accepts a wrong one.
     ``needs_covering_windows``: SAME convolutions larger than 1x1 whose windows leave out input
@@ -84,6 +85,7 @@ class Profile:
     one_channel: Method | None = None
     packed: str | None = None
     packed_fully_connected: bool = False
+    packed_unmeasured: bool = False
     add_early_shift: bool = False
     needs_covering_windows: bool = False
 
@@ -168,7 +170,7 @@ _TABLE = (
     ),
     Profile(
         "litert-xnnpack-x86",
-        "LiteRT, default (XNNPACK), x86_64",
+        "LiteRT 2.2 and later, default (XNNPACK), x86_64",
         (_FLOAT32, _FLOAT32),
         (_FLOAT32, _FLOAT32),
         _FLOAT32,
@@ -186,6 +188,7 @@ _TABLE = (
         needs_covering_windows=True,
         packed="litert-arm",
         packed_fully_connected=True,
+        packed_unmeasured=True,
     ),
     Profile(
         "single-rounding",
@@ -358,14 +361,32 @@ def _require_covering_windows(graph: Graph, op: Conv2D, profile: Profile) -> Non
             )
 
 
+def _unmeasured(graph: Graph, profile: Profile) -> str:
+    """Why nothing is claimed about a graph that could be resolved, or an empty string."""
+    if not profile.packed_unmeasured:
+        return ""
+    for op in graph.core:
+        if not isinstance(op, FullyConnected) or op.requantization is not None:
+            continue
+        if op.weights.bits <= 4 and op.weights.values.shape[1] % 2 == 0:
+            return (
+                f"FULLY_CONNECTED '{op.name}': which kernel {profile.summary} uses for int4 "
+                "weights was not measured; a 1x1 CONV_2D is covered"
+            )
+    return ""
+
+
 def uncovered(graph: Graph) -> dict[str, str]:
     """Profiles that do not cover the graph, with the reason."""
     reasons: dict[str, str] = {}
-    for name in PROFILES:
+    for name, profile in PROFILES.items():
         try:
             resolve(graph, name)
         except InvalidGraphError as error:
             reasons[name] = str(error)
+            continue
+        if reason := _unmeasured(graph, profile):
+            reasons[name] = reason
     return reasons
 
 

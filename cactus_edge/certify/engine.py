@@ -57,9 +57,11 @@ def cover(graph: Graph, names: Sequence[str] | None) -> Coverage:
         every = tuple(name for name in profiles.PROFILES if name not in outside)
         return Coverage(True, (Group(every, _resolved(graph, profiles.DEFAULT)),), outside)
     found: dict[bytes, Group] = {}
-    uncovered = profiles.uncovered(graph) if names is None else {}
+    uncovered = profiles.uncovered(graph)
     for name in profiles.PROFILES if names is None else names:
         if name in uncovered:
+            if names is not None:
+                raise InvalidGraphError(uncovered[name])
             continue
         resolved = _resolved(graph, name)
         key = _integers(resolved)
@@ -67,7 +69,7 @@ def cover(graph: Graph, names: Sequence[str] | None) -> Coverage:
         found[key] = Group((*known.names, name), known.graph) if known else Group((name,), resolved)
     if not found:
         raise InvalidGraphError(next(iter(uncovered.values())))
-    return Coverage(False, tuple(found.values()), uncovered)
+    return Coverage(False, tuple(found.values()), uncovered if names is None else {})
 
 
 def _resolved(graph: Graph, name: str) -> Graph:

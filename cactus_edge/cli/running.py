@@ -56,12 +56,13 @@ def validate(
     from cactus_edge.validate import peers, validate_model
 
     profiles.profile_of(profile)
-    graph, _ = flatbuffer.load(model)
+    graph, content = flatbuffer.load(model)
     stored = _samples(graph, data, samples)
     with bar("validate", "runtimes") as progress:
         result = validate_model(
             graph,
             stored,
+            data=content,
             candidates=peers(profile),
             layer_samples=layer_samples,
             progress=progress,

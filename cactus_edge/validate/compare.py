@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from cactus_edge import profiles, universal
-from cactus_edge.errors import CactusEdgeError, InvalidGraphError, UsageError
+from cactus_edge.errors import CactusEdgeError, UsageError
 from cactus_edge.execute import execute, execute_all
 from cactus_edge.graph import Graph, Int64Array
 from cactus_edge.validate.runtimes import Peer, peers, runner
@@ -84,6 +84,7 @@ def validate_model(
     graph: Graph,
     inputs: Int64Array,
     *,
+    data: bytes | None = None,
     candidates: Sequence[Peer] | None = None,
     layer_samples: int = LAYER_SAMPLES,
     progress: Progress | None = None,
@@ -93,6 +94,8 @@ def validate_model(
     Args:
         graph: as read from the file.
         inputs: stored integers [n, ...].
+        data: the bytes that ``graph`` was read from; stock runtimes then run these very bytes,
+            unless a QUANTIZE, SOFTMAX or DEQUANTIZE hides the stored logits.
         candidates: runtimes; all known ones without it.
         layer_samples: on how many samples every layer is compared, at least 1.
         progress: called with (runtimes done, runtimes in all).
@@ -103,7 +106,7 @@ def validate_model(
     results: list[PeerResult] = []
     logits: list[Int64Array] = []
     for index, peer in enumerate(chosen):
-        result, found = _validate_peer(graph, inputs, peer, layer_samples)
+        result, found = _validate_peer(graph, inputs, peer, layer_samples, data)
         results.append(result)
         if found is not None:
             logits.append(found.reshape(len(inputs), -1))
@@ -128,16 +131,15 @@ def prefix(graph: Graph, index: int) -> Graph:
 
 
 def _validate_peer(
-    graph: Graph, inputs: Int64Array, peer: Peer, layer_samples: int
+    graph: Graph, inputs: Int64Array, peer: Peer, layer_samples: int, data: bytes | None
 ) -> tuple[PeerResult, Int64Array | None]:
     head = (peer.name, peer.version, peer.profile)
     if peer.absence:
         return PeerResult(*head, "absent", peer.absence), None
-    try:
-        profiles.resolve(graph, peer.profile)
-    except InvalidGraphError as error:
-        return PeerResult(*head, "uncovered", str(error)), None
-    run = runner(peer)
+    outside = profiles.uncovered(graph)
+    if peer.profile in outside:
+        return PeerResult(*head, "uncovered", outside[peer.profile]), None
+    run = runner(peer, None if data is None else (graph, data))
     prefixes = [prefix(graph, index) for index in range(len(graph.core))]
     few = inputs[:layer_samples]
     try:

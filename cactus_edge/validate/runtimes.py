@@ -19,7 +19,7 @@ from cactus_edge import profiles
 from cactus_edge.execute import execute
 from cactus_edge.graph import Graph, Int64Array, Stored
 from cactus_edge.runtime import Session
-from cactus_edge.validate.child import Part, Worker
+from cactus_edge.validate.child import Part, Shipped, Worker
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,15 @@ def peers(profile: str = profiles.DEFAULT) -> tuple[Peer, ...]:
     )
 
 
-def runner(peer: Peer) -> Callable[[Sequence[Part]], list[Int64Array]]:
+def runner(
+    peer: Peer, shipped: Shipped | None = None
+) -> Callable[[Sequence[Part]], list[Int64Array]]:
     """A function from (graph, stored inputs [n, ...]) pairs to stored outputs, int64 [n, ...] each.
 
     The function raises ToolError when the runtime refuses a model, fails, or crashes.
     """
     if peer.mode not in _OWN:
-        return Worker(peer.module, peer.mode).run
+        return Worker(peer.module, peer.mode, shipped).run
     own = _OWN[peer.mode]
     return lambda parts: [
         own(graph, batch, peer.profile).astype(np.int64) for graph, batch in parts
