@@ -83,8 +83,8 @@ def test_certified_accuracy(
         f"{seconds:.0f} s, then converted in one shot at several widths and sparsities. All 10,000 "
         "test images; certified by interval bounds with elided margin, exact in integers, for "
         "every rounding profile of a universal model; re-derived by the independent checker. Peak "
-        f"memory of the whole process: {peak:.2f} GiB. The recipe was chosen among candidates whose "
-        "test figures were seen.",
+        f"memory of the whole process: {peak:.2f} GiB. The recipe was chosen among candidates "
+        "whose test figures were seen.",
         rows,
     )
 
