@@ -299,3 +299,11 @@ def test_labels_beyond_the_logits(model: Path, capsys: pytest.CaptureFixture[str
     )
     assert code == 2
     assert "the model has 4 logits" in err
+
+
+def test_a_profile_named_twice_counts_once(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = ("--profile", "tflite-micro")
+    code, out, _ = call(capsys, *certify(model, "--levels", 1, "-n", 3, *name, *name, "--json"))
+    assert (code, json.loads(out)["profiles"]) == (0, ["tflite-micro"])
+    claim = model.with_suffix(".json")
+    assert call(capsys, "check", claim, model, "--data", "digits")[0] == 0

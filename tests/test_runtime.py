@@ -200,7 +200,7 @@ def test_benchmark_measures_ours_and_lists_absent_peers() -> None:
 
 @pytest.mark.parametrize("edges", [(), ("QUANTIZE",)])
 def test_benchmark_runs_peers_on_the_same_images(edges: tuple[str, ...]) -> None:
-    pytest.importorskip("ai_edge_litert")
+    pytest.importorskip("ai_edge_litert", reason="LiteRT is not installed")
     graph = random_graph(
         np.random.default_rng(1), shape=(1, 6, 6, 1), depth=2, bits=(8,), edges=edges
     )

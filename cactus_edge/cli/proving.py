@@ -130,7 +130,7 @@ def certify(
         perturbation=perturbation,
         first=first,
         count=samples,
-        profiles=tuple(profile) if profile else None,
+        profiles=tuple(dict.fromkeys(profile)) if profile else None,
         attack=Settings(steps=steps, restarts=restarts) if attack else None,
     )
     with bar("certify") as progress:
@@ -256,7 +256,7 @@ def attack(
         perturbation=_perturbation(eps, levels),
         first=first,
         count=samples,
-        profiles=tuple(profile) if profile else None,
+        profiles=tuple(dict.fromkeys(profile)) if profile else None,
         attack=Settings(steps=steps, restarts=restarts),
     )
     with bar("attack") as progress:
