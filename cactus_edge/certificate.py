@@ -1,32 +1,47 @@
 """The certificate: what is claimed, about which bytes, and what lets anyone check it.
 
+A certificate is JSON Lines: a ``Head``, one ``Sample`` a line, a ``Tail`` with the summary and the
+SHA-256 of everything before it. It is written and checked as a stream (``certificate_stream``), so
+that its length does not matter. Every line is the one canonical encoding of its content.
+
 The JSON schema is published in ``docs/certificate.schema.json`` and generated from these classes.
-A certificate names the file by its SHA-256; the file cannot name the certificate in turn, because
+A certificate names the files by their SHA-256; a file cannot name the certificate in turn, because
 each hash would then depend on the other.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from cactus_edge import files
 from cactus_edge.errors import DataError
+from cactus_edge.proofs import Proof
 
 FORMAT = "cactus_edge certificate"
-VERSION = 1
-VERIFIER = "interval twin with elided margin, exact in integers"
+VERSION = 2
+LINE_LIMIT = 1 << 24
+"""Bytes of the longest line; the certifier writes ``unknown`` where a proof would be longer."""
+Method = Literal["interval", "linear", "complete"]
+VERIFIERS: dict[Method, str] = {
+    "interval": "interval twin with elided margin, exact in integers",
+    "linear": "interval twin with elided margin, then linear bounds; exact in integers",
+    "complete": "interval twin, linear bounds, then case distinctions; exact in integers",
+}
 SIDE_CONDITIONS = (
     "every effective multiplier lies in [2^-31, 1)",
     "every accumulator, bias included, is below 2^27 in magnitude",
     "weight zero points are 0",
     "the input reaches the model through the stated input map, rounding to nearest",
 )
-METHODS = {"certified": ("interval", "elided-margin"), "refuted": ("sample", "attack")}
+METHODS: dict[str, tuple[str, ...]] = {
+    "certified": ("interval", "elided-margin", "linear", "complete"),
+    "refuted": ("sample", "attack", "complete"),
+    "unknown": ("interval", "elided-margin", "linear", "complete"),
+    "error": ("none",),
+}
 Verdict = Literal["certified", "refuted", "unknown", "error"]
 VERDICTS: tuple[Verdict, ...] = ("certified", "refuted", "unknown", "error")
 
@@ -54,11 +69,22 @@ class Arithmetic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Property(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``epsilon``: real inputs within ``radius`` and [0, 1]; ``levels``: stored integers."""
+    """Over which inputs the decision is claimed, and which decision.
 
-    kind: Literal["epsilon", "levels"]
-    radius: str
-    decision: str
+    ``epsilon``: real inputs within ``radius`` (a rational) and [0, 1]. ``levels``: stored integers
+    within ``radius`` levels. ``radius``: the largest number of levels, up to ``radius``, is part of
+    each sample. ``vnnlib``: the sets are those of the query. ``radii``: one radius for each input
+    element instead of ``radius``; 0 fixes it. ``patch``: height, width and stride of a window; each
+    of its places is a set of its own, and outside it nothing changes. ``top``: the label is among
+    that many largest logits.
+    """
+
+    kind: Literal["epsilon", "levels", "radius", "vnnlib"]
+    radius: str = ""
+    radii: tuple[str, ...] = ()
+    patch: tuple[int, ...] = ()
+    top: int = 1
+    decision: str = ""
 
 
 class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -71,8 +97,50 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     count: int
 
 
+class Query(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A VNN-LIB file, over ``real`` inputs and outputs or over ``stored`` integers."""
+
+    file: str
+    sha256: str
+    variables: Literal["real", "stored"]
+
+
+class Search(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How hard the search was; it decides what stays ``unknown``, never what is certified.
+
+    ``attack``: the attack's settings, empty where none ran. ``budget``: seconds a sample, empty
+    where no method with a budget was allowed. ``memory``: bytes that such a method may use.
+    """
+
+    attack: str = ""
+    budget: str = ""
+    memory: int = 0
+
+
+class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The first line: the claim. A verdict holds for every one of ``models``.
+
+    ``arithmetic`` has an entry for each model. ``method`` is the strongest that was allowed.
+    """
+
+    format: str
+    version: int
+    tool: str
+    models: tuple[Model, ...]
+    arithmetic: tuple[Arithmetic, ...]
+    input_map: dict[str, str | int]
+    property: Property
+    data: Data | None
+    query: Query | None
+    method: Method
+    search: Search
+    verifier: str
+    side_conditions: tuple[str, ...]
+    how_to_check: str
+
+
 class Bounds(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Stored logits over the whole box under one group of profiles."""
+    """Stored logits over the whole box under one group of profiles of one model."""
 
     lower: tuple[int, ...]
     upper: tuple[int, ...]
@@ -81,9 +149,11 @@ class Bounds(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One verdict and its witness.
 
-    ``bounds`` has an entry for each group of profiles that computes the same integers.
-    ``counterexample`` is the difference of stored integers to the sample, hexadecimal int16
-    little-endian; it is misclassified under ``profile``.
+    ``bounds`` has an entry for each group, in order of models, then of groups: the profiles that
+    compute the same integers on a model. ``counterexample`` is the difference of stored integers to
+    the sample, hexadecimal int16 little-endian; model number ``model`` misclassifies it under
+    ``profile``. ``radius``: the largest number of levels that was certified. ``proofs``: what
+    excludes the rivals that the bounds do not.
     """
 
     index: int
@@ -94,7 +164,10 @@ class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     bounds: tuple[Bounds, ...] = ()
     counterexample: str = ""
     profile: str = ""
+    model: int = 0
     message: str = ""
+    radius: int | None = None
+    proofs: tuple[Proof, ...] = ()
 
 
 class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -106,82 +179,146 @@ class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     verdicts: dict[str, int]
 
 
-class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A whole certificate; ``digest`` is the SHA-256 of everything else."""
+class Tail(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The last line. ``digest``: SHA-256 of all lines before and of the summary's JSON."""
 
-    format: str
-    version: int
-    tool: str
-    model: Model
-    arithmetic: Arithmetic
-    input_map: dict[str, str | int]
-    property: Property
-    data: Data
-    verifier: str
-    side_conditions: tuple[str, ...]
     summary: Summary
-    samples: tuple[Sample, ...]
-    how_to_check: str
-    digest: str = ""
+    digest: str
 
 
-def how_to_check(file: str, data: str) -> str:
-    """The command that re-derives a certificate."""
-    return f"cactus-edge check CERTIFICATE {file} --data {data}"
+class Brief(msgspec.Struct, frozen=True):
+    """The fields of a sample that the summary counts; other fields are passed over."""
+
+    index: int
+    label: int
+    prediction: int
+    verdict: Verdict
 
 
-def sealed(certificate: Certificate) -> Certificate:
-    """With its digest filled in."""
-    return msgspec.structs.replace(certificate, digest=digest(certificate))
+class Tally:
+    """SHA-256 and counts of the lines so far, in constant memory."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._verdicts: dict[str, int] = dict.fromkeys(VERDICTS, 0)
+        self._standard = 0
+        self.samples = 0
+
+    def head(self, line: bytes) -> None:
+        """Take in the first line, newline included."""
+        self._hash.update(line)
+
+    def sample(self, line: bytes) -> Brief:
+        """Take in a sample's line, newline included.
+
+        Raises:
+            DataError: it is not a sample.
+        """
+        try:
+            brief = msgspec.json.decode(line, type=Brief)
+        except _MALFORMED as error:
+            raise DataError(f"not a sample: {error}") from None
+        self._hash.update(line)
+        self.count(brief)
+        return brief
+
+    def count(self, sample: Brief | Sample) -> None:
+        """Count a verdict without its line."""
+        self._verdicts[sample.verdict] += 1
+        self._standard += sample.label == sample.prediction and sample.verdict != "error"
+        self.samples += 1
+
+    def summary(self, attacked: bool) -> Summary:
+        """Of the samples so far; an attacked sample that was not refuted counts as surviving."""
+        total = max(self.samples, 1)
+        survived = self._verdicts["certified"] + self._verdicts["unknown"]
+        return Summary(
+            standard_accuracy=self._standard / total,  # float: reported, decides nothing
+            certified_accuracy=self._verdicts["certified"] / total,  # float: reported
+            attack_accuracy=survived / total if attacked else None,  # float: reported
+            verdicts=dict(self._verdicts),
+        )
+
+    def digest(self, summary: Summary) -> str:
+        """SHA-256 of the lines so far and of this summary."""
+        whole = self._hash.copy()
+        whole.update(msgspec.json.encode(summary))
+        return whole.hexdigest()
+
+    def tail(self, attacked: bool) -> Tail:
+        """The last line of a certificate of the lines so far."""
+        summary = self.summary(attacked)
+        return Tail(summary, self.digest(summary))
 
 
-def digest(certificate: Certificate) -> str:
-    """SHA-256 of the certificate without its digest."""
-    bare = msgspec.structs.replace(certificate, digest="")
-    return hashlib.sha256(msgspec.json.encode(bare)).hexdigest()
+_Part = TypeVar("_Part", Head, Sample, Tail)
+_MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
-def encode(certificate: Certificate) -> bytes:
-    """JSON with the digest filled in: one line for the head, one for each sample."""
-    text = msgspec.json.encode(sealed(certificate))
-    return text.replace(b'{"index":', b'\n{"index":') + b"\n"
+def summarize(samples: Iterable[Sample], attacked: bool) -> Summary:
+    """Count the verdicts of samples that are at hand."""
+    tally = Tally()
+    for sample in samples:
+        tally.count(sample)
+    return tally.summary(attacked)
 
 
-def load(path: Path) -> Certificate:
-    """Read a certificate.
+def line_of(part: Head | Sample | Tail) -> bytes:
+    """The canonical line, newline included."""
+    return msgspec.json.encode(part) + b"\n"
+
+
+def head_of(line: bytes) -> Head:
+    """The first line, decoded.
 
     Raises:
-        UsageError: the file cannot be read.
-        DataError: it is not a certificate of this version.
+        DataError: it is no head, or not in canonical form.
     """
-    data = files.read(path, "certificate")
+    return _decoded(line, Head)
+
+
+def sample_of(line: bytes) -> Sample:
+    """A sample's line, decoded.
+
+    Raises:
+        DataError: it is no sample, or not in canonical form.
+    """
+    return _decoded(line, Sample)
+
+
+def tail_of(line: bytes) -> Tail:
+    """The last line, decoded.
+
+    Raises:
+        DataError: it is no tail, or not in canonical form.
+    """
+    return _decoded(line, Tail)
+
+
+def _decoded(line: bytes, kind: type[_Part]) -> _Part:
     try:
-        certificate = msgspec.json.decode(data, type=Certificate)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: not a certificate: {error}") from None
-    if (certificate.format, certificate.version) != (FORMAT, VERSION):
-        raise DataError(
-            f"{path}: {certificate.format!r} version {certificate.version}; "
-            f"this tool reads {FORMAT!r} version {VERSION}"
-        )
-    return certificate
+        part = msgspec.json.decode(line, type=kind)
+    except _MALFORMED as error:
+        raise DataError(f"not a certificate's {kind.__name__.lower()}: {error}") from None
+    # Other encodings of the same content (doubled keys, spaces) could read otherwise elsewhere.
+    if line_of(part) != line:
+        raise DataError(f"the {kind.__name__.lower()} is not in canonical form")
+    return part
+
+
+def how_to_check(files: Sequence[str], data: str, query: str = "") -> str:
+    """The command that re-derives a certificate."""
+    what = f"--query {query}" if query else f"--data {data}"
+    return f"cactus-edge check CERTIFICATE {' '.join(files)} {what}"
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema (draft 2020-12) of a certificate."""
-    described = msgspec.json.schema(Certificate)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **described}
-
-
-def summarize(samples: Sequence[Sample], attacked: bool) -> Summary:
-    """Count verdicts; an attacked sample that was not refuted counts as surviving."""
-    total = max(len(samples), 1)
-    counts = {verdict: sum(s.verdict == verdict for s in samples) for verdict in VERDICTS}
-    standard = sum(s.label == s.prediction and s.verdict != "error" for s in samples)
-    survived = counts["certified"] + counts["unknown"]
-    return Summary(
-        standard_accuracy=standard / total,  # float: reported, decides nothing
-        certified_accuracy=counts["certified"] / total,  # float: reported, decides nothing
-        attack_accuracy=survived / total if attacked else None,  # float: reported
-        verdicts=counts,
-    )
+    """The JSON schema (draft 2020-12) of a line of a certificate: head, sample or tail."""
+    kinds = (Head, Sample, Tail)
+    lines, components = msgspec.json.schema_components(kinds, ref_template="#/$defs/{name}")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A line of a cactus_edge certificate: the head, then samples, then the tail",
+        "anyOf": list(lines),
+        "$defs": components,
+    }

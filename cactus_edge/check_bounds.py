@@ -36,19 +36,19 @@ def logits_box(graph: Graph, box: Box) -> tuple[Box, Box]:
     """Bounds of the stored logits and of the last linear layer's input, int64 [samples, -1]."""
     values = {graph.core_input: box}
     for op in graph.core:
-        values[op.output] = _propagate(graph, op, [values[i] for i in op.inputs])
+        values[op.output] = propagate(graph, op, [values[i] for i in op.inputs])
     last = last_layer(graph)
     hidden = box if last is None else values[last.inputs[0]]
     flat = [v.reshape(len(v), -1) for v in (*values[graph.logits], *hidden)]
     return (flat[0], flat[1]), (flat[2], flat[3])
 
 
-def _propagate(graph: Graph, op: Operator, boxes: list[Box]) -> Box:
+def propagate(graph: Graph, op: Operator, boxes: list[Box]) -> Box:
     lower, upper = boxes[0]
     source, target = graph.tensors[op.inputs[0]], graph.tensors[op.output]
     limits = graph.output_range(op)
     if isinstance(op, Linear):
-        least, most = _accumulators(op, lower - source.zero_point, upper - source.zero_point)
+        least, most = accumulators(op, lower - source.zero_point, upper - source.zero_point)
         assert op.requantization is not None
         low, high = (
             _stored(op.requantization, a, target.zero_point, limits) for a in (least, most)
@@ -71,7 +71,7 @@ def _propagate(graph: Graph, op: Operator, boxes: list[Box]) -> Box:
     return tuple(end.reshape(-1, *target.shape[1:]) for end in boxes[0])  # pyright: ignore
 
 
-def _accumulators(op: Linear, lower: Int64Array, upper: Int64Array) -> Box:
+def accumulators(op: Linear, lower: Int64Array, upper: Int64Array) -> Box:
     """Least and greatest accumulator from sums and radii (see the module's docstring)."""
     weights = op.weights.values.astype(np.int64)
     total = _linear(op, lower + upper, weights) + 2 * op.bias.astype(np.int64)
@@ -83,15 +83,15 @@ def _linear(op: Linear, x: Int64Array, weights: Int64Array) -> Int64Array:
     if isinstance(op, FullyConnected):
         return x.reshape(len(x), -1) @ weights.T
     assert isinstance(op, Conv2D)
-    patches = _patches(x, weights.shape[1:3], op.stride, op.dilation, op.padding, 0)
+    taken = patches(x, weights.shape[1:3], op.stride, op.dilation, op.padding, 0)
     if isinstance(op, DepthwiseConv2D):
         repeats = op.channels // x.shape[-1]
-        return np.einsum("nhwklc,klc->nhwc", np.repeat(patches, repeats, axis=-1), weights[0])
-    rows = patches.reshape(*patches.shape[:3], -1)
+        return np.einsum("nhwklc,klc->nhwc", np.repeat(taken, repeats, axis=-1), weights[0])
+    rows = taken.reshape(*taken.shape[:3], -1)
     return rows @ weights.reshape(op.channels, -1).T
 
 
-def _patches(
+def patches(
     x: Int64Array,
     kernel: tuple[int, ...],
     stride: tuple[int, int],
@@ -116,11 +116,11 @@ def _patches(
 def _pooled(op: Pool2D, x: Int64Array) -> Int64Array:
     arguments = (op.window, op.stride, (1, 1), op.padding)
     if isinstance(op, MaxPool2D):
-        return _patches(x, *arguments, fill=-(1 << 40)).max(axis=(3, 4))
+        return patches(x, *arguments, fill=-(1 << 40)).max(axis=(3, 4))
     assert isinstance(op, AveragePool2D)
-    total = _patches(x, *arguments, fill=0).sum(axis=(3, 4))
+    total = patches(x, *arguments, fill=0).sum(axis=(3, 4))
     inside = np.ones((1, *x.shape[1:3], 1), np.int64)
-    count = _patches(inside, *arguments, fill=0).sum(axis=(3, 4))
+    count = patches(inside, *arguments, fill=0).sum(axis=(3, 4))
     return semantics.average(total, count)  # pyright: ignore
 
 

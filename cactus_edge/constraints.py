@@ -120,6 +120,11 @@ def _check_wiring(graph: Graph) -> None:
                 f"tensor '{graph.tensors[index].name}' is float32; "
                 "only a QUANTIZE at the start and a DEQUANTIZE at the end may touch float"
             )
+    entry = graph.tensors[graph.core_input]
+    if entry.dtype.is_wide:
+        raise InvalidGraphError(
+            f"tensor '{entry.name}' is {entry.dtype.value}; the input must be int8 or uint8"
+        )
 
 
 def _check_tensor(tensor: Tensor) -> None:
@@ -299,7 +304,10 @@ def accumulator_fits(graph: Graph, op: Operator) -> str:
 
 @_rule(Linear)
 def multiplier_fits(graph: Graph, op: Operator) -> str:
-    """Every effective multiplier lies in (0, 1), where requantization is monotone."""
+    """Every effective multiplier lies in (0, 1), where requantization is monotone.
+
+    Int16 and int32 logits may also be the accumulators as they are: single rounding, factor 1.
+    """
     linear = cast(Linear, op)
     parameters = linear.requantization
     if parameters is None:
@@ -312,8 +320,9 @@ def multiplier_fits(graph: Graph, op: Operator) -> str:
         parameters.shift.tolist(),
         strict=True,
     )
+    wide = graph.tensors[op.output].dtype.is_wide
     for channel, (rounding, multiplier, shift) in enumerate(rows):
-        if not _parameters_fit(rounding, multiplier, shift):
+        if not _parameters_fit(rounding, multiplier, shift, wide):
             return f"channel {channel}: rounding {rounding}, {multiplier}, shift {shift}"
     return ""
 
@@ -327,13 +336,30 @@ _PARAMETER_RANGES = {
 }
 
 
-def _parameters_fit(rounding: int, multiplier: int, shift: int) -> bool:
+def _parameters_fit(rounding: int, multiplier: int, shift: int, wide: bool) -> bool:
     if rounding not in _PARAMETER_RANGES:
         return False
     low, high, least, most = _PARAMETER_RANGES[Rounding(rounding)]
     if not (low <= multiplier < high and least <= shift <= most):
         return False
-    return rounding != Rounding.SINGLE or multiplier >> shift == 0
+    is_one = wide and multiplier == 1 << shift
+    return rounding != Rounding.SINGLE or multiplier >> shift == 0 or is_one
+
+
+@_rule(Linear, Add, Pool2D, Pad, Reshape)
+def wide_logits_end_the_graph(graph: Graph, op: Operator) -> str:
+    """Int16 and int32 are for logits alone, of a linear layer that is given its multipliers.
+
+    Nothing but RESHAPE and DEQUANTIZE reads them.
+    """
+    target = graph.tensors[op.output]
+    if not isinstance(op, Reshape):
+        wide = [graph.tensors[i] for i in op.inputs if graph.tensors[i].dtype.is_wide]
+        wide += [] if isinstance(op, Linear) or not target.dtype.is_wide else [target]
+        if wide:
+            return f"'{wide[0].name}' is {wide[0].dtype.value}"
+    missing = isinstance(op, Linear) and target.dtype.is_wide and op.requantization is None
+    return f"'{target.name}' is {target.dtype.value}, no multipliers" if missing else ""
 
 
 @_rule(Add)
@@ -359,7 +385,7 @@ def add_multipliers_fit(graph: Graph, op: Operator) -> str:
 def quantize_edge(graph: Graph, op: Operator) -> str:
     """Float32 input, int8 or uint8 output with a scale, the same shape; first operator only."""
     source, target = _tensors(graph, op)
-    fits = source.dtype is DType.FLOAT32 and target.dtype is not DType.FLOAT32
+    fits = source.dtype is DType.FLOAT32 and target.dtype in (DType.INT8, DType.UINT8)
     fits &= target.quantization is not None and source.shape == target.shape
     return "" if fits else f"{source.dtype.value} {list(source.shape)} -> {target.dtype.value}"
 

@@ -8,6 +8,11 @@ separate two probabilities in every implementation whose stored result is within
 exact one:
 with ``y`` the greatest of ``n`` logits and ``t = gap * scale``, the probabilities differ by at
 least ``(1 - exp(-t)) / n >= t / (1 + t) / n``, and a difference of 3/256 leaves a whole step.
+
+``top``: the label is among the ``top`` first when the logits are sorted, greatest first, the lowest
+index first among equals: fewer than ``top`` rivals *precede* it. Without SOFTMAX the gaps are the
+same. Behind SOFTMAX a label that is not the greatest can have a probability too small to be told
+from another one, so that no gap keeps a rival of lower index behind it.
 """
 
 from __future__ import annotations
@@ -19,12 +24,13 @@ import numpy as np
 from cactus_edge import scales
 from cactus_edge.graph import BoolArray, Graph, Int64Array
 
-NEVER = 1 << 16
+NEVER = 1 << 33
+"""More steps than any two stored logits are apart, int32 ones included."""
 _SEPARATION = Fraction(3, 256)
 
 
 def lead(graph: Graph) -> int:
-    """The gap that a logit needs against a lower index: 1, or more before SOFTMAX.
+    """The gap that the greatest logit needs against a lower index: 1, or more before SOFTMAX.
 
     ``NEVER`` where no gap is sure to separate the probabilities (more than 85 classes).
     """
@@ -36,13 +42,13 @@ def lead(graph: Graph) -> int:
     if share >= 1:
         return NEVER
     scale = scales.decode_float32(tensor.quantization.scale_bits).fraction()
-    return (share / (1 - share) / scale).__ceil__()
+    return min((share / (1 - share) / scale).__ceil__(), NEVER)
 
 
-def gaps(graph: Graph, label: int, classes: int) -> Int64Array:
-    """Int64 [classes]: the gap that ``label`` needs against each rival; 0 for itself."""
+def gaps(graph: Graph, label: int, classes: int, top: int = 1) -> Int64Array:
+    """Int64 [classes]: the gap that keeps each rival behind ``label``; 0 for itself."""
     needed = np.zeros(classes, np.int64)
-    needed[:label] = lead(graph)
+    needed[:label] = lead(graph) if top == 1 or not graph.has_softmax else NEVER
     return needed
 
 
@@ -51,21 +57,35 @@ def predict(logits: Int64Array) -> Int64Array:
     return logits.reshape(len(logits), -1).argmax(axis=1)
 
 
-def surely_wrong(graph: Graph, logits: Int64Array, labels: Int64Array) -> BoolArray:
-    """Bool [samples]: the decision is not ``labels``, whatever the softmax implementation.
+def within(logits: Int64Array, labels: Int64Array, top: int = 1) -> BoolArray:
+    """Bool [samples]: ``labels`` are among the ``top`` first of stored logits, ties by index."""
+    flat = logits.reshape(len(logits), -1)
+    own = np.take_along_axis(flat, labels[:, None], axis=1)
+    lower_index = np.arange(flat.shape[1])[None, :] < labels[:, None]
+    return ((flat > own) | (lower_index & (flat == own))).sum(axis=1) < top
 
-    Without SOFTMAX this is ``predict(logits) != labels``. With it, a rival of lower index wins when
-    its logit is at least the label's, one of higher index when it leads by a sure gap.
+
+def surely_wrong(graph: Graph, logits: Int64Array, labels: Int64Array, top: int = 1) -> BoolArray:
+    """Bool [samples]: ``labels`` are not among the ``top`` first, whatever the softmax.
+
+    Without SOFTMAX this is ``~within(logits, labels, top)``. With it, a rival of lower index
+    precedes the label when its logit is at least the label's; one of higher index when it is the
+    greatest of all and leads by a sure gap.
     """
     flat = logits.reshape(len(logits), -1)
-    winner = predict(flat)
-    own = np.take_along_axis(flat, labels[:, None], axis=1)[:, 0]
-    best = flat.max(axis=1)
-    gap = lead(graph)
-    return (winner != labels) & ((winner < labels) | (best - own >= gap))
+    own = np.take_along_axis(flat, labels[:, None], axis=1)
+    lower_index = np.arange(flat.shape[1])[None, :] < labels[:, None]
+    ahead = flat - own >= lead(graph)
+    if graph.has_softmax:
+        ahead &= flat == flat.max(axis=1, keepdims=True)
+    precedes = np.where(lower_index, flat >= own, ahead)
+    precedes[np.arange(len(flat)), labels] = False
+    return precedes.sum(axis=1) >= top
 
 
-def describe(graph: Graph) -> str:
+def describe(graph: Graph, top: int = 1) -> str:
     """The decision rule in words, as certificates state it."""
     rule = "argmax of the stored logits, the lowest index wins a tie"
+    if top > 1:
+        rule = f"among the {top} greatest stored logits, the lowest index first among equals"
     return f"{rule}; taken behind SOFTMAX" if graph.has_softmax else rule

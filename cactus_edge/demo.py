@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from cactus_edge import certificate, check, datasets, files, flatbuffer, inputs
+from cactus_edge import certificate_stream, check, datasets, files, flatbuffer, inputs
 from cactus_edge.certify import Request, Settings, certify
 from cactus_edge.errors import PropertyNotMetError
 from cactus_edge.inputs import Perturbation
@@ -128,11 +128,13 @@ def _deployed_row(
     from firmware_sim import simulate
 
     graph, content = flatbuffer.load(model)
-    request = Request(data, Perturbation.epsilon(epsilon), attack=Settings())
-    claim = certify(content, request, file=model.name)
-    path = model.with_suffix(".certificate.json")
-    files.write(path, certificate.encode(claim), force=force)
-    checked = check.check(certificate.load(path), content, data)
+    request = Request(
+        data, Perturbation.epsilon(epsilon), attack=Settings(), models=((model.name, content),)
+    )
+    path = model.with_suffix(".certificate.jsonl")
+    head, summary = certify(request, path, force=force)
+    with certificate_stream.reading(path) as claim:
+        checked = check.check(claim, [content], data)
     if not checked.agrees:
         raise PropertyNotMetError(f"{path}: the checker does not agree: {checked.problems[0]}")
     stored = inputs.stored(graph, data.images)
@@ -142,13 +144,13 @@ def _deployed_row(
         raise PropertyNotMetError(f"{model}: the emulated Cortex-M4 computed other integers")
     row = DemoRow(
         model=label,
-        standard_accuracy=claim.summary.standard_accuracy,
-        certified_accuracy=claim.summary.certified_accuracy,
-        attack_accuracy=claim.summary.attack_accuracy or 0.0,
+        standard_accuracy=summary.standard_accuracy,
+        certified_accuracy=summary.certified_accuracy,
+        attack_accuracy=summary.attack_accuracy or 0.0,
         bytes=len(content),
         latency=_latency(lambda: session.run(stored[:1])),
         instructions=int(emulated.instructions.median),
-        verifier=claim.verifier,
+        verifier=head.verifier,
     )
     return row, path
 

@@ -27,20 +27,33 @@ Int8Array = npt.NDArray[np.int8]
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 Stored = npt.NDArray[np.integer[Any]]
-"""Activations of any integer type, int8 from kernels and int64 from the reference."""
+"""Activations of any integer type: as stored from a session, int64 from the reference."""
 
 
 class DType(Enum):
-    """Element types of activations."""
+    """Element types of activations; INT16 and INT32 are for the logits of graphs built by hand."""
 
     INT8 = "int8"
     UINT8 = "uint8"
+    INT16 = "int16"
+    INT32 = "int32"
     FLOAT32 = "float32"
 
     @property
     def range(self) -> tuple[int, int]:
         """Smallest and largest stored integer."""
-        return (0, 255) if self is DType.UINT8 else (-128, 127)
+        if self is DType.UINT8:
+            return 0, 255
+        half = 1 << (_WIDE_BITS.get(self, 8) - 1)
+        return -half, half - 1
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the integers take more than a byte."""
+        return self in _WIDE_BITS
+
+
+_WIDE_BITS = {DType.INT16: 16, DType.INT32: 32}
 
 
 class Padding(Enum):

@@ -2,6 +2,9 @@
 
 Loading validates the graph, compiles the kernels (or reads them from Numba's cache) and packs the
 weights. A single image runs on one thread; a batch is cut into pieces, which threads take in turn.
+
+Kernels store bytes. Logits of int16 or int32 are computed by ``execute`` from the activations that
+the kernels leave, so they equal it by construction.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +22,8 @@ import numpy.typing as npt
 from cactus_edge import profiles
 from cactus_edge.constraints import validate
 from cactus_edge.errors import UsageError
-from cactus_edge.execute import check_input
-from cactus_edge.graph import DType, Graph, Tensor
+from cactus_edge.execute import check_input, run_operator
+from cactus_edge.graph import DType, Graph, Int64Array, Operator, Tensor
 from cactus_edge.kernels.pack import Layout
 from cactus_edge.kernels.place import core_tensors, image_bytes
 from cactus_edge.kernels.program import Program, build
@@ -37,7 +41,15 @@ _GRAIN = 16
 """Images below which a batch is not divided among threads."""
 
 IntegerArray = npt.NDArray[np.generic]
-Stored = npt.NDArray[np.int8 | np.uint8]
+Stored = npt.NDArray[np.int8 | np.uint8 | np.int16 | np.int32]
+StoredType = type[np.int8] | type[np.uint8] | type[np.int16] | type[np.int32]
+
+_STORED: dict[DType, StoredType] = {
+    DType.INT8: np.int8,
+    DType.UINT8: np.uint8,
+    DType.INT16: np.int16,
+    DType.INT32: np.int32,
+}
 
 
 class Session:
@@ -79,9 +91,11 @@ class Session:
         self.tensors = (self.graph.logits,) if tensors is None else tuple(tensors)
         _check_tensors(self.graph, self.tensors)
         source = self.graph.tensors[self.graph.core_input]
-        self._input_type = _stored_type(source.dtype)
+        self._input_type = _STORED[source.dtype]
         self._input_shape = source.shape[1:]
-        self._forms = {t: _form(self.graph.tensors[t]) for t in (*self.tensors, self.graph.logits)}
+        self._narrow, self._wide = _divide(self.graph)
+        self._needed = _needed(self.graph, self._wide, (*self.tensors, self.graph.logits))
+        self._forms = {t: _form(self.graph.tensors[t]) for t in self._needed}
         _prepare()
         self._single = _Pool(self._program(1))
         self._batch: _Pool | None = None
@@ -98,7 +112,7 @@ class Session:
             batch: integers [samples, *shape of the graph's integer input without the leading 1].
 
         Returns:
-            int8 or uint8, as the logits are stored, [samples, *shape without the leading 1].
+            integers of the logits' type, [samples, *shape without the leading 1].
 
         Raises:
             DataError: not integers, another shape, or values outside the input's type.
@@ -110,6 +124,19 @@ class Session:
         return self._run(batch, self.tensors)
 
     def _run(self, batch: npt.ArrayLike, wanted: Iterable[int]) -> dict[int, Stored]:
+        if not self._wide:
+            return self._compute(batch, wanted)
+        values = self._compute(batch, self._needed)
+        exact: dict[int, Int64Array] = {t: v.astype(np.int64) for t, v in values.items()}
+        for op in self._wide:
+            exact[op.output] = run_operator(self.graph, op, [exact[op.inputs[0]]])
+            values[op.output] = exact[op.output].astype(
+                _STORED[self.graph.tensors[op.output].dtype]
+            )
+        return {tensor: values[tensor] for tensor in wanted}
+
+    def _compute(self, batch: npt.ArrayLike, wanted: Iterable[int]) -> dict[int, Stored]:
+        """What the kernels compute."""
         array = np.asarray(batch)
         fits = array.ndim > 0 and array.shape[1:] == self._input_shape
         if not fits or array.dtype.kind not in "iu":
@@ -158,12 +185,11 @@ class Session:
         return results[:, begin : begin + size].view(dtype).reshape(-1, *shape)
 
     def _program(self, block: int) -> Program:
-        wanted = dict.fromkeys((*self.tensors, self.graph.logits))
-        return build(self.graph, list(wanted), block, self.layout)
+        return build(self._narrow, self._needed, block, self.layout)
 
     def _batched(self) -> _Pool:
         if self._batch is None:
-            block = _BLOCK_BYTES // image_bytes(self.graph)
+            block = _BLOCK_BYTES // image_bytes(self._narrow)
             self._batch = _Pool(self._program(max(_SMALLEST_BLOCK, min(_LARGEST_BLOCK, block))))
         return self._batch
 
@@ -221,10 +247,19 @@ def _check_tensors(graph: Graph, tensors: Sequence[int]) -> None:
             )
 
 
-def _form(tensor: Tensor) -> tuple[type[np.int8] | type[np.uint8], int, tuple[int, ...]]:
+def _divide(graph: Graph) -> tuple[Graph, tuple[Operator, ...]]:
+    """The graph that the kernels run, and the operators whose output is wider than a byte."""
+    wide = tuple(op for op in graph.core if graph.tensors[op.output].dtype.is_wide)
+    rest = tuple(op for op in graph.operators if op not in wide)
+    return replace(graph, operators=rest) if wide else graph, wide
+
+
+def _needed(graph: Graph, wide: Sequence[Operator], tensors: Iterable[int]) -> list[int]:
+    """The tensors that the kernels have to give back."""
+    sources = [op.inputs[0] for op in wide]
+    return [t for t in dict.fromkeys((*tensors, *sources)) if not graph.tensors[t].dtype.is_wide]
+
+
+def _form(tensor: Tensor) -> tuple[StoredType, int, tuple[int, ...]]:
     """Type, size and shape of a sample."""
-    return _stored_type(tensor.dtype), tensor.size, tensor.shape[1:]
-
-
-def _stored_type(dtype: DType) -> type[np.int8] | type[np.uint8]:
-    return np.int8 if dtype is DType.INT8 else np.uint8
+    return _STORED[tensor.dtype], tensor.size, tensor.shape[1:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cactus_edge import inputs
-from cactus_edge.errors import DataError, MalformedModelError, UsageError
+from cactus_edge.errors import CactusEdgeError, DataError, MalformedModelError, UsageError
 from cactus_edge.graph import (
     DType,
     FullyConnected,
@@ -22,6 +23,7 @@ from cactus_edge.graph import (
     Weights,
 )
 from cactus_edge.inputs import Perturbation
+from cactus_edge.radii import read_radii
 from cactus_edge.semantics import Rounding
 
 
@@ -132,3 +134,170 @@ def test_bad_radii(text: str) -> None:
 def test_metadata_that_cannot_be_trusted(metadata: bytes) -> None:
     with pytest.raises(MalformedModelError, match=inputs.METADATA):
         inputs.input_map(graph_with(1 / 255, -128, metadata))
+
+
+# ---------------------------------------------------------------- radii and masks
+def image_graph(height: int = 3, width: int = 4, channels: int = 2) -> Graph:
+    """A model of images; the layer never runs."""
+    plain = graph_with(1 / 255, -128, PIXEL)
+    size = height * width * channels
+    shape = Tensor("x", (1, height, width, channels), DType.INT8, plain.tensors[0].quantization)
+    layer = FullyConnected(
+        name="layer",
+        inputs=(0,),
+        output=1,
+        weights=Weights(np.ones((2, size), np.int8)),
+        bias=np.zeros(2, np.int32),
+        requantization=Requantization.uniform(Rounding.SINGLE, 1 << 30, 31, 2),
+    )
+    return Graph((shape, plain.tensors[1]), (layer,), 0, 1, plain.metadata)
+
+
+def images(count: int, graph: Graph) -> np.ndarray:
+    shape = graph.tensors[graph.core_input].shape[1:]
+    return np.random.default_rng(3).integers(0, 256, (count, *shape)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "levels"])
+def test_each_element_has_the_box_of_its_own_radius(kind: str) -> None:
+    graph = image_graph()
+    samples = images(5, graph)
+    choices = ["0", "1/255", "0.1", "1"] if kind == "epsilon" else [0, 1, 7, 255]
+    radii = [choices[i % 4] for i in range(24)]
+    lower, upper = inputs.box(graph, samples, Perturbation.each(kind, radii))
+    assert lower.shape == samples.shape
+    for i, radius in enumerate(choices):
+        alone = Perturbation(kind, inputs.rational(radius))
+        low, high = inputs.box(graph, samples, alone)
+        columns = np.arange(24) % 4 == i
+        for found, expected in ((lower, low), (upper, high)):
+            a, b = (x.reshape(5, 24)[:, columns] for x in (found, expected))
+            assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "levels"])
+def test_patches_are_every_placement_inside_the_image(kind: str) -> None:
+    graph = image_graph(5, 4)
+    samples = images(2, graph)
+    radius = Perturbation.epsilon("0.1") if kind == "epsilon" else Perturbation.levels(9)
+    patched = radius.patched(2, 3, 2)
+    corners = [(top, left) for top in (0, 2) for left in (0,)]
+    inside = inputs.box(graph, samples, radius)
+    outside = inputs.box(graph, samples, Perturbation(kind, Fraction(0)))
+    found = list(inputs.boxes(graph, samples, patched))
+    assert len(found) == 2
+    for index, (lower, upper) in enumerate(found):
+        assert lower.shape == upper.shape == (2, 5, 4, 2)
+        for placement, (top, left) in enumerate(corners):
+            window = np.zeros((5, 4, 2), bool)
+            for row in range(top, top + 2):
+                for column in range(left, left + 3):
+                    window[row, column] = True
+            for end, ends in ((lower, 0), (upper, 1)):
+                expected = np.where(window, inside[ends][index], outside[ends][index])
+                assert np.array_equal(end[placement], expected)
+
+
+def test_without_a_patch_there_is_one_box_a_sample() -> None:
+    graph = image_graph()
+    samples = images(3, graph)
+    lower, upper = inputs.box(graph, samples, Perturbation.levels(2))
+    found = list(inputs.boxes(graph, samples, Perturbation.levels(2)))
+    assert np.array_equal(np.concatenate([low for low, _ in found]), lower)
+    assert np.array_equal(np.concatenate([high for _, high in found]), upper)
+    with pytest.raises(UsageError, match="union of boxes"):
+        inputs.box(graph, samples, Perturbation.levels(2).patched(1, 1))
+
+
+def test_integer_boxes_are_checked() -> None:
+    graph = graph_with(1 / 255, -128)
+    lower, upper = inputs.integer_box(graph, [-128, 3], [5, 127])
+    assert (lower.tolist(), upper.tolist()) == ([[-128, 3]], [[5, 127]])
+    for low, high, message in (
+        ([0.0, 1.0], [1, 1], "lower end is float64"),
+        ([0, 1, 2], [1, 1, 2], "stored integers"),
+        ([-129, 1], [1, 1], "outside -128..127"),
+        ([0, 1], [1, 128], "outside -128..127"),
+        ([0, 4], [1, 3], "empty.*element 1"),
+    ):
+        with pytest.raises(DataError, match=message):
+            inputs.integer_box(graph, low, high)
+
+
+def test_radii_are_read_exactly(tmp_path: Path) -> None:
+    graph = graph_with(1 / 255, -128)
+    texts = {"a.json": '[0.1, "8/255"]', "a.csv": "0.1,\n 8/255\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        found = read_radii(graph, tmp_path / name, "epsilon")
+        assert found.radii == (Fraction(1, 10), Fraction(8, 255))
+    np.save(tmp_path / "a.npy", np.array([0.5, 0.1]))
+    assert read_radii(graph, tmp_path / "a.npy", "epsilon").radii == (
+        Fraction(1, 2),
+        Fraction(0.1),
+    )
+    np.savez(tmp_path / "a.npz", radii=np.array([0, 3]))
+    assert read_radii(graph, tmp_path / "a.npz", "levels") == Perturbation.each("levels", [0, 3])
+
+
+def test_a_mask_of_pixels_holds_for_all_channels(tmp_path: Path) -> None:
+    graph = image_graph()
+    mask = np.zeros((3, 4), bool)
+    mask[1, 2] = True
+    np.save(tmp_path / "mask.npy", mask)
+    found = read_radii(graph, tmp_path / "mask.npy", "levels", 5)
+    expected = np.zeros((3, 4, 2), int)
+    expected[1, 2] = 5
+    assert found == Perturbation.each("levels", expected.reshape(-1).tolist())
+    with pytest.raises(UsageError, match="mask needs a radius"):
+        read_radii(graph, tmp_path / "mask.npy", "levels")
+    np.save(tmp_path / "radii.npy", expected)
+    with pytest.raises(UsageError, match="holds radii"):
+        read_radii(graph, tmp_path / "radii.npy", "levels", 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"1", "are read from"),
+        ("a.npy", b"junk", "not an array"),
+        ("a.npz", b"PK\x03\x04junk", "not an array"),
+        ("a.json", b"{", "not a list of numbers"),
+        ("a.json", b"[" * 100000, "not a list of numbers"),
+        ("a.json", b"[NaN, 1]", "not a list of numbers"),
+        ("a.json", b"[true, 1]", "not a list of numbers"),
+        ("a.json", b"[[1], 1]", "not a list of numbers"),
+        ("a.json", b"[1, 2, 3]", r"shape \[3\], the model's input is \[2\]"),
+        ("a.json", b'["1e999999999", 0]', "not a radius"),
+        ("a.json", b"[" + b"1" * 5000 + b", 0]", "not a radius"),
+        ("a.json", b"[2, 0]", "outside"),
+        ("a.csv", b"\xff", "not a list of numbers"),
+        ("a.csv", b"", "not a list of numbers"),
+        ("a.csv", b"0.1;0", "not a radius|the model's input"),
+    ],
+)
+def test_bad_files_of_radii(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CactusEdgeError, match=message):
+        read_radii(graph_with(1 / 255, -128), tmp_path / name, "epsilon")
+
+
+def test_perturbations_that_make_no_sense() -> None:
+    graph = image_graph()
+    with pytest.raises(UsageError, match="outside"):
+        Perturbation.each("epsilon", ["0.1", "1.5"])
+    with pytest.raises(UsageError, match="levels are integers"):
+        Perturbation.each("levels", ["0.5"])
+    with pytest.raises(UsageError, match="no radius"):
+        Perturbation.each("levels", [])
+    with pytest.raises(UsageError, match="not both"):
+        Perturbation("levels", Fraction(1), (Fraction(1),))
+    with pytest.raises(UsageError, match="each at least 1"):
+        Perturbation.levels(1).patched(0, 1)
+    with pytest.raises(DataError, match="3 radii, the model's input has 24"):
+        inputs.box(graph, images(1, graph), Perturbation.each("levels", [1, 2, 3]))
+    with pytest.raises(DataError, match="does not fit"):
+        list(inputs.boxes(graph, images(1, graph), Perturbation.levels(1).patched(4, 4)))
+    with pytest.raises(DataError, match="does not fit"):
+        flat = graph_with(1 / 255, -128)
+        list(inputs.boxes(flat, np.zeros((1, 2), np.uint8), Perturbation.levels(1).patched(1, 1)))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cactus_edge import certificate, check, flatbuffer, inputs, universal
+from cactus_edge import certificate_stream, check, flatbuffer, inputs, universal
 from cactus_edge.analyze import analyze
 from cactus_edge.certify import Request, Settings, certify
 from cactus_edge.datasets import Dataset
@@ -82,11 +82,13 @@ def test_the_whole_flow(tmp_path: Path) -> None:
     labels = expected.argmax(axis=1)
     labels[0] = (labels[0] + 1) % 3
     dataset = Dataset("tiny", images, labels, 3, "test", "00" * 32)
-    claim = certify(data, Request(dataset, Perturbation.levels(4), attack=Settings(steps=5)))
-    assert claim.arithmetic.rounding == "conjunction"
-    assert claim.summary.verdicts["certified"] > 0
-    assert claim.samples[0].verdict == "refuted"
-    written = tmp_path / "certificate.json"
-    written.write_bytes(certificate.encode(claim))
-    result = check.check(certificate.load(written), data, dataset)
-    assert result.problems == ()
+    request = Request(
+        dataset, Perturbation.levels(4), attack=Settings(steps=5), models=((path.name, data),)
+    )
+    written = tmp_path / "certificate.jsonl"
+    head, summary = certify(request, written)
+    assert head.arithmetic[0].rounding == "conjunction"
+    assert summary.verdicts["certified"] > 0
+    assert certificate_stream.load(written).samples[0].verdict == "refuted"
+    with certificate_stream.reading(written) as claim:
+        assert check.check(claim, [data], dataset).problems == ()

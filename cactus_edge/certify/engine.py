@@ -1,15 +1,16 @@
-"""Verdicts for many samples: bounds of the twin, elided margins, then an optional attack.
+"""Verdicts for many samples: intervals, elided margins, linear bounds, attacks, complete search.
 
 One exact propagation runs for each group of profiles that compute the same integers on this model
-(a single one for a universal model); ``certified`` is their conjunction. A verdict is taken only
-from integers that the kernels and ``semantics`` computed; a counterexample counts only after the
-reference executor has reproduced it.
+(a single one for a universal model), for each of the models; ``certified`` is their conjunction. A
+verdict is taken only from integers that the kernels and ``semantics`` computed; a counterexample
+counts only after the reference executor has reproduced it.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,16 +18,18 @@ from cactus_edge import decision, profiles, universal
 from cactus_edge.certificate import Bounds, Sample
 from cactus_edge.certify import margin
 from cactus_edge.certify.attack import Settings, search
+from cactus_edge.certify.decide import Decider, Effort, method_of
 from cactus_edge.certify.twin import Twin, twin
 from cactus_edge.constraints import validate
 from cactus_edge.errors import CactusEdgeError, DataError, InvalidGraphError
 from cactus_edge.execute import check_input, execute
 from cactus_edge.graph import Add, BoolArray, Graph, Int64Array, Linear, Stored
+from cactus_edge.proofs import Proof
 from cactus_edge.runtime import Session
 
 CHUNK = 500
-Counterexample = tuple[Int64Array, str, str]
-"""Stored input, how it was found ("sample" or "attack"), the profile that misclassifies it."""
+Counterexample = tuple[Int64Array, str, str, int]
+"""Stored input, how it was found, profile and number of the model that misclassify it."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Group:
 
     names: tuple[str, ...]
     graph: Graph
+    model: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,18 +94,37 @@ def _integers(graph: Graph) -> bytes:
 
 
 class Certifier:
-    """Compiled once for a model; ``bounds`` and ``verdicts`` take any number of boxes."""
+    """Compiled once for some models; ``bounds`` and ``verdicts`` take any number of boxes."""
 
-    def __init__(self, graph: Graph, names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        graphs: Graph | Sequence[Graph],
+        names: Sequence[str] | None = None,
+        effort: Effort | None = None,
+    ) -> None:
         """Build the twin of each group of the named profiles (None: all that cover the model).
 
+        Args:
+            graphs: one model, or several that a verdict has to hold for at once.
+            names: rounding profiles.
+            effort: what may be done where intervals leave a sample open; nothing if None.
+
         Raises:
-            InvalidGraphError: the model breaks a constraint under one of the profiles.
-            UnsupportedModelError: the model has no twin.
+            InvalidGraphError: a model breaks a constraint under one of the profiles.
+            UnsupportedModelError: a model has no twin.
         """
-        self.graph = graph
-        self.coverage = cover(graph, names)
-        self._engines = [_Engine(group.graph) for group in self.coverage.groups]
+        models = (graphs,) if isinstance(graphs, Graph) else tuple(graphs)
+        self.graph = models[0]
+        self.effort = effort or Effort()
+        self.coverages = tuple(cover(graph, names) for graph in models)
+        self.coverage = self.coverages[0]
+        self.groups = tuple(
+            replace(group, model=number)
+            for number, coverage in enumerate(self.coverages)
+            for group in coverage.groups
+        )
+        self._engines = [_Engine(group.graph) for group in self.groups]
+        self._deciders = [Decider(group.graph) for group in self.groups]
 
     def bounds(self, lower: Int64Array, upper: Int64Array) -> list[tuple[Int64Array, Int64Array]]:
         """Stored logits' bounds over each box, for each group: int64 [samples, classes].
@@ -181,35 +204,75 @@ class Certifier:
         count = len(labels)
         classes = self.graph.tensors[self.graph.logits].size
         gaps = np.stack([decision.gaps(self.graph, int(label), classes) for label in labels])
-        certified = np.ones(count, bool)
+        excluded = np.ones((len(self.groups), count, classes), bool)
         plain = np.ones(count, bool)
         witness: list[tuple[Bounds, ...]] = [()] * count
         broken: dict[int, Counterexample] = {}
-        for engine, group in zip(self._engines, self.coverage.groups, strict=True):
+        for number, (engine, group) in enumerate(zip(self._engines, self.groups, strict=True)):
             low, high, by_bounds, by_margin = engine.prove(lower, upper, labels, gaps)
             plain &= by_bounds
-            certified &= by_margin
+            excluded[number] = by_margin
             for i in range(count):
                 pair = Bounds(tuple(low[i].tolist()), tuple(high[i].tolist()))
                 witness[i] = (*witness[i], pair)
             wrong = decision.surely_wrong(self.graph, engine.logits(stored), labels)
             for i in np.flatnonzero(wrong).tolist():
-                broken.setdefault(i, (stored[i], "sample", group.names[0]))
+                broken.setdefault(i, (stored[i], "sample", group.names[0], group.model))
+        certified = excluded.all(axis=(0, 2))
+        boxes = stored, lower, upper, labels
+        decided: dict[int, tuple[str, tuple[Proof, ...]]] = {}
+        if self.effort.method != "interval":
+            linear = replace(self.effort, method="linear")
+            self._decide(linear, excluded, certified, broken, boxes, decided)
         if settings is not None:
-            attack_open(
-                self.coverage.groups, settings, certified, broken, (stored, lower, upper, labels)
-            )
+            attack_open(self.groups, settings, certified, broken, boxes)
+        if self.effort.method == "complete":
+            self._decide(self.effort, excluded, certified, broken, boxes, decided)
         predictions = self.predictions(stored)
         return [
             _sample(
                 (first + i, int(labels[i]), int(predictions[i])),
-                (bool(certified[i]), bool(plain[i])),
+                (bool(certified[i]), "interval" if plain[i] else "elided-margin"),
                 witness[i],
                 stored[i],
                 broken.get(i),
+                decided.get(i),
             )
             for i in range(count)
         ]
+
+    def _decide(
+        self,
+        effort: Effort,
+        excluded: BoolArray,
+        certified: BoolArray,
+        broken: dict[int, Counterexample],
+        boxes: tuple[Int64Array, Int64Array, Int64Array, Int64Array],
+        decided: dict[int, tuple[str, tuple[Proof, ...]]],
+    ) -> None:
+        """Treat the open samples one by one; updates ``certified``, ``broken``, ``decided``."""
+        stored, lower, upper, labels = boxes
+        for i in np.flatnonzero(~certified).tolist():
+            if i in broken:
+                continue
+            until = time.monotonic() + effort.budget.seconds
+            proofs: list[Proof] = []
+            for number, (decider, group) in enumerate(
+                zip(self._deciders, self.groups, strict=True)
+            ):
+                rivals = np.flatnonzero(~excluded[number, i]).tolist()
+                box, label = (lower[i], upper[i]), int(labels[i])
+                found = decider.decide(number, box, label, rivals, effort, until)
+                proofs += found.proofs
+                if found.counterexample is not None:
+                    point = found.counterexample
+                    if _breaks(group, point, boxes, i):
+                        broken[i] = (point, "complete", group.names[0], group.model)
+                if not found.closed:
+                    break
+            else:
+                certified[i] = True
+                decided[i] = method_of(proofs), tuple(proofs)
 
 
 def attack_open(
@@ -231,12 +294,21 @@ def attack_open(
             return
         found = search(group.graph, stored[rest], lower[rest], upper[rest], labels[rest], settings)
         for i, point in zip(rest.tolist(), found, strict=True):
-            if point is None:
-                continue
-            logits = execute(group.graph, point[None])
-            inside = bool(((lower[i] <= point) & (point <= upper[i])).all())
-            if inside and decision.surely_wrong(group.graph, logits, labels[i : i + 1])[0]:
-                broken[i] = (point, "attack", group.names[0])
+            if point is not None and _breaks(group, point, box, i):
+                broken[i] = (point, "attack", group.names[0], group.model)
+
+
+def _breaks(
+    group: Group,
+    point: Int64Array,
+    box: tuple[Int64Array, Int64Array, Int64Array, Int64Array],
+    i: int,
+) -> bool:
+    """Whether the reference executor misclassifies a point that lies in the box of sample i."""
+    _, lower, upper, labels = box
+    inside = bool(((lower[i] <= point) & (point <= upper[i])).all())
+    logits = execute(group.graph, point[None])
+    return inside and bool(decision.surely_wrong(group.graph, logits, labels[i : i + 1])[0])
 
 
 def attack_boxes(
@@ -253,13 +325,14 @@ def attack_boxes(
         logits = Session(group.graph).run(stored).astype(np.int64)
         predictions = decision.predict(logits)
         wrong = decision.surely_wrong(group.graph, logits, labels)
-        broken.update({i: (stored[i], "sample", group.names[0]) for i in np.flatnonzero(wrong)})
+        for i in np.flatnonzero(wrong).tolist():
+            broken[i] = (stored[i], "sample", group.names[0], group.model)
     closed = np.zeros(len(labels), bool)
     attack_open(groups, settings, closed, broken, box)
     return [
         _sample(
             (first + i, int(labels[i]), int(predictions[i])),
-            (False, False),
+            (False, "elided-margin"),
             (),
             stored[i],
             broken.get(i),
@@ -290,35 +363,49 @@ class _Engine:
     def prove(
         self, lower: Int64Array, upper: Int64Array, labels: Int64Array, gaps: Int64Array
     ) -> tuple[Int64Array, Int64Array, BoolArray, BoolArray]:
-        """Bounds of the logits; bool [samples]: proved by bounds, proved by bounds or margins."""
+        """Bounds of the logits, which samples they prove, and which rivals are excluded.
+
+        Bool [samples] for bounds alone, bool [samples, classes] for bounds or margins.
+        """
         low, high, values = self.propagate(lower, upper)
         rows = np.arange(len(labels))
         plain = low[rows, labels][:, None] >= high + gaps
         plain[rows, labels] = True
         if self.layer is None:
-            return low, high, plain.all(axis=1), plain.all(axis=1)
+            return low, high, plain.all(axis=1), plain
         hidden = self.twin.split(self.layer.source, values[self.layer.source])
         _, proved = margin.wins(self.layer, *hidden, labels, gaps)
-        return low, high, plain.all(axis=1), proved.all(axis=1)
+        return low, high, plain.all(axis=1), proved
 
 
 def _sample(
     head: tuple[int, int, int],
-    proof: tuple[bool, bool],
+    proof: tuple[bool, str],
     witness: tuple[Bounds, ...],
     stored: Int64Array,
     broken: Counterexample | None,
+    decided: tuple[str, tuple[Proof, ...]] | None = None,
 ) -> Sample:
-    certified, plain = proof
+    certified, method = proof
     if certified and broken is not None:
         raise AssertionError(f"sample {head[0]} is both certified and refuted: a defect")
     if certified:
-        return Sample(*head, "certified", "interval" if plain else "elided-margin", witness)
+        method, proofs = decided or (method, ())
+        return Sample(*head, "certified", method, witness, proofs=proofs)
     if broken is not None:
-        point, method, profile = broken
-        difference = (point - stored).astype("<i2").tobytes().hex() if method == "attack" else ""
-        return Sample(*head, "refuted", method, witness, counterexample=difference, profile=profile)
-    return Sample(*head, "unknown", "elided-margin", witness)
+        point, method, profile, model = broken
+        moved = method != "sample"
+        difference = (point - stored).astype("<i2").tobytes().hex() if moved else ""
+        return Sample(
+            *head,
+            "refuted",
+            method,
+            witness,
+            counterexample=difference,
+            profile=profile,
+            model=model,
+        )
+    return Sample(*head, "unknown", method, witness)
 
 
 def chunks(count: int, size: int = CHUNK) -> Iterator[slice]:

@@ -1,18 +1,28 @@
-"""From a model's bytes and a data set to a certificate, and attacks without one."""
+"""From the bytes of models and a data set to a certificate, and attacks without one."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 import cactus_edge
 from cactus_edge import certificate, decision, inputs, profiles
-from cactus_edge.certificate import Certificate, Sample
+from cactus_edge.certificate import Head, Method, Sample, Summary
+from cactus_edge.certificate_stream import Writer
+from cactus_edge.certify import partial, tasks
 from cactus_edge.certify.attack import Settings
-from cactus_edge.certify.engine import Certifier, attack_boxes, chunks, cover
+from cactus_edge.certify.decide import Effort
+from cactus_edge.certify.engine import CHUNK, attack_boxes, chunks, cover
+from cactus_edge.certify.linear.search import Budget
+from cactus_edge.certify.parallel import pool
+from cactus_edge.certify.shards import shard
 from cactus_edge.datasets import Dataset, Images
 from cactus_edge.errors import DataError, UsageError
 from cactus_edge.flatbuffer import read_tflite
@@ -20,14 +30,32 @@ from cactus_edge.graph import Graph, Int64Array
 from cactus_edge.inputs import Perturbation
 
 Progress = Callable[[int, int], None]
+_SLOW_CHUNK = 8
+"""Samples of a task where one of them may take seconds."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to certify: samples ``first`` to ``first + count - 1`` of ``data`` (None: to the end).
+    """What to certify, and how.
 
-    ``profiles`` restricts the claim to some runtimes (None: all that cover the model); a claim
-    about a universal model is about all of them in any case.
+    Attributes:
+        data: the split; its samples ``first`` to ``first + count - 1`` (None: to the end).
+        perturbation: the inputs around each sample.
+        first: see ``data``.
+        count: see ``data``.
+        profiles: restricts the claim to some runtimes (None: all that cover the model); a claim
+            about a universal model is about all of them in any case.
+        attack: strength of the attack on what stays open; None for no attack.
+        models: (file name, bytes of the ``.tflite``); a verdict holds for every one of them.
+        method: the strongest method that may be tried.
+        budget: seconds a sample for the methods beyond ``interval``; what they find in this time
+            may differ from machine to machine, and what they found is certified on all.
+        memory: bytes that such a method may use.
+        shard: (i, n): only the i-th of n consecutive ranges of the samples.
+        jobs: processes; None for this one.
+        dask: address of a Dask scheduler whose workers do the work instead.
+        chunk: samples of one task; None for a size that suits the method. It never changes the
+            certificate.
     """
 
     data: Dataset
@@ -36,78 +64,226 @@ class Request:
     count: int | None = None
     profiles: tuple[str, ...] | None = None
     attack: Settings | None = None
+    models: tuple[tuple[str, bytes], ...] = ()
+    method: Method = "interval"
+    budget: float = 60  # float: seconds, decides nothing but when to give up
+    memory: int = 2 << 30
+    shard: tuple[int, int] = (1, 1)
+    jobs: int | None = None
+    dask: str | None = None
+    chunk: int | None = None
+
+
+class Result(NamedTuple):
+    """The first line of the certificate that was written, and the summary in its last."""
+
+    head: Head
+    summary: Summary
 
 
 def certify(
-    model: bytes, request: Request, *, file: str = "model.tflite", progress: Progress | None = None
-) -> Certificate:
-    """Certify the deployed integers of a ``.tflite`` file's bytes.
+    request: Request,
+    output: Path | BinaryIO,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Certify the deployed integers of ``.tflite`` files and write the certificate as it grows.
 
     Args:
-        model: the file as it ships; its SHA-256 is what the certificate names.
-        request: samples, perturbation set, profiles, whether to attack what stays open.
-        file: name for messages and for the certificate.
+        request: models, samples, perturbation set, profiles, methods.
+        output: where the certificate goes. A path is written through ``OUTPUT.partial``, which
+            stays if the run is stopped.
+        resume: go on with a partial file, which has to be of the same claim.
+        force: replace files that exist.
         progress: called with (samples done, samples in all).
 
-    Returns:
-        The certificate; ``certificate.encode`` makes the file of it.
-
     Raises:
-        UnsupportedModelError: the model cannot be read or certified.
-        DataError: the samples do not fit the model.
+        UnsupportedModelError: a model cannot be read or certified.
+        DataError: the samples do not fit the models, or the models do not fit each other.
         UsageError: a range or a profile that does not exist.
+        OutputError: a file is in the way, or cannot be written.
+        ToolError: worker processes die again and again.
     """
-    graph = read_tflite(model, file)
-    images, labels = _selected(graph, request)
-    certifier = Certifier(graph, request.profiles)
-    samples: list[Sample] = []
-    for part in chunks(len(labels)):
-        stored = inputs.stored(graph, images[part])
-        lower, upper = inputs.box(graph, images[part], request.perturbation)
-        samples += certifier.verdicts(
-            request.first + part.start, stored, lower, upper, labels[part], request.attack
-        )
-        if progress:
-            progress(part.stop, len(labels))
-    coverage = certifier.coverage
-    names = tuple(name for group in coverage.groups for name in group.names)
+    if isinstance(output, Path):
+        partial.refuse(output, resume=resume, force=force)
+    graphs = _graphs(request)
+    request = _narrowed(request)
+    images, labels = _selected(graphs[0], request)
+    plan = _plan(request)
+    head = _head(request, graphs, len(labels))
+    inputs.box(graphs[0], images[:1], request.perturbation)  # a shape that does not fit, said now
+    if isinstance(output, Path):
+        opened = partial.resumable(output, head, resume=resume, force=force)
+    else:
+        opened = nullcontext((Writer(output, head), output.flush))
+    size = request.chunk or _chunk_size(request, len(labels))
+    with opened as (writer, secure):
+        try:
+            _fill(writer, secure, request, (plan, images, labels, size), progress)
+        finally:
+            tasks.built.cache_clear()
+        summary = writer.finish()
+    return Result(head, summary)
+
+
+def _fill(
+    writer: Writer,
+    secure: Callable[[], None],
+    request: Request,
+    work: tuple[tasks.Plan, Images, Int64Array, int],
+    progress: Progress | None,
+) -> None:
+    """Certify and write the samples that the writer does not have yet."""
+    plan, images, labels, size = work
+    done, total = writer.tally.samples, len(labels)
+    if progress and done:
+        progress(done, total)
+    if done == total:
+        return
+    rest = tasks.cut(plan, request.first + done, images[done:], labels[done:], size)
+    with pool(request.jobs, request.dask) as mapper:
+        for lines in mapper(tasks.run, rest):
+            for line in lines:
+                index = writer.append(line).index
+                assert index == request.first + done, "a defect: the samples are out of order"
+                done += 1
+            secure()
+            if progress:
+                progress(done, total)
+
+
+def _graphs(request: Request) -> tuple[Graph, ...]:
+    """The models, checked to be alternatives of each other."""
+    if not request.models:
+        raise UsageError("no model to certify; give one or more")
+    for name in request.profiles or ():
+        profiles.profile_of(name)
+    graphs = tuple(read_tflite(content, file) for file, content in request.models)
+    first = graphs[0]
+    for graph, (file, _) in zip(graphs[1:], request.models[1:], strict=True):
+        for what, one, other in (
+            ("input map", inputs.input_map(first).describe(), inputs.input_map(graph).describe()),
+            ("input shape", _shape(first, first.core_input), _shape(graph, graph.core_input)),
+            ("number of logits", _logits(first), _logits(graph)),
+            ("decision rule", decision.describe(first), decision.describe(graph)),
+        ):
+            if one != other:
+                raise DataError(
+                    f"{file}: {what} {other}, but {one} in {request.models[0][0]}; one certificate "
+                    "is about models that take the same inputs and decide alike"
+                )
+    return graphs
+
+
+def _shape(graph: Graph, tensor: int) -> list[int]:
+    return list(graph.tensors[tensor].shape[1:])
+
+
+def _logits(graph: Graph) -> int:
+    return graph.tensors[graph.logits].size
+
+
+def _narrowed(request: Request) -> Request:
+    """With the range of samples filled in and cut down to the shard."""
+    total = len(request.data.labels)
+    count = total - request.first if request.count is None else request.count
+    _check_range(request, count)
+    first, count = shard(request.first, count, request.shard)
+    return dataclasses.replace(request, first=first, count=count, shard=(1, 1))
+
+
+def _plan(request: Request) -> tasks.Plan:
+    if request.budget <= 0 or request.memory < 1:
+        raise UsageError(f"budget {request.budget:g} s, memory {request.memory}: give more than 0")
+    if request.chunk is not None and request.chunk < 1:
+        raise UsageError(f"chunks of {request.chunk} samples; give at least 1")
+    return tasks.Plan(
+        models=request.models,
+        profiles=request.profiles,
+        perturbation=request.perturbation,
+        attack=request.attack,
+        effort=Effort(request.method, Budget(seconds=request.budget, memory=request.memory)),
+        threads=None if request.jobs is None and request.dask is None else 1,
+    )
+
+
+def _chunk_size(request: Request, count: int) -> int:
+    """Large enough for the kernels, small enough that all processes end together."""
+    if request.method != "interval":
+        return _SLOW_CHUNK
+    return CHUNK if request.jobs is None and request.dask is None else max(1, min(100, count // 8))
+
+
+def _head(request: Request, graphs: tuple[Graph, ...], count: int) -> Head:
+    models: list[certificate.Model] = []
+    arithmetic: list[certificate.Arithmetic] = []
+    for graph, (file, content) in zip(graphs, request.models, strict=True):
+        sha256 = hashlib.sha256(content).hexdigest()
+        models.append(certificate.Model(file, sha256, graph.fingerprint(), len(content)))
+        coverage = cover(graph, request.profiles)
+        names = tuple(name for group in coverage.groups for name in group.names)
+        rounding = "universal" if coverage.universal else "conjunction"
+        arithmetic.append(certificate.Arithmetic(rounding, names, coverage.uncovered))
     data = request.data
-    claim = Certificate(
+    slow = request.method != "interval"
+    return Head(
         format=certificate.FORMAT,
         version=certificate.VERSION,
         tool=f"cactus-edge {cactus_edge.__version__}",
-        model=certificate.Model(
-            file, hashlib.sha256(model).hexdigest(), graph.fingerprint(), len(model)
+        models=tuple(models),
+        arithmetic=tuple(arithmetic),
+        input_map=inputs.input_map(graphs[0]).describe(),
+        property=_property(request.perturbation, graphs[0]),
+        data=certificate.Data(data.name, data.split, data.sha256, request.first, count),
+        query=None,
+        method=request.method,
+        search=certificate.Search(
+            attack=_settings(request.attack),
+            budget=f"{request.budget:g} s" if slow else "",
+            memory=request.memory if slow else 0,
         ),
-        arithmetic=certificate.Arithmetic(
-            "universal" if coverage.universal else "conjunction", names, coverage.uncovered
-        ),
-        input_map=inputs.input_map(graph).describe(),
-        property=certificate.Property(
-            "epsilon" if request.perturbation.kind == "epsilon" else "levels",
-            str(request.perturbation.radius),
-            decision.describe(graph),
-        ),
-        data=certificate.Data(data.name, data.split, data.sha256, request.first, len(labels)),
-        verifier=certificate.VERIFIER,
+        verifier=certificate.VERIFIERS[request.method],
         side_conditions=certificate.SIDE_CONDITIONS,
-        summary=certificate.summarize(samples, request.attack is not None),
-        samples=tuple(samples),
-        how_to_check=certificate.how_to_check(file, data.name),
+        how_to_check=certificate.how_to_check([file for file, _ in request.models], data.name),
     )
-    return certificate.sealed(claim)
 
 
-def _selected(graph: Graph, request: Request) -> tuple[Images, Int64Array]:
+def _property(perturbation: Perturbation, graph: Graph) -> certificate.Property:
+    """The perturbation set and the decision, as the certificate states them."""
+    radii = tuple(str(radius) for radius in perturbation.radii)
+    return certificate.Property(
+        kind="epsilon" if perturbation.kind == "epsilon" else "levels",
+        radius="" if radii else str(perturbation.radius),
+        radii=radii,
+        patch=perturbation.patch,
+        decision=decision.describe(graph),
+    )
+
+
+def _settings(attack: Settings | None) -> str:
+    """All settings of an attack, so that a run is resumed with the same ones alone."""
+    if attack is None:
+        return ""
+    values = dataclasses.asdict(attack)
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _check_range(request: Request, count: int) -> None:
     total = len(request.data.labels)
-    for name in request.profiles or ():
-        profiles.profile_of(name)
-    count = total - request.first if request.count is None else request.count
     if not (0 <= request.first < total and 0 < count <= total - request.first):
         raise UsageError(
             f"samples {request.first}..{request.first + count - 1} are not in "
             f"'{request.data.name}' {request.data.split}, which has {total}"
         )
+
+
+def _selected(graph: Graph, request: Request) -> tuple[Images, Int64Array]:
+    for name in request.profiles or ():
+        profiles.profile_of(name)
+    count = len(request.data.labels) - request.first if request.count is None else request.count
+    _check_range(request, count)
     part = slice(request.first, request.first + count)
     labels = request.data.labels[part].astype(np.int64)
     classes = graph.tensors[graph.logits].size

@@ -1,9 +1,10 @@
-"""The verbs ``certify``, ``check`` and ``attack``."""
+"""The verbs ``certify``, ``merge``, ``check`` and ``attack``."""
 
 from __future__ import annotations
 
 import json
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,8 +12,9 @@ import msgspec
 import typer
 
 from cactus_edge import certificate as certificates
+from cactus_edge import certificate_stream, datasets, files, flatbuffer, inputs
 from cactus_edge import check as checking
-from cactus_edge import datasets, files, flatbuffer, inputs
+from cactus_edge.check import Mapper
 from cactus_edge.cli.output import (
     DataOption,
     ForceOption,
@@ -31,8 +33,13 @@ if TYPE_CHECKING:
     from cactus_edge.graph import Graph
 
 logger = logging.getLogger(__name__)
+_INTERRUPTED = 130  # as shells have it
 
 ModelArgument = Annotated[Path, typer.Argument(help="A .tflite file.", metavar="MODEL")]
+ModelsArgument = Annotated[
+    list[Path], typer.Argument(help="One or more .tflite files.", metavar="MODEL...")
+]
+JobsOption = Annotated[int | None, typer.Option("--jobs", help="Work with this many processes.")]
 EpsilonOption = Annotated[
     str | None,
     typer.Option("--eps", help="Radius on real inputs in [0, 1], such as 0.1 or 8/255."),
@@ -54,9 +61,10 @@ RestartsOption = Annotated[int, typer.Option("--restarts", help="Random restarts
 
 
 class CertifyResult(msgspec.Struct, frozen=True):
-    """What ``certify --json`` prints."""
+    """What ``certify --json`` and ``merge --json`` print; rounding is that of the first model."""
 
     certificate: str
+    models: tuple[str, ...]
     samples: int
     property: str
     radius: str
@@ -91,8 +99,31 @@ def _split(name: str, split: str, graph: Graph) -> datasets.Dataset:
     return datasets.load(name, split, fraction)  # pyright: ignore[reportArgumentType]
 
 
+def _shard(text: str) -> tuple[int, int]:
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal()):
+        raise UsageError(f"--shard {text}: give i/n, such as 2/8")
+    return int(number), int(parts)
+
+
+def _bytes(text: str) -> int:
+    """A size such as 512M or 2G, in bytes."""
+    units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    digits, unit = (text[:-1], text[-1:].upper()) if not text.isdecimal() else (text, "")
+    if not digits.isdecimal() or unit not in units:
+        raise UsageError(f"--memory {text}: give bytes, or a number with K, M or G")
+    return int(digits) * units[unit]
+
+
+def _method(text: str) -> certificates.Method:
+    for method in certificates.VERIFIERS:
+        if text == method:
+            return method
+    raise UsageError(f"no method '{text}'; known: {', '.join(certificates.VERIFIERS)}")
+
+
 def certify(
-    model: ModelArgument,
+    models: ModelsArgument,
     data: DataOption,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the certificate goes.")],
     eps: EpsilonOption = None,
@@ -101,11 +132,30 @@ def certify(
     first: FirstOption = 0,
     samples: SamplesOption = None,
     profile: ProfileOption = None,
+    method: Annotated[
+        str, typer.Option("--method", help="Strongest method: interval, linear or complete.")
+    ] = "interval",
+    budget: Annotated[
+        float, typer.Option("--budget", help="Seconds a sample for linear and complete.")
+    ] = 60.0,
+    memory: Annotated[
+        str, typer.Option("--memory", help="Memory of the complete search, such as 2G.")
+    ] = "2G",
     attack: Annotated[
         bool, typer.Option("--attack", help="Search counterexamples for what stays open.")
     ] = False,
     steps: StepsOption = 20,
     restarts: RestartsOption = 2,
+    jobs: JobsOption = None,
+    dask: Annotated[
+        str | None, typer.Option("--dask", help="Work on the cluster of this Dask scheduler.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a stopped run left OUTPUT.partial.")
+    ] = False,
+    shard: Annotated[
+        str, typer.Option("--shard", help="Only the i-th of n ranges of the samples; see merge.")
+    ] = "1/1",
     require: Annotated[
         float | None,
         typer.Option("--require", help="Exit 1 if fewer than this fraction is certified."),
@@ -115,45 +165,76 @@ def certify(
 ) -> None:
     """Certify the deployed integers, for all named runtimes, and write a certificate.
 
-    Example: cactus-edge certify model.tflite --data mnist --eps 0.1 -o certificate.json
+    Of several models, each has to decide right. Example:
+    cactus-edge certify model.tflite --data mnist --eps 0.1 -o certificate.jsonl
     """
     from cactus_edge.certify import Request, Settings
     from cactus_edge.certify import certify as run
+    from cactus_edge.certify.partial import partial_of, refuse
 
-    files.refuse_existing(output, force)
+    refuse(output, resume=resume, force=force)
     if require is not None and not 0 <= require <= 1:
         raise UsageError(f"--require {require}: a fraction from 0 to 1 is needed")
     perturbation = _perturbation(eps, levels)
-    graph, content = flatbuffer.load(model)
+    loaded = [(path.name, *flatbuffer.load(path)) for path in models]
     request = Request(
-        data=_split(data, split, graph),
+        data=_split(data, split, loaded[0][1]),
         perturbation=perturbation,
         first=first,
         count=samples,
         profiles=tuple(dict.fromkeys(profile)) if profile else None,
         attack=Settings(steps=steps, restarts=restarts) if attack else None,
+        models=tuple((name, content) for name, _, content in loaded),
+        method=_method(method),
+        budget=budget,
+        memory=_bytes(memory),
+        shard=_shard(shard),
+        jobs=jobs,
+        dask=dask,
     )
-    with bar("certify") as progress:
-        result = run(content, request, file=model.name, progress=progress)
-    files.write(output, certificates.encode(result), force=force)
-    summary = result.summary
+    try:
+        with bar("certify") as progress:
+            result = run(request, output, resume=resume, force=force, progress=progress)
+    except KeyboardInterrupt:
+        kept = partial_of(output)
+        left = f"what is done is in {kept}; --resume goes on from there"
+        text = f"stopped; {left if kept.exists() else 'nothing was done yet'}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(_INTERRUPTED) from None
+    title = f"{', '.join(path.name for path in models)} on {data} {split}"
+    _show(result.head, result.summary, output, as_json, title)
+    _judge(result.summary, output, require)
+
+
+def _show(
+    head: certificates.Head,
+    summary: certificates.Summary,
+    output: Path,
+    as_json: bool,
+    title: str,
+) -> None:
+    """What ``certify`` and ``merge`` print."""
+    assert head.data is not None
+    arithmetic = head.arithmetic[0]
     shown = CertifyResult(
         certificate=str(output),
-        samples=len(result.samples),
-        property=result.property.kind,
-        radius=result.property.radius,
-        rounding=result.arithmetic.rounding,
-        profiles=result.arithmetic.profiles,
-        verifier=result.verifier,
+        models=tuple(model.file for model in head.models),
+        samples=head.data.count,
+        property=head.property.kind,
+        radius=head.property.radius,
+        rounding=arithmetic.rounding,
+        profiles=arithmetic.profiles,
+        verifier=head.verifier,
         standard_accuracy=summary.standard_accuracy,
         certified_accuracy=summary.certified_accuracy,
         attack_accuracy=summary.attack_accuracy,
         verdicts=summary.verdicts,
     )
+    roundings = (f"{a.rounding}, {len(a.profiles)} profiles" for a in head.arithmetic)
     rows = [
-        ("samples", shown.samples),
-        ("perturbation", f"{shown.property} {eps if eps is not None else shown.radius}"),
-        ("rounding", f"{shown.rounding}, {len(shown.profiles)} profiles"),
+        ("samples", f"{head.data.first}..{head.data.first + head.data.count - 1}"),
+        ("perturbation", f"{shown.property} {shown.radius}"),
+        ("rounding", "; ".join(roundings)),
         ("verifier", shown.verifier),
         ("standard accuracy %", percent(shown.standard_accuracy)),
         ("certified accuracy %", percent(shown.certified_accuracy)),
@@ -161,17 +242,45 @@ def certify(
         *((f"verdict {name}", count) for name, count in shown.verdicts.items()),
         ("certificate", shown.certificate),
     ]
-    emit(shown, as_json, table(f"{model.name} on {data} {split}", ("", "value"), rows))
-    for name, reason in result.arithmetic.uncovered.items():
-        console.print(
-            f"not covered: {name}: {reason}", highlight=False, markup=False, soft_wrap=True
-        )
-    if shown.verdicts["error"]:
-        raise ToolError(f"{shown.verdicts['error']} samples could not be treated, see {output}")
+    emit(shown, as_json, table(title, ("", "value"), rows))
+    for model, covered in zip(head.models, head.arithmetic, strict=True):
+        for name, reason in covered.uncovered.items():
+            console.print(
+                f"{model.file}: not covered: {name}: {reason}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+
+
+def _judge(summary: certificates.Summary, output: Path, require: float | None) -> None:
+    """Raise where the run does not deserve exit code 0."""
+    errors = summary.verdicts["error"]
+    if errors:
+        raise ToolError(f"{errors} samples could not be treated, see {output}")
     if require is not None and summary.certified_accuracy < require:
         raise PropertyNotMetError(
             f"{percent(summary.certified_accuracy)} % certified, {percent(require)} % required"
         )
+
+
+def merge(
+    shards: Annotated[
+        list[Path], typer.Argument(help="Certificates of consecutive shards.", metavar="SHARD...")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the whole goes.")],
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Join the certificates of shards into the one that a single run would have written.
+
+    Example: cactus-edge merge one.jsonl two.jsonl -o certificate.jsonl
+    """
+    from cactus_edge.certify import merge as run
+
+    result = run(shards, output, force=force)
+    _show(result.head, result.summary, output, as_json, f"{len(shards)} shards")
+    _judge(result.summary, output, None)
 
 
 class CheckOutput(msgspec.Struct, frozen=True):
@@ -179,39 +288,51 @@ class CheckOutput(msgspec.Struct, frozen=True):
 
     agrees: bool
     samples: int
-    certified_accuracy: float
+    certified_accuracy: float | None
     problems: tuple[str, ...]
 
 
 def check(
-    certificate: Annotated[Path, typer.Argument(help="certificate.json", metavar="CERTIFICATE")],
-    model: ModelArgument,
+    certificate: Annotated[Path, typer.Argument(help="certificate.jsonl", metavar="CERTIFICATE")],
+    models: ModelsArgument,
     data: DataOption,
+    jobs: JobsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Re-derive every line of a certificate from model and data alone, independently.
+    """Re-derive every line of a certificate from models and data alone, independently.
 
-    Example: cactus-edge check certificate.json model.tflite --data mnist
+    Example: cactus-edge check certificate.jsonl model.tflite --data mnist
     """
-    claim = certificates.load(certificate)
-    graph, content = flatbuffer.load(model)
-    dataset = _split(data, claim.data.split, graph)
-    with bar("check") as progress:
-        result = checking.check(claim, content, dataset, progress=progress)
-    shown = CheckOutput(
-        result.agrees, result.samples, claim.summary.certified_accuracy, result.problems
-    )
+    with certificate_stream.reading(certificate) as claim:
+        loaded = [flatbuffer.load(path) for path in models]
+        split = claim.head.data.split if claim.head.data else "test"
+        dataset = _split(data, split, loaded[0][0])
+        contents = [content for _, content in loaded]
+        with bar("check") as progress, _mapper(jobs) as mapper:
+            result = checking.check(claim, contents, dataset, progress=progress, mapper=mapper)
+        accuracy = claim.tail.summary.certified_accuracy if claim.tail else None
+    shown = CheckOutput(result.agrees, result.samples, accuracy, result.problems)
     verdict = "agrees" if result.agrees else "does NOT agree"
     rows = [
         ("certificate", verdict),
         ("samples re-derived", result.samples),
         ("certified accuracy %", percent(shown.certified_accuracy)),
     ]
-    emit(shown, as_json, table(f"{certificate.name} with {model.name}", ("", "value"), rows))
+    names = ", ".join(path.name for path in models)
+    emit(shown, as_json, table(f"{certificate.name} with {names}", ("", "value"), rows))
     if not result.agrees:
         for problem in result.problems:
             console.print(f"- {problem}", highlight=False, markup=False, soft_wrap=True)
         raise PropertyNotMetError(f"{certificate}: {len(result.problems)} problems, see above")
+
+
+def _mapper(jobs: int | None) -> AbstractContextManager[Mapper]:
+    """Several processes, or the plain checker without any of the certifier's code."""
+    if jobs is None:
+        return nullcontext(map)
+    from cactus_edge.certify.parallel import pool
+
+    return pool(jobs)
 
 
 class AttackOutput(msgspec.Struct, frozen=True):
@@ -283,5 +404,5 @@ def attack(
 
 def register(app: typer.Typer) -> None:
     """Add this module's verbs."""
-    for verb in (certify, check, attack):
+    for verb in (certify, merge, check, attack):
         app.command()(verb)

@@ -91,7 +91,8 @@ def generate(
         prefix: of everything with external linkage and, in capitals, of every macro.
 
     Raises:
-        InvalidGraphError: the graph breaks a constraint, or a size or sum does not fit int32.
+        InvalidGraphError: the graph breaks a constraint, a size or sum does not fit int32, or
+            logits are wider than int8.
         UsageError: no such profile, a prefix that C does not allow, or a layout that cannot hold
             the weights.
     """
@@ -138,6 +139,11 @@ def _check_sizes(graph: Graph) -> None:
             raise InvalidGraphError(
                 f"tensor '{tensor.name}' has {tensor.size} elements; generated C takes fewer "
                 f"than {_MAX_ELEMENTS}"
+            )
+        if tensor.dtype.is_wide:
+            raise InvalidGraphError(
+                f"tensor '{tensor.name}' is {tensor.dtype.value}; generated C stores single bytes: "
+                "give the last layer an int8 output"
             )
     if graph.logits == graph.core_input:
         raise InvalidGraphError("the logits are the input itself; there is nothing to generate")

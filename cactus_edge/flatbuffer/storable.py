@@ -87,6 +87,11 @@ def _check_tensor(tensor: Tensor) -> None:
         raise UnsupportedModelError(
             f"{where}: uint8 beside int8 weights runs nowhere; store int8 (value - 128)"
         )
+    if tensor.dtype.is_wide:
+        raise UnsupportedModelError(
+            f"{where}: {tensor.dtype.value} logits are for graphs built by hand and run in no "
+            "runtime beside int8; give the last layer an int8 output"
+        )
     if (tensor.dtype is DType.INT8) != (tensor.quantization is not None):
         raise UnsupportedModelError(
             f"{where}: int8 tensors need a scale in a file, float32 tensors have none"

@@ -1,0 +1,1 @@
+"""Linear bounds and complete search: what is decided where intervals leave a sample open."""

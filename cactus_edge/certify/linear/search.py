@@ -1,0 +1,334 @@
+"""Branch and bound: a tree of cases in which a goal is proved, or an input that breaks it.
+
+A case restricts stored activations or inputs to ranges; the two children of a case divide the range
+of one element, so that together they are the case. A case is closed by intervals, by the rule, by
+multipliers that ascent or a linear program found, or by running every input where there are few.
+Everything that closes a case was computed in integers; searching may be as inexact as it likes.
+
+The worst case is taken first, so that the bound over all open cases rises steadily (anytime) and
+counterexamples are met early.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cactus_edge.certify.linear import codec
+from cactus_edge.certify.linear.ascent import Ascent, FloatArray
+from cactus_edge.certify.linear.bounds import (
+    WIDE,
+    CoefficientOverflowError,
+    Interval,
+    Restrictions,
+    State,
+    codes_of,
+    lower_bound,
+    propagate,
+)
+from cactus_edge.certify.linear.goals import Aim, Goal
+from cactus_edge.certify.linear.lp import Program, Relaxation
+from cactus_edge.certify.linear.network import Network, Staircase, Stairs
+from cactus_edge.graph import Int64Array
+from cactus_edge.proofs import Leaf, Split
+
+POINTS = 4096
+"""Boxes of up to this many inputs are closed by running them all."""
+_ROOT_STEPS = 40
+_STEPS = 12
+_RATE = 0.12
+_FEW_INPUTS = 12
+
+
+@dataclass(frozen=True)
+class Budget:
+    """For one sample: ``seconds`` by the clock, ``cases`` in the tree, ``memory`` in bytes.
+
+    Only ``cases`` and ``memory`` stop at the same place on every machine.
+    """
+
+    seconds: float = 60.0  # float: a clock, decides nothing but when to give up
+    cases: int = 20_000
+    memory: int = 2 << 30
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``nodes`` is the proof, in preorder, or None; ``bound`` the best bound that was proved."""
+
+    nodes: tuple[Split | Leaf, ...] | None
+    counterexample: Int64Array | None
+    bound: int
+    cases: int
+
+
+@dataclass(eq=False)
+class _Case:
+    """One node of the tree; ``cuts`` are (tensor, element, lower, upper) in offset values."""
+
+    cuts: tuple[tuple[int, int, int, int], ...]
+    slopes: dict[int, FloatArray]
+    leaf: Leaf | None = None
+    split: Split | None = None
+    children: tuple[int, int] | None = None
+
+
+@dataclass(eq=False)
+class Tree:
+    """All cases of one goal over one box."""
+
+    network: Network
+    box: Interval
+    goal: Goal
+    wrong: Callable[[Int64Array], bool]
+    relaxation: Relaxation | None = None
+    deadline: float = 0.0  # float: a clock
+    cases: list[_Case] = field(default_factory=list)
+    programs: dict[int, Program] = field(default_factory=dict)
+    heap: list[tuple[int, int]] = field(default_factory=list)
+    counterexample: Int64Array | None = None
+    held: int = 0
+
+    def run(self, budget: Budget, deadline: float) -> Outcome:
+        """Search until the goal is proved or broken, or the budget is spent."""
+        self.deadline = deadline
+        self.cases.append(_Case((), {}))
+        bound = self._treat(0, _ROOT_STEPS)
+        while self.heap and self.counterexample is None:
+            bound = self.heap[0][0]
+            spent = time.monotonic() > deadline or len(self.cases) >= budget.cases
+            if spent or self.held > budget.memory:
+                break
+            _, index = heapq.heappop(self.heap)
+            self._branch(index)
+        proved = not self.heap and self.counterexample is None
+        nodes = tuple(self._preorder()) if proved else None
+        return Outcome(nodes, self.counterexample, bound, len(self.cases))
+
+    def _preorder(self) -> list[Split | Leaf]:
+        nodes: list[Split | Leaf] = []
+        stack = [0]
+        while stack:
+            case = self.cases[stack.pop()]
+            if case.children is None:
+                assert case.leaf is not None, "every case of a proof is closed"
+                nodes.append(case.leaf)
+            else:
+                assert case.split is not None
+                nodes.append(case.split)
+                stack += [case.children[1], case.children[0]]
+        return nodes
+
+    def _restrictions(self, case: _Case) -> Restrictions:
+        found: dict[int, Interval] = {}
+        for tensor, element, lower, upper in case.cuts:
+            if tensor not in found:
+                size = self.network.sizes[tensor]
+                wide = np.full(size, WIDE, np.int64)
+                found[tensor] = (-wide, wide.copy())
+            low, high = found[tensor]
+            low[element] = max(low[element], lower)
+            high[element] = min(high[element], upper)
+        return found
+
+    def _treat(self, index: int, steps: int) -> int:
+        """Close a case or put it on the heap; its bound."""
+        case = self.cases[index]
+        state = propagate(self.network, self.box, self._restrictions(case))
+        if state is None:
+            case.leaf = Leaf("bounds")
+            return 0
+        plain = self.goal.interval(state)
+        if self.goal.settled(state):
+            case.leaf = Leaf("bounds")
+            return plain
+        if self._few_points(state, case):
+            return plain
+        aim, value, ascent = self.goal.aim(state), plain, None
+        if aim is not None and index == 0 and self._by_rule(case, state, aim):
+            return aim.needed
+        if aim is not None:
+            ascent = Ascent(self.network, state, aim.target, case.slopes)
+            if self.relaxation is None or not self._by_program(case, state, ascent, aim):
+                ascent.run(steps, _RATE, aim.needed + 1)
+                self._try_point(ascent.point)
+                if ascent.best > aim.needed - 1:
+                    self._close(case, state, ascent.codes())
+            if case.leaf is not None:
+                return aim.needed
+            value = max(plain, int(ascent.best)) if aim.kind == 0 else plain
+        if self.counterexample is not None:
+            return value
+        self._plan(index, state, ascent)
+        heapq.heappush(self.heap, (value, index))
+        return value
+
+    def _by_rule(self, case: _Case, state: State, aim: Aim) -> bool:
+        """Whether the rule's multipliers suffice."""
+        try:
+            bound = lower_bound(self.network, state, aim.target)
+        except CoefficientOverflowError:
+            return False
+        if bound.value >= aim.needed:
+            self._close(case, state, codes_of(self.network, aim.target, bound))
+        return case.leaf is not None
+
+    def _by_program(self, case: _Case, state: State, ascent: Ascent, aim: Aim) -> bool:
+        """Let the linear program find the multipliers; False where it could not."""
+        assert self.relaxation is not None
+        if aim.kind not in self.programs:
+            root = propagate(self.network, self.box)
+            assert root is not None, "a box without restrictions is not empty"
+            self.programs[aim.kind] = self.relaxation.program(root, aim.target)
+        left = self.deadline - time.monotonic()
+        solved = self.programs[aim.kind].solve(state, left)
+        if solved is None:
+            return False
+        prices = solved.prices
+        if np.isinf(solved.optimum):
+            size = float(np.abs(ascent.seed).max()) + 1.0  # float: steers the search
+            for factor in (4.0, 64.0, 1024.0, 16384.0):  # float: steers the search
+                scaled = {index: part * (factor * size) for index, part in prices.items()}
+                if prices and ascent.adopt(scaled) > aim.needed - 1:
+                    self._close(case, state, ascent.codes())
+                if case.leaf is not None:
+                    return True
+            return False
+        ascent.adopt(prices)
+        self._try_point(solved.point)
+        if ascent.best > aim.needed - 1:
+            self._close(case, state, ascent.codes())
+        ascent.look(solved.reached)
+        return True
+
+    def _close(self, case: _Case, state: State, codes: Mapping[int, Int64Array]) -> None:
+        for bits in (26, 18, 10):
+            aim = self.goal.aim(state, bits)
+            assert aim is not None, "an ascent has an aim"
+            try:
+                bound = lower_bound(self.network, state, aim.target, codes)
+            except CoefficientOverflowError:
+                continue
+            if bound.value >= aim.needed:
+                case.leaf = Leaf("multipliers", codec.pack(self.network, state, codes), bits)
+            return
+
+    def _few_points(self, state: State, case: _Case) -> bool:
+        """Run every input of a small box; True when that decided the case."""
+        low, high = state.values[self.network.graph.core_input]
+        extents = high - low + 1
+        count = 1
+        for extent in extents[extents > 1].tolist():
+            count *= extent
+            if count > POINTS:
+                return False
+        for point in every_point(low, high):
+            if self.wrong(point):
+                self.counterexample = point
+                return True
+        case.leaf = Leaf("points")
+        return True
+
+    def _try_point(self, point: FloatArray) -> None:
+        rounded = np.rint(point).astype(np.int64)
+        if self.wrong(rounded):
+            self.counterexample = rounded
+
+    def _plan(self, index: int, state: State, ascent: Ascent | None) -> None:
+        """Choose what to divide: the element where the lines are farthest from the staircase."""
+        case = self.cases[index]
+        chosen = self.goal.divide(state)
+        if chosen is None and ascent is not None:
+            chosen = _widest_gap(self.network, state, ascent)
+        entry = self.network.graph.core_input
+        low, high = state.values[entry]
+        loose = np.flatnonzero(high > low)
+        if chosen is None or (ascent is not None and loose.size <= _FEW_INPUTS):
+            if loose.size == 0:
+                raise AssertionError("a single input is decided by running it")
+            element = int(loose[(high - low)[loose].argmax()])
+            chosen = entry, element, int(low[element] + high[element]) >> 1
+        tensor, element, level = chosen
+        zero_point = self.network.zero_points[tensor]
+        case.split = Split(tensor, element, level + zero_point)
+        if ascent is not None:
+            case.slopes = {}
+            for node, part in ascent.corners.items():
+                stairs = self.network.nodes[node]
+                assert isinstance(stairs, Stairs)
+                whole = np.zeros(stairs.bias.size, np.float32)  # float: steers the search
+                whole[part.index] = ascent.best_slopes[node]
+                case.slopes[node] = whole
+                self.held += whole.nbytes
+                if stairs.output == tensor and not state.ranges[node][5, element]:
+                    # In the children the element is cut: a price, no longer a slope.
+                    whole[element] *= ascent.weight(node, element)
+
+    def _branch(self, index: int) -> None:
+        case = self.cases[index]
+        assert case.split is not None
+        tensor, element = case.split.tensor, case.split.element
+        level = case.split.level - self.network.zero_points[tensor]
+        first = len(self.cases)
+        case.children = (first, first + 1)
+        for lower, upper in ((-WIDE, level), (level + 1, WIDE)):
+            cut = (tensor, element, lower, upper)
+            self.cases.append(_Case((*case.cuts, cut), case.slopes))
+        self.held -= sum(part.nbytes for part in case.slopes.values())
+        for child in case.children:
+            if self.counterexample is None:
+                self._treat(child, _STEPS)
+        case.slopes = {}
+        for child in case.children:
+            if self.cases[child].leaf is not None:
+                self.cases[child].slopes = {}
+
+
+def every_point(low: Int64Array, high: Int64Array) -> list[Int64Array]:
+    """All integer points of a small box, flattened."""
+    loose = np.flatnonzero(high > low)
+    extents = (high - low + 1)[loose]
+    count = int(np.prod(extents)) if loose.size else 1
+    points: list[Int64Array] = []
+    for number in range(count):
+        point = low.copy()
+        for element, extent in zip(loose.tolist(), extents.tolist(), strict=True):
+            point[element] += number % extent
+            number //= extent
+        points.append(point)
+    return points
+
+
+def _widest_gap(network: Network, state: State, ascent: Ascent) -> tuple[int, int, int] | None:
+    """(tensor, element, level) that divides the worst relaxation, None where none is loose."""
+    best, found = 0.0, None  # float: steers the search
+    for index, gaps in ascent.gaps.items():
+        ranges = state.ranges[index][:, ascent.corners[index].index]
+        width = np.abs(ascent.weights[index]) * (ranges[3] - ranges[2])
+        gaps = np.where(ranges[2] < ranges[3], gaps + 1e-3 * width, 0)  # float: steers the search
+        if not gaps.size or gaps.max() <= best:
+            continue
+        position = int(gaps.argmax())
+        best = float(gaps[position])  # float: steers the search
+        node = network.nodes[index]
+        assert isinstance(node, Stairs)
+        element = int(ascent.corners[index].index[position])
+        first, last = (int(state.ranges[index][row, element]) for row in (2, 3))
+        steps = node.staircase
+        reached = int(ascent.reached[index][position]) - steps.lowest
+        found = node.output, element, _cut(first, last, reached, steps) + steps.lowest
+    return found
+
+
+def _cut(first: int, last: int, reached: int, steps: Staircase) -> int:
+    """The level at which a range of levels is divided: a clamp's bend, else where it is loose."""
+    if first == 0 and last > 1:
+        return first
+    if last == steps.thresholds.shape[1] and last - first > 1:
+        return last - 1
+    quarter = (last - first) >> 2
+    return min(max(reached, first + quarter), last - 1 - quarter)

@@ -1,0 +1,91 @@
+"""What one process does: verdicts of consecutive samples, as the lines of a certificate.
+
+A ``Task`` carries all that it needs, so that any process can do it, and do it again: its lines
+depend on nothing else, and not on which samples stand beside each other in it. The compiled models
+are kept from task to task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import msgspec
+
+from cactus_edge import inputs
+from cactus_edge.certificate import LINE_LIMIT, Sample, line_of
+from cactus_edge.certify.attack import Settings
+from cactus_edge.certify.decide import Effort
+from cactus_edge.certify.engine import Certifier
+from cactus_edge.datasets import Images
+from cactus_edge.flatbuffer import read_tflite
+from cactus_edge.graph import Int64Array
+from cactus_edge.inputs import Perturbation
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is the same for all samples; ``threads`` of each process, None for all there are."""
+
+    models: tuple[tuple[str, bytes], ...]
+    profiles: tuple[str, ...] | None
+    perturbation: Perturbation
+    attack: Settings | None
+    effort: Effort
+    threads: int | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Samples ``first`` and following of the data set: images [N, ...], labels int64 [N]."""
+
+    plan: Plan
+    first: int
+    images: Images
+    labels: Int64Array
+
+
+def run(task: Task) -> list[bytes]:
+    """A line for each sample."""
+    certifier = built(task.plan)
+    stored = inputs.stored(certifier.graph, task.images)
+    lower, upper = inputs.box(certifier.graph, task.images, task.plan.perturbation)
+    samples = certifier.verdicts(task.first, stored, lower, upper, task.labels, task.plan.attack)
+    return [_line(sample) for sample in samples]
+
+
+@lru_cache(maxsize=1)
+def built(plan: Plan) -> Certifier:
+    """The compiled models of a plan, kept for its next task; the one place that compiles them."""
+    graphs = [read_tflite(content, file) for file, content in plan.models]
+    certifier = Certifier(graphs, plan.profiles, plan.effort)
+    if plan.threads is not None:
+        for engine in certifier._engines:  # pyright: ignore[reportPrivateUsage]
+            engine.session.threads = engine.plain.threads = plan.threads
+    return certifier
+
+
+def _line(sample: Sample) -> bytes:
+    """The sample's line; a witness that is longer than a line may be is given up."""
+    line = line_of(sample)
+    if len(line) <= LINE_LIMIT:
+        return line
+    short = msgspec.structs.replace(
+        sample,
+        verdict="unknown",
+        counterexample="",
+        profile="",
+        model=0,
+        message=f"the witness takes {len(line)} bytes, more than a line may have",
+        method="elided-margin",
+        proofs=(),
+    )
+    return line_of(short)
+
+
+def cut(plan: Plan, first: int, images: Images, labels: Int64Array, size: int) -> Iterator[Task]:
+    """Consecutive tasks of up to ``size`` samples; the arrays are views."""
+    for start in range(0, len(labels), size):
+        part = slice(start, start + size)
+        yield Task(plan, first + start, images[part], labels[part])

@@ -1,0 +1,234 @@
+"""The verb ``faults``: certify against single bit flips in the weights, or check such a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from cactus_edge import fault_report, files, flatbuffer
+from cactus_edge.cli.output import (
+    DataOption,
+    ForceOption,
+    JsonOption,
+    bar,
+    console,
+    emit,
+    percent,
+    table,
+)
+from cactus_edge.cli.proving import (
+    EpsilonOption,
+    FirstOption,
+    LevelsOption,
+    ModelArgument,
+    ProfileOption,
+    SamplesOption,
+    SplitOption,
+    _split,  # pyright: ignore[reportPrivateUsage]
+)
+from cactus_edge.errors import PropertyNotMetError, UsageError
+from cactus_edge.fault_report import Report
+from cactus_edge.inputs import Perturbation
+
+
+class LayerResult(msgspec.Struct, frozen=True):
+    """One layer in what ``faults --json`` prints; means over samples where sites were counted."""
+
+    name: str
+    kind: str
+    sites: int
+    uncovered: int
+    verdicts: dict[str, int]
+    safe_share: float | None
+    critical_sites: float | None
+
+
+class FaultsResult(msgspec.Struct, frozen=True):
+    """What ``faults --json`` prints."""
+
+    report: str
+    samples: int
+    kind: str
+    radius: str
+    bits: tuple[int, ...]
+    bias_bits: int
+    sites: int
+    verdicts: dict[str, int]
+    certified: float
+    layers: tuple[LayerResult, ...]
+
+
+class FaultCheckResult(msgspec.Struct, frozen=True):
+    """What ``faults --check --json`` prints."""
+
+    agrees: bool
+    samples: int
+    problems: tuple[str, ...]
+
+
+def faults(
+    model: ModelArgument,
+    data: DataOption,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Where the report goes.")
+    ] = None,
+    check: Annotated[
+        Path | None, typer.Option("--check", help="Re-derive this report instead.")
+    ] = None,
+    layer: Annotated[
+        list[str] | None, typer.Option("--layer", help="Only this layer; repeatable.")
+    ] = None,
+    eps: EpsilonOption = None,
+    levels: LevelsOption = None,
+    bit: Annotated[
+        list[int] | None,
+        typer.Option("--bit", help="Only this bit of a weight, 0 the lowest; repeatable."),
+    ] = None,
+    bias_bits: Annotated[
+        int, typer.Option("--bias-bits", help="So many of the lowest bits of each bias, too.")
+    ] = 0,
+    count: Annotated[
+        bool, typer.Option("--count", help="Decide every site: how many are safe and critical.")
+    ] = False,
+    attack: Annotated[
+        bool, typer.Option("--attack", help="Attack flips that stay open, inside the box.")
+    ] = False,
+    split: SplitOption = "test",
+    first: FirstOption = 0,
+    samples: SamplesOption = None,
+    profile: ProfileOption = None,
+    require: Annotated[
+        float | None,
+        typer.Option("--require", help="Exit 1 if fewer than this fraction is certified."),
+    ] = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Certify that no single bit flip in a layer's weights changes the decision.
+
+    Example: cactus-edge faults model.tflite --data mnist --samples 100 -o faults.json
+    """
+    if (output is None) == (check is None):
+        raise UsageError("give either -o for a new report or --check for an existing one")
+    if check is not None:
+        _check(check, model, data, as_json)
+        return
+    from cactus_edge.certify import Settings
+    from cactus_edge.certify.faults import FaultRequest, certify_faults
+    from cactus_edge.certify.faults_search import Effort
+
+    assert output is not None
+    files.refuse_existing(output, force)
+    if require is not None and not 0 <= require <= 1:
+        raise UsageError(f"--require {require}: a fraction from 0 to 1 is needed")
+    if eps is not None and levels is not None:
+        raise UsageError("give either --eps or --levels, or none for the samples themselves")
+    graph, content = flatbuffer.load(model)
+    around = Perturbation.levels(levels or 0) if eps is None else Perturbation.epsilon(eps)
+    request = FaultRequest(
+        data=_split(data, split, graph),
+        perturbation=around,
+        layers=tuple(dict.fromkeys(layer)) if layer else None,
+        bits=tuple(dict.fromkeys(bit)) if bit else tuple(range(8)),
+        bias_bits=bias_bits,
+        first=first,
+        count=samples,
+        profiles=tuple(dict.fromkeys(profile)) if profile else None,
+        effort=Effort(attack=Settings() if attack else None, counted=count),
+    )
+    with bar("faults") as progress:
+        report = certify_faults(content, request, file=model.name, progress=progress)
+    files.write(output, fault_report.encode(report), force=force)
+    shown = _shown(report, output)
+    _print(shown, as_json, f"weight faults in {model.name} on {data} {split}")
+    for name, reason in report.uncovered_profiles.items():
+        console.print(
+            f"not covered: {name}: {reason}", highlight=False, markup=False, soft_wrap=True
+        )
+    if require is not None and shown.certified < require:
+        raise PropertyNotMetError(
+            f"{percent(shown.certified)} % certified, {percent(require)} % required"
+        )
+
+
+def _shown(report: Report, output: Path) -> FaultsResult:
+    total = len(report.samples)
+    layers: list[LayerResult] = []
+    for position, layer in enumerate(report.layers):
+        findings = [s.findings[position] for s in report.samples if s.findings]
+        counted = report.faults.counted and bool(findings)
+        safe, critical = sum(f.safe for f in findings), sum(f.critical for f in findings)
+        layers.append(
+            LayerResult(
+                layer.name,
+                layer.kind,
+                layer.sites,
+                layer.uncovered,
+                layer.verdicts,
+                safe / (len(findings) * layer.sites) if counted and layer.sites else None,
+                critical / len(findings) if counted else None,
+            )
+        )
+    return FaultsResult(
+        report=str(output),
+        samples=total,
+        kind=report.kind,
+        radius=report.radius,
+        bits=report.faults.bits,
+        bias_bits=report.faults.bias_bits,
+        sites=sum(layer.sites for layer in report.layers),
+        verdicts=report.verdicts,
+        certified=report.verdicts["certified"] / max(total, 1),
+        layers=tuple(layers),
+    )
+
+
+def _print(shown: FaultsResult, as_json: bool, title: str) -> None:
+    rows = [
+        ("samples", shown.samples),
+        ("box", f"{shown.kind} {shown.radius}"),
+        ("bits of a weight", ", ".join(map(str, shown.bits))),
+        ("bits of a bias", shown.bias_bits),
+        ("sites", shown.sites),
+        ("certified %, all layers", percent(shown.certified)),
+        ("report", shown.report),
+    ]
+    heads = ("layer", "sites", "not covered", *fault_report.VERDICTS, "safe %", "critical, mean")
+    lines = [
+        (
+            layer.name,
+            layer.sites,
+            layer.uncovered,
+            *(layer.verdicts[verdict] for verdict in fault_report.VERDICTS),
+            "-" if layer.safe_share is None else f"{100 * layer.safe_share:.4f}",
+            "-" if layer.critical_sites is None else f"{layer.critical_sites:.2f}",
+        )
+        for layer in shown.layers
+    ]
+    emit(shown, as_json, table(title, ("", "value"), rows), table("by layer", heads, lines))
+
+
+def _check(path: Path, model: Path, data: str, as_json: bool) -> None:
+    from cactus_edge.check_faults import check_faults
+
+    report = fault_report.load(path)
+    graph, content = flatbuffer.load(model)
+    dataset = _split(data, report.data.split, graph)
+    with bar("check") as progress:
+        result = check_faults(report, content, dataset, progress=progress)
+    verdict = "agrees" if result.agrees else "does NOT agree"
+    rows = [("report", verdict), ("samples re-derived", result.samples)]
+    shown = FaultCheckResult(result.agrees, result.samples, result.problems)
+    emit(shown, as_json, table(f"{path.name} with {model.name}", ("", "value"), rows))
+    if not result.agrees:
+        for problem in result.problems:
+            console.print(f"- {problem}", highlight=False, markup=False, soft_wrap=True)
+        raise PropertyNotMetError(f"{path}: {len(result.problems)} problems, see above")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's verb."""
+    app.command()(faults)

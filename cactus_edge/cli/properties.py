@@ -1,0 +1,362 @@
+"""The verbs ``radius``, ``sweep`` and ``verify``."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+
+from cactus_edge import files, flatbuffer, inputs, vnnlib
+from cactus_edge.cli import proving
+from cactus_edge.cli.output import (
+    DataOption,
+    ForceOption,
+    JsonOption,
+    bar,
+    emit,
+    percent,
+    save_json,
+    table,
+)
+from cactus_edge.cli.proving import (
+    FirstOption,
+    ModelArgument,
+    ProfileOption,
+    RestartsOption,
+    SamplesOption,
+    SplitOption,
+    StepsOption,
+)
+from cactus_edge.errors import PropertyNotMetError, UsageError
+from cactus_edge.inputs import Perturbation
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from cactus_edge.certify.engine import Certifier
+    from cactus_edge.certify.query import Answer
+    from cactus_edge.certify.radius import Radius
+    from cactus_edge.graph import Graph, Int64Array
+
+AttackOption = Annotated[
+    bool, typer.Option("--attack", help="Search counterexamples for what stays open.")
+]
+OutputOption = Annotated[
+    Path | None, typer.Option("-o", "--output", help="Write the result as JSON.")
+]
+
+
+class RadiusRow(msgspec.Struct, frozen=True):
+    """One sample: see ``certify.radius.Radius``; the counterexample is stored integers, flat."""
+
+    index: int
+    label: int
+    prediction: int
+    certified: int
+    refuted: int | None
+    counterexample: list[int] | None
+    profile: str
+
+
+class RadiusOutput(msgspec.Struct, frozen=True):
+    """What ``radius --json`` prints; ``-o`` adds ``rows``.
+
+    ``mean`` is that of the certified radii, where a sample without one counts -1.
+    """
+
+    samples: int
+    largest: int
+    profiles: tuple[str, ...]
+    median: int
+    mean: float
+    at_least: dict[int, int]
+    refuted: int
+    rows: list[RadiusRow] | None
+
+
+class VerifyOutput(msgspec.Struct, frozen=True):
+    """What ``verify --json`` prints. ``result`` is VNN-COMP's word: unsat, sat or unknown.
+
+    ``counterexample`` and ``logits`` are stored integers, flat, in the model's order.
+    """
+
+    model: str
+    model_sha256: str
+    query: str
+    query_sha256: str
+    variables: str
+    cases: int
+    verdict: str
+    result: str
+    method: str
+    profiles: tuple[str, ...]
+    profile: str
+    counterexample: list[int] | None
+    logits: list[int] | None
+
+
+def _samples(
+    graph: Graph, data: str, split: str, first: int, samples: int | None
+) -> tuple[npt.NDArray[np.generic], Int64Array]:
+    """The chosen part of a data set's split, and its labels."""
+    dataset = proving._split(data, split, graph)  # pyright: ignore[reportPrivateUsage]
+    total = len(dataset.labels)
+    count = total - first if samples is None else samples
+    if not (0 <= first < total and 0 < count <= total - first):
+        raise UsageError(f"samples {first}..{first + count - 1} are not in '{data}' {split}")
+    part = slice(first, first + count)
+    return dataset.images[part], dataset.labels[part].astype("int64")
+
+
+def _certifier(graph: Graph, profile: list[str] | None) -> tuple[Certifier, tuple[str, ...]]:
+    from cactus_edge import profiles
+    from cactus_edge.certify.engine import Certifier
+
+    for name in profile or ():
+        profiles.profile_of(name)
+    certifier = Certifier(graph, tuple(dict.fromkeys(profile)) if profile else None)
+    groups = certifier.coverage.groups
+    return certifier, tuple(name for group in groups for name in group.names)
+
+
+def radius(
+    model: ModelArgument,
+    data: DataOption,
+    largest: Annotated[
+        int, typer.Option("--largest", help="Search up to this many stored levels.")
+    ] = 64,
+    split: SplitOption = "test",
+    first: FirstOption = 0,
+    samples: SamplesOption = None,
+    profile: ProfileOption = None,
+    attack: AttackOption = False,
+    steps: StepsOption = 20,
+    restarts: RestartsOption = 2,
+    output: OutputOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the largest certified radius of each sample, and the nearest counterexample.
+
+    Example: cactus-edge radius model.tflite --data mnist --samples 100 --attack
+    """
+    from cactus_edge.certify.attack import Settings
+    from cactus_edge.certify.radius import radii
+
+    if output is not None:
+        files.refuse_existing(output, force)
+    graph, _ = flatbuffer.load(model)
+    images, labels = _samples(graph, data, split, first, samples)
+    certifier, names = _certifier(graph, profile)
+    settings = Settings(steps=steps, restarts=restarts) if attack else None
+    with bar("radius") as progress:
+        found = radii(
+            certifier,
+            images,
+            labels,
+            largest=largest,
+            first=first,
+            settings=settings,
+            progress=progress,
+        )
+    certified = sorted(r.certified for r in found)
+    shown = RadiusOutput(
+        samples=len(found),
+        largest=largest,
+        profiles=names,
+        median=certified[(len(found) - 1) // 2],
+        mean=sum(certified) / len(found),
+        at_least={level: sum(c >= level for c in certified) for level in _steps(largest)},
+        refuted=sum(r.refuted is not None for r in found),
+        rows=None,
+    )
+    if output is not None:
+        whole = msgspec.structs.replace(shown, rows=[_row(r) for r in found])
+        save_json(output, whole, force=force)
+    rows = [
+        ("samples", shown.samples),
+        ("median certified radius", shown.median),
+        *(
+            (f"certified at {level} levels, %", percent(count / len(found)))
+            for level, count in shown.at_least.items()
+        ),
+        ("counterexample found", shown.refuted),
+    ]
+    emit(shown, as_json, table(f"radii of {model.name} on {data} {split}", ("", "value"), rows))
+
+
+def _steps(largest: int) -> list[int]:
+    """0, powers of two, and the largest."""
+    powers = [1 << i for i in range(8) if 1 << i < largest]
+    return list(dict.fromkeys([0, *powers, largest]))
+
+
+def _row(found: Radius) -> RadiusRow:
+    point = found.counterexample
+    return RadiusRow(
+        found.index,
+        found.label,
+        found.prediction,
+        found.certified,
+        found.refuted,
+        None if point is None else point.reshape(-1).tolist(),
+        found.profile,
+    )
+
+
+def sweep(
+    model: ModelArgument,
+    data: DataOption,
+    eps: Annotated[
+        list[str] | None, typer.Option("--eps", help="A radius on real inputs; repeatable.")
+    ] = None,
+    levels: Annotated[
+        list[int] | None, typer.Option("--levels", help="A radius in stored levels; repeatable.")
+    ] = None,
+    split: SplitOption = "test",
+    first: FirstOption = 0,
+    samples: SamplesOption = None,
+    profile: ProfileOption = None,
+    attack: AttackOption = False,
+    steps: StepsOption = 20,
+    restarts: RestartsOption = 2,
+    output: OutputOption = None,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Draw the curve.")] = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Certify at many radii and draw the curve.
+
+    Example: cactus-edge sweep model.tflite --data mnist --eps 0.05 --eps 0.1 --svg curve.svg
+    """
+    from cactus_edge.certify import sweep as sweeping
+    from cactus_edge.certify.attack import Settings
+
+    if bool(eps) == bool(levels):
+        raise UsageError("give radii either with --eps or with --levels")
+    perturbations = [Perturbation.epsilon(text) for text in eps or ()]
+    perturbations += [Perturbation.levels(count) for count in levels or ()]
+    for path in (output, svg):
+        if path is not None:
+            files.refuse_existing(path, force)
+    graph, _ = flatbuffer.load(model)
+    images, labels = _samples(graph, data, split, first, samples)
+    certifier, _ = _certifier(graph, profile)
+    settings = Settings(steps=steps, restarts=restarts) if attack else None
+    with bar("sweep") as progress:
+        curve = sweeping.sweep(
+            certifier, images, labels, perturbations, settings=settings, progress=progress
+        )
+    if output is not None:
+        save_json(output, curve, force=force)
+    if svg is not None:
+        sweeping.draw(curve, svg, f"{model.name} on {data} {split}", force=force)
+    rows = [
+        (
+            point.radius,
+            percent(point.certified / curve.samples),
+            percent(1 - point.refuted / curve.samples) if attack else "-",
+        )
+        for point in curve.points
+    ]
+    columns = ("eps" if eps else "levels", "certified %", "not refuted %")
+    title = f"{model.name} on {data} {split}: {percent(curve.correct / curve.samples)} % correct"
+    emit(curve, as_json, table(title, columns, rows))
+
+
+def verify(
+    model: ModelArgument,
+    query: Annotated[Path, typer.Argument(help="A VNN-LIB file.", metavar="QUERY")],
+    stored: Annotated[
+        bool, typer.Option("--stored", help="X and Y are stored integers, not real values.")
+    ] = False,
+    profile: ProfileOption = None,
+    steps: StepsOption = 40,
+    restarts: RestartsOption = 2,
+    attack: Annotated[
+        bool, typer.Option("--attack/--no-attack", help="Search for a counterexample.")
+    ] = True,
+    output: OutputOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a VNN-LIB query on the deployed integers; exit 0 only where it is certified.
+
+    Example: cactus-edge verify model.tflite property.vnnlib
+    """
+    from cactus_edge import profiles
+    from cactus_edge.certify.attack import Settings
+    from cactus_edge.certify.query import Verifier
+
+    if output is not None:
+        files.refuse_existing(output, force)
+    graph, content = flatbuffer.load(model)
+    text = files.read(query, "query")
+    variables: vnnlib.Variables = "stored" if stored else "real"
+    cases = vnnlib.bind(vnnlib.parse(text, query.name), graph, variables)
+    for name in profile or ():
+        profiles.profile_of(name)
+    verifier = Verifier(graph, tuple(dict.fromkeys(profile)) if profile else None)
+    with bar("verify", "boxes") as progress:
+        answer = verifier.decide(
+            ((case.lower, case.upper, case.specification) for case in cases),
+            settings=Settings(steps=steps, restarts=restarts) if attack else None,
+            total=len(cases),
+            progress=progress,
+        )
+    groups = verifier.coverage.groups
+    point = answer.counterexample
+    shown = VerifyOutput(
+        model=model.name,
+        model_sha256=hashlib.sha256(content).hexdigest(),
+        query=query.name,
+        query_sha256=hashlib.sha256(text).hexdigest(),
+        variables=variables,
+        cases=len(cases),
+        verdict=answer.verdict,
+        result={"certified": "unsat", "refuted": "sat", "unknown": "unknown"}[answer.verdict],
+        method=answer.method,
+        profiles=tuple(name for group in groups for name in group.names),
+        profile=answer.profile,
+        counterexample=None if point is None else point.reshape(-1).tolist(),
+        logits=list(answer.logits) if answer.logits else None,
+    )
+    if output is not None:
+        save_json(output, shown, force=force)
+    emit(shown, as_json, table(f"{query.name} on {model.name}", ("", "value"), _rows(shown, graph)))
+    if answer.verdict != "certified":
+        raise PropertyNotMetError(_why(query, answer))
+
+
+def _rows(shown: VerifyOutput, graph: Graph) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [
+        ("verdict", f"{shown.verdict} ({shown.result})"),
+        ("method", shown.method),
+        ("boxes", shown.cases),
+        ("profiles", len(shown.profiles)),
+    ]
+    if shown.counterexample is not None:
+        rows += [("broken under", shown.profile), ("stored logits", shown.logits)]
+        if len(shown.counterexample) <= 32:
+            rows.append(("stored input", shown.counterexample))
+            if shown.variables == "real":
+                mapping = inputs.input_map(graph)
+                reals = [mapping.scale * (v - mapping.zero_point) for v in shown.counterexample]
+                rows.append(("real input", ", ".join(f"{float(real):.6g}" for real in reals)))
+    return rows
+
+
+def _why(query: Path, answer: Answer) -> str:
+    if answer.verdict == "refuted":
+        return f"{query}: a stored input breaks the property under '{answer.profile}'"
+    return f"{query}: neither proved nor refuted"
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's verbs."""
+    for verb in (radius, sweep, verify):
+        app.command()(verb)

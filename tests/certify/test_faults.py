@@ -1,0 +1,547 @@
+"""Weight faults against the truth: every flip, every point of the box, every rounding profile."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import typer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from cactus_edge import decision, fault_report, flatbuffer, inputs, profiles
+from cactus_edge.certify.faults import FaultCertifier, FaultRequest, certify_faults
+from cactus_edge.certify.faults_search import Effort
+from cactus_edge.certify.faults_sites import flip, linear_layers, stored_width
+from cactus_edge.check_faults import check_faults
+from cactus_edge.check_flips import flipped
+from cactus_edge.cli import faults as cli
+from cactus_edge.datasets import Dataset
+from cactus_edge.errors import DataError, PropertyNotMetError, UsageError
+from cactus_edge.execute import execute
+from cactus_edge.fault_report import Fault, FaultModel, Report
+from cactus_edge.graph import FullyConnected, Graph, Linear, Requantization, Tensor, Weights
+from cactus_edge.inputs import Perturbation
+from cactus_edge.semantics import Rounding
+from tests.graphs import TINY_SHAPES, enumerate_box, random_box, random_graph
+
+
+@dataclass
+class Tally:
+    """What was compared; ``broken`` and ``false_refutations`` must stay empty."""
+
+    broken: list[str] = field(default_factory=list)
+    false_refutations: list[str] = field(default_factory=list)
+    missed: int = 0
+    layers: dict[str, int] = field(default_factory=dict)
+    widths: dict[int, int] = field(default_factory=dict)
+    verdicts: dict[str, int] = field(default_factory=dict)
+    executed: int = 0
+
+    def assert_sound(self) -> None:
+        assert not self.broken, "certified, yet a flip changes the decision"
+        assert not self.false_refutations, "a refutation that does not reproduce"
+
+
+def flipped_tensors(
+    op: Linear, bits: tuple[int, ...], bias_bits: int
+) -> Iterator[tuple[str, int, int, Linear]]:
+    """Every faulty layer, from the bytes as a file holds them."""
+    packed = op.weights.bits <= 4
+    raw = op.weights.values.reshape(-1).view(np.uint8)
+    for index in range(raw.size):
+        for bit in bits:
+            if bit >= (4 if packed else 8):
+                continue
+            byte = (int(raw[index]) & (15 if packed else 255)) ^ (1 << bit)
+            value = byte - (16 if byte >= 8 else 0) if packed else byte - (256 if byte > 127 else 0)
+            values = op.weights.values.copy().reshape(-1)
+            values[index] = value
+            shaped = values.reshape(op.weights.values.shape)
+            yield (
+                "weights",
+                index,
+                bit,
+                replace(op, weights=Weights(shaped, 4 if packed else 8, op.weights.scale_bits)),
+            )
+    for index in range(op.bias.size):
+        for bit in range(bias_bits):
+            bias = op.bias.copy().view(np.uint32)
+            bias[index] ^= np.uint32(1 << bit)
+            yield "bias", index, bit, replace(op, bias=bias.view(np.int32))
+
+
+def with_operator(graph: Graph, index: int, op: Linear) -> Graph:
+    operators = list(graph.operators)
+    operators[index] = op
+    return replace(graph, operators=tuple(operators))
+
+
+def distinct(graph: Graph) -> list[Graph]:
+    """One resolved graph for each arithmetic of the profiles that cover the model."""
+    outside = profiles.uncovered(graph)
+    resolved = [profiles.resolve(graph, name) for name in profiles.PROFILES if name not in outside]
+    return list({g.fingerprint(): g for g in resolved}.values())
+
+
+def exhaust(
+    graph: Graph,
+    tally: Tally,
+    box: tuple[np.ndarray, np.ndarray],
+    *,
+    label: int,
+    faults: FaultModel,
+    effort: Effort | None = None,
+) -> None:
+    """Certify one box, then run everything."""
+    lower, upper = box
+    points = enumerate_box(lower, upper)
+    stored = (lower + upper) // 2
+    labels = np.array([label])
+    counted = effort is not None and effort.counted
+    certifier = FaultCertifier(graph, faults, effort=effort)
+    sample = certifier.samples(0, stored[None], lower[None], upper[None], labels)[0]
+    every = np.repeat(labels, len(points))
+    arithmetics = distinct(graph)
+    if not sample.findings:
+        wrong = [decision.surely_wrong(g, execute(g, stored[None]), labels)[0] for g in arithmetics]
+        assert any(wrong)
+        return
+    for index, finding in zip(faults.layers, sample.findings, strict=True):
+        op = graph.operators[index]
+        assert isinstance(op, Linear)
+        tally.layers[op.kind] = tally.layers.get(op.kind, 0) + 1
+        tally.widths[op.weights.bits] = tally.widths.get(op.weights.bits, 0) + 1
+        tally.verdicts[finding.verdict] = tally.verdicts.get(finding.verdict, 0) + 1
+        if finding.fault is not None and not reproduces(graph, index, finding.fault, stored, label):
+            tally.false_refutations.append(f"{op.name} {finding.fault}")
+        broken = 0
+        for resolved in arithmetics:
+            layer = resolved.operators[index]
+            assert isinstance(layer, Linear)
+            safe = 0
+            for tensor, place, bit, faulty in flipped_tensors(layer, faults.bits, faults.bias_bits):
+                changed = with_operator(resolved, index, faulty)
+                logits = execute(changed, points)
+                tally.executed += len(points)
+                wrong = decision.surely_wrong(changed, logits, every)
+                broken += int(wrong.any())
+                safe += int(not wrong.any())
+                if finding.verdict == "certified" and (
+                    wrong.any() or (decision.predict(logits) != label).any()
+                ):
+                    tally.broken.append(f"{op.name} {tensor} {place} bit {bit}")
+            if counted:
+                assert finding.safe <= safe
+        tally.missed += int(broken > 0 and finding.verdict != "refuted")
+
+
+def reproduces(graph: Graph, index: int, fault: Fault, stored: np.ndarray, label: int) -> bool:
+    op = profiles.resolve(graph, fault.profile).operators[index]
+    assert isinstance(op, Linear)
+    point = stored.copy()
+    if fault.counterexample:
+        difference = np.frombuffer(bytes.fromhex(fault.counterexample), "<i2")
+        point = stored + difference.reshape(stored.shape)
+    for tensor, place, bit, faulty in flipped_tensors(op, (fault.bit,), fault.bit + 1):
+        if (tensor, place, bit) == (fault.tensor, fault.index, fault.bit):
+            source = faulty.weights.values if tensor == "weights" else faulty.bias
+            before = op.weights.values if tensor == "weights" else op.bias
+            assert int(source.reshape(-1)[place]) == fault.flipped
+            assert int(before.reshape(-1)[place]) == fault.value
+            changed = with_operator(profiles.resolve(graph, fault.profile), index, faulty)
+            logits = execute(changed, point[None])
+            return bool(decision.surely_wrong(changed, logits, np.array([label]))[0])
+    return False
+
+
+def tiny_graph(seed: int, **options: object) -> Graph:
+    rng = np.random.default_rng(seed)
+    arguments: dict[str, object] = {
+        "shape": TINY_SHAPES[int(rng.integers(len(TINY_SHAPES)))],
+        "depth": int(rng.integers(0, 3)),
+        "channels": 3,
+        "classes": int(rng.integers(2, 4)),
+        "universal": bool(rng.random() < 0.3),
+    }
+    return random_graph(rng, **(arguments | options))  # type: ignore[arg-type]
+
+
+def likely_label(graph: Graph, box: tuple[np.ndarray, np.ndarray]) -> int:
+    """What the model answers at the middle of the box."""
+    middle = (box[0] + box[1]) // 2
+    return int(decision.predict(execute(graph, middle[None]))[0])
+
+
+def run(
+    seed: int, tally: Tally, radius: int, effort: Effort | None = None, **options: object
+) -> None:
+    graph = tiny_graph(seed, **options)
+    rng = np.random.default_rng(seed + 1)
+    box = random_box(rng, graph, radius)
+    bits = tuple(range(8)) if rng.random() < 0.6 else tuple(range(int(rng.integers(1, 6))))
+    faults = FaultModel(
+        linear_layers(graph, None),
+        bits,
+        int(rng.choice([0, 0, 12])),
+        counted=effort is not None and effort.counted,
+    )
+    exhaust(graph, tally, box, label=likely_label(graph, box), faults=faults, effort=effort)
+
+
+def test_no_certified_layer_is_broken_by_any_flip_at_any_point() -> None:
+    tally = Tally()
+    for seed in range(40):
+        run(seed, tally, radius=seed % 3)
+    tally.assert_sound()
+    assert set(tally.layers) == {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"}
+    assert set(tally.widths) == {4, 8}
+    assert tally.verdicts["certified"] >= 10 and tally.verdicts["refuted"] >= 10
+
+
+def test_radius_zero_is_decided_completely() -> None:
+    """Bounds of a point are exact, so every site is either proved or refuted."""
+    tally = Tally()
+    for seed in range(100, 120):
+        run(seed, tally, radius=0, effort=Effort(counted=True))
+    tally.assert_sound()
+    assert tally.missed == 0
+    assert "unknown" not in tally.verdicts
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 2**32 - 1), radius=st.integers(0, 2))
+def test_any_seed(seed: int, radius: int) -> None:
+    tally = Tally()
+    run(seed, tally, radius)
+    tally.assert_sound()
+
+
+def test_every_extreme_weight_and_packed_weight() -> None:
+    """The weights that have no positive twin, and the nibbles of int4."""
+    for bits in (8, 4, 3, 2):
+        lowest, highest = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+        values = np.array([[lowest, highest, 0], [-1, 1, lowest], [highest, lowest, -1]])
+        graph = one_layer(values, bits)
+        tally = Tally()
+        for seed in range(12):
+            box = random_box(np.random.default_rng(seed), graph, seed % 3)
+            label = likely_label(graph, box)
+            exhaust(graph, tally, box, label=label, faults=FaultModel((0,)))
+        tally.assert_sound()
+        assert tally.verdicts.get("refuted"), "no sign bit ever mattered: suspicious"
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_flip_is_twos_complement(width: int) -> None:
+    half = 1 << (width - 1)
+    values = np.arange(-half, half)
+    for bit in range(width):
+        found = flip(values, bit, width)
+        raw = (values % (1 << width)) ^ (1 << bit)
+        assert found.tolist() == np.where(raw >= half, raw - (1 << width), raw).tolist()
+        assert found.tolist() == [flipped(v, bit, width) for v in values.tolist()]
+    assert flip(np.array([-(1 << 31), -1, 0]), 31, 32).tolist() == [0, (1 << 31) - 1, -(1 << 31)]
+
+
+def one_layer(values: np.ndarray, bits: int, bias: int = 0) -> Graph:
+    """Three inputs, one fully connected layer without scales, every step half a unit."""
+    tensors = (Tensor("input", (1, values.shape[1])), Tensor("logits", (1, len(values))))
+    op = FullyConnected(
+        name="only",
+        inputs=(0,),
+        output=1,
+        weights=Weights(values, bits),
+        bias=np.full(len(values), bias),
+        requantization=Requantization.uniform(Rounding.SINGLE, 1, 1, len(values)),
+    )
+    return Graph(tensors, (op,), 0, 1)
+
+
+def sample_of(
+    certifier: FaultCertifier, point: np.ndarray, radius: int, label: int
+) -> tuple[str, Fault | None]:
+    stored = point[None].astype(np.int64)
+    found = certifier.samples(0, stored, stored - radius, stored + radius, np.array([label]))[0]
+    return found.findings[0].verdict, found.findings[0].fault
+
+
+def test_a_sign_bit_refutes_and_the_others_are_certified() -> None:
+    graph = one_layer(np.array([[60, 0], [0, 20]]), 8)
+    point = np.array([10, 10])
+    verdict, fault = sample_of(FaultCertifier(graph, FaultModel((0,))), point, 0, 0)
+    assert verdict == "refuted" and fault is not None
+    low = FaultCertifier(graph, FaultModel((0,), bits=(0, 1, 2, 3)))
+    assert sample_of(low, point, 1, 0)[0] == "certified"
+
+
+def test_faults_that_may_overflow_are_not_covered() -> None:
+    """A bias near 2^27 leaves no room; then nothing is certified, and the layer says why."""
+    graph = one_layer(np.array([[60, 0], [0, 20]]), 4, bias=0)
+    graph = with_operator(
+        graph,
+        0,
+        replace(one_layer(np.array([[60, 0], [0, 20]]), 8).operators[0], bias=ROOM),  # type: ignore[arg-type]
+    )
+    certifier = FaultCertifier(graph, FaultModel((0,), bits=(7,)))
+    layer = certifier.layers([])[0]
+    assert (layer.sites, layer.uncovered) == (4, 2)
+    assert "2^27" in layer.reason
+    assert sample_of(certifier, np.array([0, 0]), 0, 0)[0] == "unknown"
+    tally = Tally()
+    high = FaultModel((0,), bits=(), bias_bits=32)
+    assert FaultCertifier(graph, high).layers([])[0].uncovered >= 10
+    tally.assert_sound()
+
+
+ROOM = np.array([(1 << 27) - 60 * 128 - 1, 0], np.int32)
+
+
+def test_equal_constants_are_not_covered() -> None:
+    first = one_layer(np.array([[3, 1], [1, 3]]), 8)
+    op = first.operators[0]
+    again = replace(op, name="again", inputs=(1,), output=2)
+    tensors = (*first.tensors, Tensor("more", (1, 2)))
+    graph = Graph(tensors, (op, again), 0, 2)
+    certifier = FaultCertifier(graph, FaultModel((0, 1)))
+    assert all("equal constants" in layer.reason for layer in certifier.layers([]))
+    assert sample_of(certifier, np.array([20, -20]), 0, 0)[0] == "unknown"
+
+
+def test_unknown_layers_and_bits_are_named() -> None:
+    graph = one_layer(np.array([[3, 1], [1, 3]]), 8)
+    with pytest.raises(UsageError, match="0 layers with weights are called 'x'.*only"):
+        linear_layers(graph, ("x",))
+    with pytest.raises(UsageError, match="operator 4 has no weights"):
+        FaultCertifier(graph, FaultModel((4,)))
+    data = Dataset("d", np.zeros((1, 2), np.float32), np.zeros(1, np.int64), 1, "test", "")
+    with pytest.raises(UsageError, match="positions from 0 to 7"):
+        FaultRequest(data, bits=(8,))
+    with pytest.raises(UsageError, match="no bit may flip"):
+        FaultRequest(data, bits=())
+
+
+# ---------------------------------------------------------------------- reports and their checker
+
+
+COUNT = 14
+Made = tuple[bytes, Dataset, Report]
+
+
+def made_report(
+    seed: int,
+    *,
+    counted: bool,
+    levels: int,
+    is_universal: bool,
+    bits: tuple[int, ...] = (0, 1, 2, 3, 6, 7),
+    count: int = COUNT,
+    names: tuple[str, ...] | None = None,
+) -> Made:
+    rng = np.random.default_rng(seed)
+    graph = random_graph(
+        rng, shape=(1, 3, 3, 2), depth=2, channels=4, classes=3, universal=is_universal
+    )
+    model = flatbuffer.write_tflite(graph)
+    shape = graph.tensors[graph.input].shape[1:]
+    images = rng.random((count, *shape), dtype=np.float32)
+    labels = decision.predict(execute(graph, inputs.stored(graph, images)))
+    labels[::7] = (labels[::7] + 1) % 3
+    data = Dataset("made-up", images, labels, 3, "test", "5e" * 32)
+    request = FaultRequest(
+        data,
+        Perturbation.levels(levels),
+        bits=bits,
+        bias_bits=6,
+        profiles=names,
+        effort=Effort(counted=counted),
+    )
+    return model, data, certify_faults(model, request)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_checker_agrees(seed: int, tmp_path: Path) -> None:
+    model, data, report = made_report(
+        seed, counted=seed % 2 == 0, levels=seed % 3, is_universal=seed % 3 == 1
+    )
+    path = tmp_path / "faults.json"
+    path.write_bytes(fault_report.encode(report))
+    result = check_faults(fault_report.load(path), model, data)
+    assert result.problems == ()
+    assert result.samples == COUNT
+
+
+@pytest.fixture(scope="module")
+def made() -> Made:
+    """A counted report with every verdict that a forger might want to change."""
+    model, data, report = made_report(
+        6,
+        counted=True,
+        levels=1,
+        is_universal=False,
+        bits=(0, 3, 7),
+        count=4,
+        names=("tflite-micro", "tflite-xnnpack-x86"),
+    )
+    findings = [f for s in report.samples for f in s.findings]
+    assert {f.verdict for f in findings} >= {"certified", "refuted"}
+    assert report.samples[0].findings == (), "the first one is labelled wrongly"
+    return model, data, report
+
+
+def resealed(report: Report, **changes: object) -> Report:
+    """With all counts and the digest as a careful forger would write them."""
+    report = msgspec.structs.replace(report, **changes)
+    layers = tuple(
+        msgspec.structs.replace(layer, verdicts=fault_report.layer_counts(report.samples, i))
+        for i, layer in enumerate(report.layers)
+    )
+    verdicts = fault_report.counts([s.verdict for s in report.samples])
+    return fault_report.sealed(msgspec.structs.replace(report, layers=layers, verdicts=verdicts))
+
+
+def with_finding(report: Report, chosen: str, **changes: object) -> Report:
+    """Change the first finding with this verdict, and what follows from it."""
+    for i, sample in enumerate(report.samples):
+        for j, finding in enumerate(sample.findings):
+            if finding.verdict != chosen:
+                continue
+            forged = msgspec.structs.replace(finding, **changes)
+            findings = (*sample.findings[:j], forged, *sample.findings[j + 1 :])
+            verdict = fault_report.conjunction([f.verdict for f in findings])
+            changed = msgspec.structs.replace(sample, findings=findings, verdict=verdict)
+            samples = (*report.samples[:i], changed, *report.samples[i + 1 :])
+            return resealed(report, samples=samples)
+    raise AssertionError(f"no finding is {chosen}")
+
+
+def refutation(report: Report) -> Fault:
+    return next(f.fault for s in report.samples for f in s.findings if f.fault is not None)
+
+
+def test_checker_rejects_forgeries(made: Made) -> None:
+    model, data, report = made
+    assert check_faults(resealed(report), model, data).agrees
+    fault = refutation(report)
+
+    def moved(**changes: object) -> Report:
+        return with_finding(report, "refuted", fault=msgspec.structs.replace(fault, **changes))
+
+    samples = report.samples
+    first = report.layers[0]
+    wrong_groups = msgspec.structs.replace(first, groups=(report.profiles,))
+    fewer_sites = msgspec.structs.replace(first, sites=first.sites + 1)
+    forged: dict[str, tuple[Report, str]] = {
+        "certified": (with_finding(report, "refuted", verdict="certified", fault=None), "derived"),
+        "no fault": (with_finding(report, "refuted", fault=None), "if and only if"),
+        "other bit": (moved(bit=0 if fault.bit else 3), "another integer"),
+        "bit outside": (moved(bit=5), "not a covered site"),
+        "other value": (moved(flipped=fault.flipped + 1), "another integer"),
+        "element": (moved(index=10**6), "no element"),
+        "profile": (moved(profile="none"), "not among those"),
+        "hex": (moved(counterexample="zz"), "not hexadecimal"),
+        "far away": (moved(counterexample="7f00" * 18), "outside the box"),
+        "safe": (with_finding(report, "certified", safe=10**6), "fewer than stated"),
+        "critical": (with_finding(report, "certified", critical=1), "fewer than stated"),
+        "order": (resealed(report, samples=(samples[1], samples[0], *samples[2:])), "differs"),
+        "label": (
+            resealed(report, samples=(msgspec.structs.replace(samples[0], label=9), *samples[1:])),
+            "differs",
+        ),
+        "groups": (resealed(report, layers=(wrong_groups, *report.layers[1:])), "differ on"),
+        "sites": (resealed(report, layers=(fewer_sites, *report.layers[1:])), "stated otherwise"),
+        "claim": (resealed(report, claim="safe from everything"), "claim"),
+        "decision": (resealed(report, decision="argmin"), "decision rule"),
+        "radius": (resealed(report, radius="-1"), "box"),
+        "profiles": (resealed(report, profiles=("tflite-micro", "?")), "known profiles"),
+        "digest": (msgspec.structs.replace(report, digest="00"), "changed after"),
+        "verdicts": (
+            fault_report.sealed(msgspec.structs.replace(report, verdicts={})),
+            "do not follow",
+        ),
+        "faults": (
+            resealed(report, faults=msgspec.structs.replace(report.faults, bits=(0,))),
+            "stated otherwise",
+        ),
+    }
+    for name, (claim, message) in forged.items():
+        problems = check_faults(claim, model, data).problems
+        assert any(message in problem for problem in problems), (name, problems)
+
+
+def test_wider_claims_are_rejected(made: Made) -> None:
+    """A wider box, or more bits than were certified, with every number made to fit."""
+    model, data, report = made
+    wider = resealed(report, radius="40")
+    assert any("derived" in p for p in check_faults(wider, model, data).problems)
+    model, data, report = made_report(6, counted=False, levels=0, is_universal=False, bits=(0,))
+    assert check_faults(report, model, data).agrees
+    eight = msgspec.structs.replace(report.faults, bits=tuple(range(8)))
+    layers = tuple(
+        msgspec.structs.replace(
+            layer, sites=6 * op.channels + op.weights.values.size * stored_width(op.weights)
+        )
+        for layer in report.layers
+        if isinstance(op := flatbuffer.read_tflite(model).operators[layer.operator], Linear)
+    )
+    problems = check_faults(resealed(report, faults=eight, layers=layers), model, data).problems
+    assert any("'certified' cannot be re-derived" in problem for problem in problems)
+
+
+def test_a_report_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "faults.json"
+    for text in (b"", b"{}", b"[1]", b'{"format": "x"}'):
+        path.write_bytes(text)
+        with pytest.raises(DataError, match="not a report on faults"):
+            fault_report.load(path)
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def command(*arguments: object) -> tuple[dict[str, object], BaseException | None]:
+    """What ``faults --json`` prints, and what it raises."""
+    app = typer.Typer()
+    cli.register(app)
+    result = CliRunner().invoke(app, [str(a) for a in (*arguments, "--json")])
+    start = result.stdout.find("{")
+    shown = json.loads(result.stdout[start:]) if start >= 0 else {}
+    return shown, result.exception
+
+
+def test_command_writes_and_checks(tmp_path: Path) -> None:
+    graph = random_graph(np.random.default_rng(6), shape=(1, 3, 3, 2), depth=2, classes=3)
+    model, data, output = (tmp_path / name for name in ("m.tflite", "d.npz", "faults.json"))
+    flatbuffer.save(graph, model)
+    images = np.random.default_rng(0).random((6, 3, 3, 2), dtype=np.float32)
+    labels = decision.predict(execute(graph, inputs.stored(graph, images)))
+    np.savez(data, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    layer = graph.operators[linear_layers(graph, None)[0]].name
+    base = (model, "--data", data)
+    shown, error = command(*base, "--layer", layer, "--bit", 0, "--count", "-o", output)
+    assert error is None
+    assert (shown["samples"], shown["bits"], shown["kind"]) == (6, [0], "levels")
+    (entry,) = shown["layers"]  # type: ignore[misc]
+    assert entry["name"] == layer and 0 < entry["safe_share"] <= 1
+    shown, error = command(*base, "--check", output)
+    assert (shown["agrees"], error) == (True, None)
+    text = output.read_text()
+    output.write_text(text.replace('"radius":"0"', '"radius":"1"'))
+    shown, error = command(*base, "--check", output)
+    assert shown["agrees"] is False and isinstance(error, PropertyNotMetError)
+    for more, message in (
+        (("-o", output), "--force"),
+        ((), "either -o"),
+        (("-o", tmp_path / "x.json", "--layer", "nowhere"), "0 layers"),
+        (("-o", tmp_path / "x.json", "--eps", "0", "--levels", 0), "either --eps"),
+    ):
+        _, error = command(*base, *more)
+        assert isinstance(error, UsageError) and message in str(error)
+    _, error = command(*base, "-o", tmp_path / "y.json", "--require", 1)
+    assert isinstance(error, PropertyNotMetError)

@@ -1,0 +1,559 @@
+"""One certificate, however the work was divided, interrupted or lost on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from cactus_edge import certificate, flatbuffer
+from cactus_edge.certificate import Bounds, Sample, line_of
+from cactus_edge.certificate_stream import Reader, load, write
+from cactus_edge.certify import Request, certify, merge, tasks
+from cactus_edge.certify.decide import Effort
+from cactus_edge.certify.parallel import AHEAD, pool
+from cactus_edge.certify.partial import partial_of, recover
+from cactus_edge.certify.shards import shard
+from cactus_edge.cli import run
+from cactus_edge.datasets import Dataset
+from cactus_edge.errors import DataError, MissingExtraError, OutputError, ToolError, UsageError
+from cactus_edge.inputs import Perturbation
+from tests.certificates import checked
+from tests.graphs import random_graph
+from tests.test_cli import digits_graph
+
+COUNT = 40
+
+
+def made_up(count: int) -> Request:
+    """A model under several profiles and data labelled at random."""
+    rng = np.random.default_rng(3)
+    graph = random_graph(rng, shape=(1, 3, 3, 1), depth=2, classes=3, universal=False)
+    images = rng.random((count, *graph.tensors[graph.input].shape[1:]), dtype=np.float32)
+    data = Dataset("made-up", images, rng.integers(0, 3, count), 3, "test", "5e" * 32)
+    models = (("model.tflite", flatbuffer.write_tflite(graph)),)
+    return Request(data, Perturbation.levels(2), models=models)
+
+
+def content_of(request: Request) -> bytes:
+    stream = BytesIO()
+    certify(request, stream)
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def request_() -> Request:
+    return made_up(COUNT)
+
+
+@pytest.fixture(scope="module")
+def whole(request_: Request) -> bytes:
+    """The certificate of an undisturbed run; it has verdicts of several kinds, and it is true."""
+    content = content_of(request_)
+    result = checked(content, request_.models[0][1], request_.data)
+    assert result.problems == ()
+    verdicts = Reader(BytesIO(content), "whole").samples()
+    assert {"certified", "refuted"} <= {sample.verdict for sample in verdicts}
+    return content
+
+
+# ---------------------------------------------------------------- dividing the work
+@pytest.mark.parametrize("chunk", [1, 7, COUNT, 1000])
+def test_chunks_do_not_show(request_: Request, whole: bytes, chunk: int) -> None:
+    assert content_of(replace(request_, chunk=chunk)) == whole
+
+
+@pytest.mark.parametrize(("jobs", "chunk"), [(1, None), (2, None), (2, 3), (3, 1)])
+def test_processes_do_not_show(
+    request_: Request, whole: bytes, jobs: int, chunk: int | None
+) -> None:
+    assert content_of(replace(request_, jobs=jobs, chunk=chunk)) == whole
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_shards_make_the_whole(request_: Request, whole: bytes, parts: int, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.jsonl" for i in range(parts)]
+    for i, path in enumerate(paths):
+        certify(replace(request_, shard=(i + 1, parts)), path)
+        result = checked(path.read_bytes(), request_.models[0][1], request_.data)
+        assert result.agrees, "a shard is a certificate of its own"
+    output = tmp_path / "whole.jsonl"
+    merged = merge(paths[::-1], output)
+    assert output.read_bytes() == whole
+    assert merged.summary == load(output).tail.summary
+
+
+def test_shards_cover_every_sample_once() -> None:
+    for count in (1, 5, 40, 10_000):
+        for parts in range(1, min(count, 13) + 1):
+            ranges = [shard(7, count, (i + 1, parts)) for i in range(parts)]
+            assert [i for first, n in ranges for i in range(first, first + n)] == list(
+                range(7, 7 + count)
+            )
+            sizes = [n for _, n in ranges]
+            assert max(sizes) - min(sizes) <= 1
+    for part in ((0, 3), (4, 3), (1, 0), (-1, -1)):
+        with pytest.raises(UsageError, match="i/n"):
+            shard(0, 10, part)
+    with pytest.raises(UsageError, match="empty"):
+        shard(0, 2, (1, 3))
+
+
+def test_shards_that_do_not_fit(request_: Request, tmp_path: Path) -> None:
+    one, two, three = (tmp_path / f"{i}.jsonl" for i in range(3))
+    for i, path in enumerate((one, two, three)):
+        certify(replace(request_, shard=(i + 1, 3)), path)
+    output = tmp_path / "whole.jsonl"
+    with pytest.raises(DataError, match=r"begins at sample 26, expected 13"):
+        merge([one, three], output)
+    with pytest.raises(DataError, match="expected 13"):
+        merge([one, one], output)
+    other = tmp_path / "other.jsonl"
+    certify(replace(request_, shard=(2, 3), perturbation=Perturbation.levels(3)), other)
+    with pytest.raises(DataError, match="another claim"):
+        merge([one, other, three], output)
+    lines = two.read_bytes().splitlines(keepends=True)
+    for damaged, message in (
+        (lines[:-1], "has no end"),
+        ([*lines[:3], *lines[4:]], "holds sample"),
+        ([*lines[:3], lines[4], lines[3], *lines[5:]], "holds sample"),
+        ([*lines[:-1], three.read_bytes().splitlines(keepends=True)[-1]], "digest"),
+        ([*lines, b"\n"], "something follows"),
+    ):
+        two.write_bytes(b"".join(damaged))
+        with pytest.raises(DataError, match=message):
+            merge([one, two, three], output)
+        assert not output.exists()
+    with pytest.raises(UsageError, match="no such certificate"):
+        merge([tmp_path / "nowhere"], output)
+
+
+# ---------------------------------------------------------------- streams
+def many(count: int) -> Iterator[Sample]:
+    for i in range(count):
+        bounds = tuple(Bounds((i % 100,) * 10, (i % 100 + 9,) * 10) for _ in range(3))
+        yield Sample(i, i % 10, i % 7, "unknown", "elided-margin", bounds)
+
+
+def peak(action: object) -> int:
+    """Bytes that were held at once, beyond those before."""
+    tracemalloc.start()
+    try:
+        action()  # type: ignore[operator]
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_streams_take_constant_memory(whole: bytes, tmp_path: Path) -> None:
+    head = certificate.head_of(whole.splitlines(keepends=True)[0])
+    path = tmp_path / "many.jsonl"
+
+    def writing() -> None:
+        with path.open("wb") as stream:
+            write(stream, head, many(10_000))
+
+    def reading() -> None:
+        with path.open("rb") as stream:
+            reader = Reader(stream, "many")
+            assert sum(1 for _ in reader.samples()) == 10_000
+            assert reader.problems() == []
+
+    assert peak(writing) < 1 << 20 < path.stat().st_size / 2
+    assert peak(reading) < 1 << 20
+
+
+def test_certifying_takes_constant_memory() -> None:
+    """Five times the samples make no difference but for what the kernels hold for a chunk."""
+
+    class Sink(BytesIO):
+        def write(self, line: object, /) -> int:
+            return len(line)  # type: ignore[arg-type]
+
+    peaks: list[int] = []
+    for count in (2_000, 10_000):
+        request = replace(made_up(count), chunk=100)
+        request.data.images.flags.writeable = False
+        certify(replace(request, count=100), Sink())  # compiled kernels do not count
+        peaks.append(peak(lambda request=request: certify(request, Sink())))
+    assert peaks[1] < peaks[0] + (1 << 19)
+
+
+def test_lines_of_hostile_size(whole: bytes, tmp_path: Path) -> None:
+    lines = whole.splitlines(keepends=True)
+    long = b'{"index":0,"message":"' + b"x" * certificate.LINE_LIMIT + b'"}\n'
+    for content in (long, lines[0] + long, b"".join(lines[:-1]) + b'{"summary":' + long):
+        path = tmp_path / "long.jsonl"
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=f"longer than {certificate.LINE_LIMIT}"):
+            load(path)
+
+
+def test_files_that_are_cut_off(whole: bytes) -> None:
+    lines = whole.splitlines(keepends=True)
+    short = b"".join([*lines[:3], lines[-1]])
+    for end in range(len(short)):
+        with pytest.raises(DataError, match="cut off|has no end|not a certificate"):
+            _ = [*Reader(BytesIO(short[:end]), "short").samples()]
+    with pytest.raises(DataError, match="something follows"):
+        _ = [*Reader(BytesIO(whole + b" "), "long").samples()]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda line: line.replace(b":", b": ", 1),
+        lambda line: line.replace(b'{"', b'{"label":1,"', 1),
+        lambda line: line[:-2] + b',"more":1}\n',
+        lambda line: line[:-2] + b',"index":1}\n',
+        lambda line: line[:-2] + b"\n",
+        lambda line: line.replace(b'"verdict":"', b'"verdict":"very '),
+    ],
+)
+@pytest.mark.parametrize("number", [0, 2, -1])
+def test_lines_that_are_not_canonical(whole: bytes, change: object, number: int) -> None:
+    lines = whole.splitlines(keepends=True)
+    changed = change(lines[number])  # type: ignore[operator]
+    if changed == lines[number]:
+        return
+    lines[number] = changed
+    with pytest.raises(DataError):
+        _ = [*Reader(BytesIO(b"".join(lines)), "changed").samples()]
+
+
+# ---------------------------------------------------------------- resuming
+def test_resuming_at_every_byte(tmp_path: Path) -> None:
+    """Whatever was written when the power went, the finished file has the same bytes."""
+    request = made_up(3)
+    content = content_of(request)
+    head = certificate.head_of(content.splitlines(keepends=True)[0])
+    samples = content.splitlines(keepends=True)[1:-1]
+    boundaries = {0, 1}
+    for end in range(len(content) + 1):
+        if content[end - 1 : end] == b"\n":
+            boundaries |= {end - 1, end, end + 1}
+        stream = BytesIO(content[:end])
+        writer = recover(stream, head, "torn")
+        for line in samples[writer.tally.samples :]:
+            writer.append(line)
+        writer.finish()
+        assert stream.getvalue() == content, end
+    output = tmp_path / "certificate.jsonl"
+    for end in sorted(boundaries | set(range(0, len(content), 101))):
+        partial_of(output).write_bytes(content[:end])
+        certify(request, output, resume=True, force=True)
+        assert output.read_bytes() == content, end
+        assert not partial_of(output).exists()
+
+
+def test_resuming_with_other_divisions(request_: Request, whole: bytes, tmp_path: Path) -> None:
+    output = tmp_path / "certificate.jsonl"
+    partial_of(output).write_bytes(whole[: len(whole) // 2])
+    done: list[int] = []
+    certify(
+        replace(request_, jobs=2, chunk=4),
+        output,
+        resume=True,
+        progress=lambda now, total: done.append(now),
+    )
+    assert output.read_bytes() == whole
+    assert done[0] == whole[: len(whole) // 2].count(b"\n") - 1
+    assert (done[-1], done == sorted(done)) == (COUNT, True)
+
+
+def test_nothing_is_resumed_that_is_something_else(
+    request_: Request, whole: bytes, tmp_path: Path
+) -> None:
+    output = tmp_path / "certificate.jsonl"
+    partial = partial_of(output)
+    lines = whole.splitlines(keepends=True)
+
+    def attempt(content: bytes, message: str, request: Request = request_) -> None:
+        partial.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            certify(request, output, resume=True)
+        assert partial.read_bytes() == content
+        assert not output.exists()
+
+    half = b"".join(lines[:20])
+    attempt(half, "other arguments", replace(request_, perturbation=Perturbation.levels(1)))
+    attempt(half, "other arguments", replace(request_, first=1))
+    attempt(half, "other arguments", replace(request_, method="linear"))
+    attempt(half, "other arguments", replace(request_, models=(("b", request_.models[0][1]),)))
+    attempt(b"precious\n", "other arguments")
+    attempt(b"precious", "other arguments")
+    attempt(b"".join([*lines[:3], *lines[4:9]]), "line 4 is sample 3, expected 2")
+    attempt(b"".join([*lines[:3], b"\0\0\0\n", *lines[4:9]]), "line 4: not a certificate's sample")
+    attempt(b"".join([*lines[:-1], lines[-2]]), "is sample 39, expected 40")
+    partial.write_bytes(half)
+    with pytest.raises(OutputError, match="--force"):
+        certify(request_, output)
+    certify(request_, output, force=True)
+    assert output.read_bytes() == whole
+    certify(request_, tmp_path / "fresh.jsonl", resume=True)  # with nothing to resume
+    assert (tmp_path / "fresh.jsonl").read_bytes() == whole
+
+
+def test_a_run_that_never_began_leaves_nothing(request_: Request, tmp_path: Path) -> None:
+    output = tmp_path / "certificate.jsonl"
+    for changes in (
+        {"first": COUNT},
+        {"profiles": ("nobody",)},
+        {"models": ()},
+        {"shard": (3, 2)},
+        {"jobs": 0},
+        {"jobs": 2, "dask": "tcp://127.0.0.1:1"},
+        {"chunk": 0},
+        {"budget": 0},
+    ):
+        with pytest.raises(UsageError):
+            certify(replace(request_, **changes), output)  # type: ignore[arg-type]
+        assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- processes
+def slow_first(number: int) -> int:
+    time.sleep(0.3 if number == 0 else 0)
+    return number * number
+
+
+def die_once(mark: str) -> str:
+    path = Path(mark)
+    if path.suffix == ".die" and not path.exists():
+        path.write_text("")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return mark
+
+
+def die_always(_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def threads_of(_: object) -> tuple[str, int]:
+    return os.environ["OMP_NUM_THREADS"], os.getpid()
+
+
+def test_results_come_in_order_and_tasks_are_asked_for_in_time() -> None:
+    asked: list[int] = []
+
+    def tasks() -> Iterator[int]:
+        for number in range(50):
+            asked.append(number)
+            yield number
+
+    with pool(2) as mapper:
+        for number, result in enumerate(mapper(slow_first, tasks())):
+            assert result == number * number
+            assert len(asked) <= number + 1 + AHEAD * 2
+    assert asked == list(range(50))
+
+
+def test_a_killed_process_costs_nothing(tmp_path: Path) -> None:
+    names = [str(tmp_path / f"{i}{'.die' if i in (0, 3, 11) else ''}") for i in range(20)]
+    with pool(2) as mapper:
+        assert list(mapper(die_once, iter(names))) == names
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_kills_every_process_is_an_error() -> None:
+    with pool(2) as mapper, pytest.raises(ToolError, match="died one after another"):
+        list(mapper(die_always, iter(range(4))))
+
+
+def test_workers_do_not_oversubscribe(request_: Request) -> None:
+    with pool(2) as mapper:
+        answers = set(mapper(threads_of, iter(range(8))))
+    assert {threads for threads, _ in answers} == {"1"}
+    assert os.getpid() not in {process for _, process in answers}
+    plan = tasks.Plan(request_.models, None, request_.perturbation, None, Effort(), threads=1)
+    engines = tasks.built(plan)._engines
+    assert {s.threads for engine in engines for s in (engine.session, engine.plain)} == {1}
+
+
+def test_workers_end_with_the_process_they_work_for(tmp_path: Path) -> None:
+    """Even where it is killed and can tell nobody."""
+    pids = tmp_path / "pids"
+    program = (
+        "import os, sys, time\n"
+        "from cactus_edge.certify.parallel import pool\n"
+        "with pool(2) as mapper:\n"
+        f"    open({str(pids)!r}, 'w').write(str(next(mapper(os.getpgid, [0] * 50))))\n"
+        "    time.sleep(100)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], start_new_session=True, stderr=subprocess.DEVNULL
+    ) as started:
+        while not (pids.exists() and pids.read_text()):
+            assert started.poll() is None
+            time.sleep(0.05)
+        assert int(pids.read_text()) == started.pid
+        started.kill()
+    deadline = time.monotonic() + 30
+    while _alive(started.pid):
+        assert time.monotonic() < deadline, "orphans are left"
+        time.sleep(0.1)
+
+
+def _alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("module", "option"), [("joblib", "--jobs"), ("distributed", "--dask")])
+def test_missing_packages_are_named(
+    request_: Request, monkeypatch: pytest.MonkeyPatch, module: str, option: str
+) -> None:
+    for name in (module, f"{module}.externals"):
+        monkeypatch.setitem(sys.modules, name, None)
+    more = {"jobs": 2} if option == "--jobs" else {"dask": "tcp://127.0.0.1:1"}
+    with pytest.raises(MissingExtraError, match=rf"{option} .*pip install 'cactus-edge\[verify\]'"):
+        certify(replace(request_, **more), BytesIO())  # type: ignore[arg-type]
+    assert content_of(request_), "one process needs none of them"
+
+
+# ---------------------------------------------------------------- Dask
+@pytest.mark.filterwarnings("default")
+def test_a_killed_dask_worker_costs_nothing(
+    request_: Request, whole: bytes, tmp_path: Path
+) -> None:
+    """Three real processes; one is killed half way. Every sample is there once."""
+    from distributed import Client, LocalCluster
+
+    killed: list[int] = []
+    with (
+        LocalCluster(
+            n_workers=3,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address=None,
+            local_directory=str(tmp_path),
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        workers = client.run(os.getpid)
+        assert len(set(workers.values())) == 3
+
+        def progress(done: int, total: int) -> None:
+            if done >= total // 2 and not killed:
+                killed.append(next(iter(workers.values())))
+                os.kill(killed[0], signal.SIGKILL)
+
+        output = tmp_path / "certificate.jsonl"
+        request = replace(request_, dask=cluster.scheduler_address, chunk=1)
+        certify(request, output, progress=progress)
+        assert killed
+        assert killed[0] not in client.run(os.getpid).values()
+    assert output.read_bytes() == whole
+    assert [sample.index for sample in load(output).samples] == list(range(COUNT))
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_scheduler_that_does_not_answer(
+    request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cactus_edge.certify import parallel
+
+    monkeypatch.setattr(parallel, "_CONNECT_SECONDS", 1)
+    with pytest.raises(ToolError, match="no Dask scheduler answers"):
+        certify(replace(request_, dask="tcp://127.0.0.1:9"), BytesIO())
+
+
+# ---------------------------------------------------------------- the command line
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    """A model and a data set of 6,000 samples."""
+    model, data = tmp_path / "model.tflite", tmp_path / "data.npz"
+    flatbuffer.save(digits_graph(), model)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (6_000, 8, 8, 1), np.uint8)
+    labels = rng.integers(0, 10, len(images))
+    np.savez(data, x_train=images[:9], y_train=labels[:9], x_test=images, y_test=labels)
+    return model, data
+
+
+@pytest.mark.parametrize("jobs", [(), ("--jobs", "2")], ids=["alone", "jobs"])
+def test_interrupted_and_resumed(
+    files: tuple[Path, Path], tmp_path: Path, jobs: tuple[str, ...]
+) -> None:
+    """Ctrl-C, which a terminal sends to all processes of the command, leaves what is done."""
+    model, data = files
+    output = tmp_path / "certificate.jsonl"
+    command = ["certify", str(model), "--data", str(data), "--levels", "1", "-o", str(output)]
+    program = str(Path(sys.executable).with_name("cactus-edge"))
+    partial = partial_of(output)
+    with subprocess.Popen(
+        [program, *command, *jobs], stderr=subprocess.PIPE, start_new_session=True, text=True
+    ) as started:
+        while not (partial.exists() and partial.stat().st_size > 10_000):
+            assert started.poll() is None, "the run ended too early to be stopped"
+            time.sleep(0.002)
+        os.killpg(started.pid, signal.SIGINT)
+        _, message = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert "--resume" in message
+    assert "Traceback" not in message
+    assert not output.exists()
+    assert 1 < partial.read_bytes().count(b"\n") < 6_000
+    assert run([*command, *jobs, "--resume"]) == 0
+    reference = tmp_path / "reference.jsonl"
+    assert run([*command[:-1], str(reference)]) == 0
+    assert output.read_bytes() == reference.read_bytes()
+
+
+def test_shards_and_several_models(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = files
+    other = tmp_path / "other.tflite"
+    flatbuffer.save(digits_graph(1), other)
+    common = ["certify", model, other, "--data", data, "--levels", "1", "-n", "30"]
+
+    def call(*arguments: object) -> int:
+        return run([str(argument) for argument in arguments])
+
+    parts = [tmp_path / f"{i}.jsonl" for i in (1, 2)]
+    for i, part in enumerate(parts, 1):
+        assert call(*common, "--shard", f"{i}/2", "-o", part) == 0
+    whole, merged = tmp_path / "whole.jsonl", tmp_path / "merged.jsonl"
+    assert call(*common, "-o", whole) == 0
+    assert call("merge", *parts, "-o", merged, "--json") == 0
+    assert merged.read_bytes() == whole.read_bytes()
+    assert call("check", whole, model, other, "--data", data) == 0
+    assert call("check", whole, model, other, "--data", data, "--jobs", 2) == 0
+    assert call("check", whole, other, model, "--data", data) == 1
+    capsys.readouterr()
+    for option, value, message in (
+        ("--shard", "2", "i/n"),
+        ("--shard", "3/2", "i/n"),
+        ("--method", "magic", "known: interval, linear, complete"),
+        ("--memory", "much", "K, M or G"),
+        ("--budget", "0", "more than 0"),
+        ("--jobs", "0", "at least 1"),
+    ):
+        assert call(*common, option, value, "-o", tmp_path / "none.jsonl") == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("none*"))
+
+
+def test_the_head_states_how_hard_was_searched(request_: Request) -> None:
+    """So that a run is resumed, and shards are joined, with the same settings alone."""
+    request = replace(request_, count=1, method="linear", budget=0.5, memory=1 << 20)
+    head = Reader(BytesIO(content_of(request)), "head").head
+    assert head.search == certificate.Search("", "0.5 s", 1 << 20)
+    plain = Reader(BytesIO(content_of(replace(request_, count=1))), "head").head
+    assert plain.search == certificate.Search()
+    assert line_of(plain) == line_of(msgspec.structs.replace(plain))
