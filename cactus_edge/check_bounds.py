@@ -44,6 +44,7 @@ def logits_box(graph: Graph, box: Box) -> tuple[Box, Box]:
 
 
 def propagate(graph: Graph, op: Operator, boxes: list[Box]) -> Box:
+    """Bounds of an operator's output over boxes of its inputs, stored integers [samples, ...]."""
     lower, upper = boxes[0]
     source, target = graph.tensors[op.inputs[0]], graph.tensors[op.output]
     limits = graph.output_range(op)

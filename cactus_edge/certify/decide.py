@@ -136,7 +136,7 @@ class Decider:
         ends = box[0].reshape(-1) - zero_point, box[1].reshape(-1) - zero_point
         complete = effort.method == "complete"
         relaxation = self.relaxation if complete else None
-        tree = Tree(self.network, ends, goal, self._breaks(label), relaxation)
+        tree = Tree(self.network, ends, goal, self._evaluated(label), relaxation)
         budget = effort.budget
         if not complete:
             budget = Budget(budget.seconds, 1, budget.memory)
@@ -153,18 +153,19 @@ class Decider:
         ends = box[0].reshape(-1) - zero_point, box[1].reshape(-1) - zero_point
         left = until - time.monotonic()
         _, point = finder.find(self.network, relaxation, ends, goal, left)
-        return self._stored(point) if point is not None and self._breaks(label)(point) else None
+        return self._stored(point) if point is not None and self._evaluated(label)(point)[0] else None
 
     def _stored(self, point: Int64Array) -> Int64Array:
         shape = self.graph.tensors[self.graph.core_input].shape[1:]
         return point.reshape(shape) + self.network.zero_points[self.graph.core_input]
 
-    def _breaks(self, label: int) -> Callable[[Int64Array], bool]:
-        def wrong(point: Int64Array) -> bool:
-            logits = execute(self.graph, self._stored(point)[None])
-            return bool(decision.surely_wrong(self.graph, logits, np.array([label]))[0])
+    def _evaluated(self, label: int) -> Callable[[Int64Array], tuple[bool, Int64Array]]:
+        def evaluate(point: Int64Array) -> tuple[bool, Int64Array]:
+            logits = execute(self.graph, self._stored(point)[None]).reshape(1, -1)
+            wrong = decision.surely_wrong(self.graph, logits, np.array([label]))
+            return bool(wrong[0]), logits[0]
 
-        return wrong
+        return evaluate
 
 
 def method_of(proofs: Sequence[Proof]) -> Method:

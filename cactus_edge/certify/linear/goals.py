@@ -40,6 +40,10 @@ class Goal(Protocol):
         """Whether intervals prove the claim."""
         ...
 
+    def holds(self, logits: Int64Array) -> bool:
+        """Whether stored logits [classes] satisfy the claim."""
+        ...
+
     def interval(self, state: State) -> int:
         """The bound of kind 0 by intervals."""
         ...
@@ -67,6 +71,10 @@ class PairGoal:
     label: int
     rival: int
     gap: int
+
+    def holds(self, logits: Int64Array) -> bool:
+        """See ``Goal``."""
+        return int(logits[self.label]) >= int(logits[self.rival]) + self.gap
 
     def interval(self, state: State) -> int:
         """See ``Goal``."""
@@ -121,6 +129,10 @@ class AtomGoal:
     network: Network
     weights: Int64Array
     bound: int
+
+    def holds(self, logits: Int64Array) -> bool:
+        """See ``Goal``."""
+        return int((self.weights * logits).sum()) < self.bound
 
     def interval(self, state: State) -> int:
         """See ``Goal``."""

@@ -132,7 +132,7 @@ class Relaxation:
             if isinstance(node, Stairs):
                 for taps in node.maps:
                     if taps is None:
-                        return False
+                        return None
                     spans = (taps.taps[:, 2] - taps.taps[:, 1]) * (
                         taps.taps[:, 4] - taps.taps[:, 3]
                     )

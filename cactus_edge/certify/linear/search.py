@@ -79,18 +79,24 @@ class _Case:
 
 @dataclass(eq=False)
 class Tree:
-    """All cases of one goal over one box."""
+    """All cases of one goal over one box.
+
+    ``evaluate`` runs an input (offset values): whether the decision is surely wrong, and the stored
+    logits. Behind SOFTMAX an input may be neither surely wrong nor prove the goal: then the goal
+    is ``hopeless``, and there is no counterexample either.
+    """
 
     network: Network
     box: Interval
     goal: Goal
-    wrong: Callable[[Int64Array], bool]
+    evaluate: Callable[[Int64Array], tuple[bool, Int64Array]]
     relaxation: Relaxation | None = None
     deadline: float = 0.0  # float: a clock
     cases: list[_Case] = field(default_factory=list)
     programs: dict[int, Program] = field(default_factory=dict)
     heap: list[tuple[int, int]] = field(default_factory=list)
     counterexample: Int64Array | None = None
+    hopeless: bool = False
     held: int = 0
 
     def run(self, budget: Budget, deadline: float) -> Outcome:
@@ -98,14 +104,14 @@ class Tree:
         self.deadline = deadline
         self.cases.append(_Case((), {}))
         bound = self._treat(0, _ROOT_STEPS)
-        while self.heap and self.counterexample is None:
+        while self.heap and self.counterexample is None and not self.hopeless:
             bound = self.heap[0][0]
             spent = time.monotonic() > deadline or len(self.cases) >= budget.cases
             if spent or self.held > budget.memory:
                 break
             _, index = heapq.heappop(self.heap)
             self._branch(index)
-        proved = not self.heap and self.counterexample is None
+        proved = not self.heap and self.counterexample is None and not self.hopeless
         nodes = tuple(self._preorder()) if proved else None
         return Outcome(nodes, self.counterexample, bound, len(self.cases))
 
@@ -227,15 +233,19 @@ class Tree:
             if count > POINTS:
                 return False
         for point in every_point(low, high):
-            if self.wrong(point):
+            wrong, logits = self.evaluate(point)
+            if wrong:
                 self.counterexample = point
+                return True
+            if not self.goal.holds(logits):
+                self.hopeless = True
                 return True
         case.leaf = Leaf("points")
         return True
 
     def _try_point(self, point: FloatArray) -> None:
         rounded = np.rint(point).astype(np.int64)
-        if self.wrong(rounded):
+        if self.evaluate(rounded)[0]:
             self.counterexample = rounded
 
     def _plan(self, index: int, state: State, ascent: Ascent | None) -> None:
@@ -280,7 +290,7 @@ class Tree:
             self.cases.append(_Case((*case.cuts, cut), case.slopes))
         self.held -= sum(part.nbytes for part in case.slopes.values())
         for child in case.children:
-            if self.counterexample is None:
+            if self.counterexample is None and not self.hopeless:
                 self._treat(child, _STEPS)
         case.slopes = {}
         for child in case.children:
