@@ -70,7 +70,10 @@ class _Transpose:
 
 @dataclass(eq=False)
 class Network:
-    """A resolved graph, prepared for attacks. ``last`` makes the logits, ``layer`` is its matrix."""
+    """A resolved graph, prepared for attacks.
+
+    ``last`` is the operator that makes the logits, ``layer`` its matrix where it has one.
+    """
 
     graph: Graph
     threads: int | None = None
@@ -141,7 +144,7 @@ class Network:
         return table[stored.reshape(len(stored), -1).view(np.uint8)]
 
 
-def backward(network: Network, values: Values, seeds: Int32Array, leak: int = 0) -> Int32Array:
+def transposed(network: Network, values: Values, seeds: Int32Array, leak: int = 0) -> Int32Array:
     """Gradient of ``seeds * scores``, summed over the classes, with respect to the input.
 
     Args:
@@ -305,7 +308,7 @@ def _transpose(graph: Graph, op: Linear) -> _Transpose:
     source, target = graph.tensors[op.inputs[0]], graph.tensors[op.output]
     weights = op.weights.values.astype(np.int32)
     if isinstance(op, FullyConnected):
-        layer = _Transpose(
+        return _Transpose(
             factors=factors,
             exponent=exponent,
             bits=_room(np.abs(weights).sum(axis=0)),
@@ -317,7 +320,6 @@ def _transpose(graph: Graph, op: Linear) -> _Transpose:
             padded=(1, 1, source.size),
             corner=(0, 0),
         )
-        return layer
     assert isinstance(op, Conv2D)
     _, height, width, channels = source.shape
     vertical, horizontal = (

@@ -61,7 +61,7 @@ class Routes:
         rows = np.arange(len(codes))
         short = scores[rows, labels] < self.top[labels]
         weights = np.zeros((len(codes), classes), np.int32)
-        weights[rows, labels] = np.choose(kind, [-_SEED, short * _SEED, -_SEED])
+        weights[rows, labels] = np.where(kind == TOP, short * _SEED, -_SEED)
         reached = (kind == TOP) & (scores[rows, rival] >= self.top[rival]) & short
         weights[rows, rival] = np.where(reached, 0, np.where(kind == FLOOR, -_SEED, _SEED))
         return weights

@@ -21,7 +21,7 @@ from cactus_edge.certify.linear import finder, lp
 from cactus_edge.certify.linear.goals import Goal, PairGoal, pair_goal
 from cactus_edge.certify.linear.lp import Relaxation
 from cactus_edge.certify.linear.network import Network, network
-from cactus_edge.certify.linear.search import Budget, Outcome, Tree
+from cactus_edge.certify.linear.search import Budget, Outcome, Seconds, Tree
 from cactus_edge.execute import execute
 from cactus_edge.graph import Graph, Int64Array
 from cactus_edge.proofs import Leaf, Proof
@@ -86,7 +86,7 @@ class Decider:
         label: int,
         rivals: Sequence[int],
         effort: Effort,
-        deadline: float | None = None,
+        deadline: Seconds | None = None,
     ) -> Decision:
         """Try to exclude ``rivals`` for one sample.
 
@@ -129,7 +129,7 @@ class Decider:
         goal: Goal,
         label: int,
         effort: Effort,
-        until: float,
+        until: Seconds,
     ) -> Outcome:
         """Prove or break one goal over one box."""
         zero_point = self.network.zero_points[self.graph.core_input]
@@ -143,7 +143,7 @@ class Decider:
         return tree.run(budget, until)
 
     def _find(
-        self, box: tuple[Int64Array, Int64Array], goal: PairGoal, label: int, until: float
+        self, box: tuple[Int64Array, Int64Array], goal: PairGoal, label: int, until: Seconds
     ) -> Int64Array | None:
         """An input that CP-SAT found and the reference executor misclassifies."""
         relaxation = self.relaxation
@@ -153,7 +153,9 @@ class Decider:
         ends = box[0].reshape(-1) - zero_point, box[1].reshape(-1) - zero_point
         left = until - time.monotonic()
         _, point = finder.find(self.network, relaxation, ends, goal, left)
-        return self._stored(point) if point is not None and self._evaluated(label)(point)[0] else None
+        return (
+            self._stored(point) if point is not None and self._evaluated(label)(point)[0] else None
+        )
 
     def _stored(self, point: Int64Array) -> Int64Array:
         shape = self.graph.tensors[self.graph.core_input].shape[1:]

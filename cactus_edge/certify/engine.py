@@ -251,7 +251,7 @@ class Certifier:
         decided: dict[int, tuple[str, tuple[Proof, ...]]],
     ) -> None:
         """Treat the open samples one by one; updates ``certified``, ``broken``, ``decided``."""
-        stored, lower, upper, labels = boxes
+        _, lower, upper, labels = boxes
         for i in np.flatnonzero(~certified).tolist():
             if i in broken:
                 continue

@@ -35,7 +35,7 @@ def forward(
     out: Array,
 ) -> None:
     """Add the linear map of ``x`` to ``out``; rows of ``taps`` are (offset, y0, y1, x0, x1)."""
-    height, width, channels, row_step, column_step = geometry
+    _, width, channels, row_step, column_step = geometry
     for channel in range(channels):
         for tap in range(starts[channel], starts[channel + 1]):
             weight = weights[tap]
@@ -58,7 +58,7 @@ def forward_interval(
     most: Int64Array,
 ) -> None:
     """Add the least and the greatest value of the linear map over a box to ``least``, ``most``."""
-    height, width, channels, row_step, column_step = geometry
+    _, width, channels, row_step, column_step = geometry
     for channel in range(channels):
         for tap in range(starts[channel], starts[channel + 1]):
             weight = weights[tap]
@@ -125,13 +125,13 @@ def levels(
 
 @kernel
 def offset(
-    coefficient: int,
-    multiplier: int,
+    coefficient: Any,
+    multiplier: Any,
     accumulator: tuple[int, int],
     level: tuple[int, int],
     threshold: Int64Array,
     lowest: int,
-) -> int:
+) -> Any:
     """Exact minimum of ``coefficient * stored - multiplier * accumulator`` over a range."""
     best = np.int64(1) << 62
     for step in range(level[0], level[1] + 1):

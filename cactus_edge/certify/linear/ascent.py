@@ -148,7 +148,7 @@ class Ascent:
             self.reached[index] = _between(found, accumulator)
             away = np.abs(self.reached[index] - stored) - 0.5  # rounding is no looseness
             weights = self.weights.get(index, np.zeros(found.index.size))
-            self.gaps[index] = np.abs(weights) * np.maximum(away, 0)
+            self.gaps[index] = np.abs(weights) * np.maximum(away, 0.0)
 
     def codes(self) -> dict[int, Int64Array]:
         """The best slopes as ``lower_bound`` takes them."""

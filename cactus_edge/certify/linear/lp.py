@@ -49,7 +49,7 @@ class Rows:
 
 def rows_of(taps: Taps, size: int) -> Rows:
     """The matrix [size, inputs] of a linear map."""
-    height, width, channels, row_step, column_step = taps.geometry.tolist()
+    _, width, channels, row_step, column_step = taps.geometry.tolist()
     outputs: list[Int64Array] = []
     inputs: list[Int64Array] = []
     weights: list[Int64Array] = []
@@ -184,7 +184,7 @@ class Program:
         self._basis: Any = None
         self._rows = len(self.row_lower)
 
-    def _variables(self, low: FloatArray, high: FloatArray) -> Int64Array:
+    def _variables(self, low: Int64Array, high: Int64Array) -> Int64Array:
         first = len(self.lower)
         self.lower += low.tolist()
         self.upper += high.tolist()

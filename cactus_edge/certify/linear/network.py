@@ -34,10 +34,10 @@ from cactus_edge.graph import (
     MaxPool2D,
     Operator,
     Pad,
-    Padding,
     Pool2D,
     Requantization,
     Reshape,
+    Weights,
     window_geometry,
 )
 from cactus_edge.semantics import AddRounding, Rounding
@@ -245,10 +245,10 @@ def _average(graph: Graph, op: AveragePool2D) -> Stairs:
         name=op.name,
         inputs=op.inputs,
         output=op.output,
-        weights=_ones((1, *op.window, channels)),
+        weights=Weights(np.ones((1, *op.window, channels), np.int8)),
         bias=np.zeros(channels, np.int32),
         stride=op.stride,
-        padding=Padding(op.padding),
+        padding=op.padding,
     )
     taps = _convolution(ones, source.shape[1:], target.shape[1:])
     positions = np.zeros(source.shape[1:], np.int64)
@@ -277,12 +277,6 @@ def _average(graph: Graph, op: AveragePool2D) -> Stairs:
     )
 
 
-def _ones(shape: tuple[int, ...]):  # noqa: ANN202
-    from cactus_edge.graph import Weights
-
-    return Weights(np.ones(shape, np.int8))
-
-
 def _add(graph: Graph, op: Add) -> Stairs:
     parameters = op.requantization
     assert parameters is not None, "graph is not resolved"
@@ -309,11 +303,11 @@ def _add(graph: Graph, op: Add) -> Stairs:
             rounded = semantics.REQUANTIZE[_ADD_RULE[rounding]](total, m_o, s_o)
         return semantics.clamp(rounded + target.zero_point, *limits)  # type: ignore
 
-    ends = [np.array([sum(int(table[end]) for _, table in tables)]) for end in (0, -1)]
+    least, most = (np.array([sum(int(t[end]) for _, t in tables)], np.int64) for end in (0, -1))
     double = rounding is AddRounding.DOUBLE_HALF_AWAY
     staircase = Staircase(
         limits[0] - target.zero_point,
-        thresholds(stored, *ends, limits),
+        thresholds(stored, least, most, limits),
         np.array([_significand(m_o, 1 << (s_o + (31 if double else 0)))], np.int64),
         np.zeros(target.size, np.int64),
     )

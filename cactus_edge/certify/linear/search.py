@@ -36,11 +36,12 @@ from cactus_edge.certify.linear.network import Network, Staircase, Stairs
 from cactus_edge.graph import Int64Array
 from cactus_edge.proofs import Leaf, Split
 
+Seconds = float  # float: a clock
 POINTS = 4096
 """Boxes of up to this many inputs are closed by running them all."""
 _ROOT_STEPS = 40
 _STEPS = 12
-_RATE = 0.12
+_RATE = 0.12  # float: steers the search
 _FEW_INPUTS = 12
 
 
@@ -99,7 +100,7 @@ class Tree:
     hopeless: bool = False
     held: int = 0
 
-    def run(self, budget: Budget, deadline: float) -> Outcome:
+    def run(self, budget: Budget, deadline: Seconds) -> Outcome:
         """Search until the goal is proved or broken, or the budget is spent."""
         self.deadline = deadline
         self.cases.append(_Case((), {}))
@@ -270,7 +271,7 @@ class Tree:
             for node, part in ascent.corners.items():
                 stairs = self.network.nodes[node]
                 assert isinstance(stairs, Stairs)
-                whole = np.zeros(stairs.bias.size, np.float32)  # float: steers the search
+                whole = np.zeros(stairs.bias.size)
                 whole[part.index] = ascent.best_slopes[node]
                 case.slopes[node] = whole
                 self.held += whole.nbytes
