@@ -1,25 +1,38 @@
-"""Search for integer counterexamples: projected gradient, then coordinates.
+"""Search for integer counterexamples: gradients to corners, then hops from valley to valley.
 
-The network is evaluated in its own integers; the gradient passes straight through every rounding
-and stops where a clamp is active. Floating point only steers the search: what is returned is an
-integer input inside the box, and the caller verifies it with the reference executor.
+The network is evaluated in its own integers. What is returned is an integer input inside the box;
+the caller verifies it with the reference executor. See ``attack_network`` for the gradient,
+``attack_routes`` for what is driven down, ``attack_moves`` for how.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from cactus_edge import decision
+from cactus_edge.certify.attack_moves import (
+    NOT_FOUND,
+    Points,
+    Rows,
+    Search,
+    anywhere,
+    corners,
+    descend,
+    hop,
+    keys,
+)
+from cactus_edge.certify.attack_network import Network
+from cactus_edge.certify.attack_routes import Routes, routes
 from cactus_edge.errors import UsageError
 from cactus_edge.execute import windows
 from cactus_edge.graph import (
     Add,
     AveragePool2D,
-    BoolArray,
     Conv2D,
     DepthwiseConv2D,
     FullyConnected,
@@ -30,33 +43,54 @@ from cactus_edge.graph import (
     Operator,
     Pad,
     Pool2D,
-    Reshape,
     Stored,
 )
-from cactus_edge.runtime import Session
 from cactus_edge.semantics import AddRounding, Rounding
 
 FloatArray = npt.NDArray[np.float32]
 
+_BLOCK = 64
+"""Samples that are attacked together; it bounds memory and changes nothing else."""
+_FIRST_STEPS = 3
+_RESTART = 1 << 32
+"""Restarts draw from turns that no hop reaches."""
+
 
 @dataclass(frozen=True)
 class Settings:
-    """Strength of the search: gradient steps, restarts, rounds and width of coordinate search."""
+    """Strength of the search.
+
+    ``steps``: gradient steps of each descent. ``restarts``: chains of hops after the first one,
+    each begun by a descent from a random point. ``hops``: length of a chain. ``routes``: how many
+    routes to a wrong decision are followed, of those that look shortest. ``points``: a box of up
+    to so many points is searched completely. ``seed``: of all that is random, 0 to 2**64 - 1.
+    """
 
     steps: int = 20
     restarts: int = 2
-    rounds: int = 4
-    coordinates: int = 16
+    hops: int = 100
+    routes: int = 3
+    points: int = 1024
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check the ranges.
 
         Raises:
-            UsageError: no step, or a negative number.
+            UsageError: no step, no route, or a negative number.
         """
-        if self.steps < 1 or min(self.restarts, self.rounds, self.coordinates) < 0:
-            raise UsageError("an attack needs at least one step, and no negative number")
+        if (
+            min(self.steps, self.routes) < 1
+            or min(self.restarts, self.hops, self.points, self.seed) < 0
+        ):
+            raise UsageError("an attack needs a step and a route at least, and no negative number")
+        if self.seed >= 1 << 64:
+            raise UsageError(f"seed {self.seed} has more than 64 bits")
+
+    @staticmethod
+    def strong() -> Settings:
+        """Some twenty times the work: for the last few samples that stay open."""
+        return Settings(steps=40, restarts=4, hops=1000, routes=5, points=1 << 16)
 
 
 def search(
@@ -66,8 +100,12 @@ def search(
     upper: Int64Array,
     labels: Int64Array,
     settings: Settings,
+    *,
+    threads: int | None = None,
 ) -> list[Int64Array | None]:
     """For each sample an integer input in its box that is surely misclassified, or None.
+
+    What is found for a sample depends on that sample and the settings alone.
 
     Args:
         graph: resolved.
@@ -76,151 +114,83 @@ def search(
         upper: see ``lower``.
         labels: int64 [samples].
         settings: strength of the search.
+        threads: as many as the process may use if None.
     """
-    network = _Network(graph)
-    random = np.random.default_rng(settings.seed)
-    found: list[Int64Array | None] = [None] * len(labels)
-    open_ = np.arange(len(labels))
-    best = stored.copy()
-    for restart in range(settings.restarts + 1):
-        point = stored[open_].copy()
-        if restart:
-            point = random.integers(lower[open_], upper[open_] + 1)
-        box = lower[open_], upper[open_]
-        point, broken = _descend(network, point, box, labels[open_], settings.steps)
-        best[open_] = point
-        open_ = _collect(found, open_, point, broken)
-        if not open_.size:
-            return found
-    for _ in range(settings.rounds):
-        point, broken = _coordinates(
-            network, best[open_], (lower[open_], upper[open_]), labels[open_], settings.coordinates
-        )
-        best[open_] = point
-        open_ = _collect(found, open_, point, broken)
-        if not open_.size:
-            break
-    return found
+    network, ways = _attacker(graph)
+    found: dict[int, Points] = {}
+    workers = max(1, min(threads or network.threads, len(labels)))
+    size = max(1, min(_BLOCK, -(-len(labels) // workers)))
+
+    def attack(start: int) -> None:
+        owners = np.arange(start, min(start + size, len(labels)))
+        boxes = (array[owners].reshape(owners.size, -1) for array in (stored, lower, upper))
+        _attack(Search(network, ways, found), owners, tuple(boxes), labels[owners], settings)
+
+    with ThreadPoolExecutor(workers) as executor:
+        for _ in executor.map(attack, range(0, len(labels), size)):
+            pass
+    shape = stored.shape[1:]
+    return [
+        found[i].astype(np.int64).reshape(shape) if i in found else None for i in range(len(labels))
+    ]
 
 
-def _collect(
-    found: list[Int64Array | None], open_: Int64Array, point: Int64Array, broken: BoolArray
-) -> Int64Array:
-    for position in np.flatnonzero(broken).tolist():
-        found[int(open_[position])] = point[position].copy()
-    return open_[~broken]
+@lru_cache(maxsize=4)
+def _attacker(graph: Graph) -> tuple[Network, Routes]:
+    """A compiled network; certificates attack the same few graphs chunk after chunk."""
+    network = Network(graph)
+    return network, routes(network)
 
 
-def _descend(
-    network: _Network,
-    point: Int64Array,
-    box: tuple[Int64Array, Int64Array],
+def _attack(
+    attack: Search,
+    owners: Int64Array,
+    boxes: tuple[Int64Array, ...],
     labels: Int64Array,
-    steps: int,
-) -> tuple[Int64Array, BoolArray]:
-    """Signed gradient steps of shrinking integer size; keeps the best point of each sample."""
-    lower, upper = box
-    best, best_score = point.copy(), np.full(len(labels), -np.inf, np.float32)
-    broken = np.zeros(len(labels), bool)
-    width = int((upper - lower).max(initial=0))
-    for step in range(steps):
-        values = network.forward(point)
-        score, gradient, wrong = network.ascent(values, labels)
-        better = (score > best_score) & ~broken
-        better |= wrong & ~broken
-        best[better], best_score[better] = point[better], score[better]
-        broken |= wrong
-        if broken.all():
-            break
-        size = max(1, round(width * (0.5 if step < 2 else 0.25 * (1 - step / steps))))
-        point = np.clip(point + size * np.sign(gradient).astype(np.int64), lower, upper)
-    return best, broken
+    settings: Settings,
+) -> None:
+    point, lower, upper = (np.ascontiguousarray(array, np.int16) for array in boxes)
+    contents = [
+        b"".join(array[i].astype("<i8").tobytes() for array in (*boxes, labels[:, None]))
+        for i in range(len(owners))
+    ]
+    rows = Rows(
+        owner=owners,
+        label=labels,
+        code=labels.copy(),
+        lower=lower,
+        upper=upper,
+        point=point,
+        deficit=np.full(len(owners), NOT_FOUND),
+        key=keys(settings.seed, contents),
+    )
+    rows = corners(attack, _enumerated(attack, rows, settings.points), settings.routes)
+    rows = descend(attack, rows, rows.point.copy(), _FIRST_STEPS)
+    for chain in range(settings.restarts + 1):
+        turn = chain * settings.hops
+        current = rows = attack.alive(rows)
+        if chain:
+            current = rows.take(np.arange(rows.owner.size))
+            current.deficit[:] = NOT_FOUND
+            current = descend(attack, current, anywhere(current, _RESTART + chain), settings.steps)
+        for hops in range(settings.hops):
+            if not current.owner.size:
+                break
+            current = hop(attack, current, turn + hops)
 
 
-def _coordinates(
-    network: _Network,
-    point: Int64Array,
-    box: tuple[Int64Array, Int64Array],
-    labels: Int64Array,
-    width: int,
-) -> tuple[Int64Array, BoolArray]:
-    """Try both ends of the coordinates with the largest gradient, each alone; keep the best."""
-    lower, upper = (b.reshape(len(labels), -1) for b in box)
-    values = network.forward(point)
-    score, gradient, broken = network.ascent(values, labels)
-    best = point.reshape(len(labels), -1).copy()
-    flat_gradient = gradient.reshape(len(labels), -1)
-    inside = np.where(flat_gradient > 0, upper, lower) != best
-    order = np.argsort(-np.abs(flat_gradient) * inside, axis=1)[:, :width]
-    rows = np.arange(len(labels))
-    for column in range(order.shape[1]):
-        chosen = order[:, column]
-        for ends in (lower, upper):
-            trial = best.copy()
-            trial[rows, chosen] = ends[rows, chosen]
-            trial_values = network.forward(trial.reshape(point.shape))
-            trial_score, _, wrong = network.score(trial_values, labels)
-            accept = ~broken & (wrong | (trial_score > score))
-            best[accept], score[accept] = trial[accept], trial_score[accept]
-            broken |= wrong
-    return best.reshape(point.shape), broken
-
-
-class _Network:
-    """Forward in integers, backward straight through, for one resolved graph."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        wanted = [op.output for op in graph.core]
-        self.session = Session(graph, tensors=wanted)
-
-    def forward(self, point: Int64Array) -> Mapping[int, Stored]:
-        return {**self.session.run_tensors(point), self.graph.core_input: point}
-
-    def score(
-        self, values: Mapping[int, Stored], labels: Int64Array
-    ) -> tuple[FloatArray, Int64Array, BoolArray]:
-        """Lead of the strongest rival (its index, too) and whether the decision is surely wrong."""
-        logits = values[self.graph.logits].reshape(len(labels), -1).astype(np.int64)
-        rows = np.arange(len(labels))
-        # A rival of lower index wins ties, so it counts as half a step stronger.
-        lead = (
-            logits
-            - logits[rows, labels][:, None]
-            + 0.5 * (np.arange(logits.shape[1]) < labels[:, None])
-        )
-        lead[rows, labels] = -np.inf
-        rival = lead.argmax(axis=1)
-        wrong = decision.surely_wrong(self.graph, logits, labels)
-        return lead[rows, rival].astype(np.float32), rival, wrong
-
-    def ascent(
-        self, values: Mapping[int, Stored], labels: Int64Array
-    ) -> tuple[FloatArray, FloatArray, BoolArray]:
-        """Score, its gradient with respect to the stored input, and the verdict on the point."""
-        score, rival, wrong = self.score(values, labels)
-        rows = np.arange(len(labels))
-        seed = np.zeros((len(labels), self.graph.tensors[self.graph.logits].size), np.float32)
-        seed[rows, rival], seed[rows, labels] = 1, -1
-        shape = self.graph.tensors[self.graph.logits].shape[1:]
-        gradients: dict[int, FloatArray] = {self.graph.logits: seed.reshape(-1, *shape)}
-        for op in reversed(self.graph.core):
-            outgoing = gradients.pop(op.output, None)
-            if outgoing is None:
-                continue
-            if op.output != self.graph.logits:
-                outgoing = outgoing * self._passes(op, values[op.output])
-            for index, incoming in zip(
-                op.inputs, backward(self.graph, op, values, outgoing), strict=True
-            ):
-                gradients[index] = gradients[index] + incoming if index in gradients else incoming
-        return score, gradients[self.graph.core_input], wrong
-
-    def _passes(self, op: Operator, output: Stored) -> FloatArray:
-        if isinstance(op, (Pad, Reshape)):
-            return np.ones((), np.float32)
-        lower, upper = self.graph.output_range(op)
-        return ((output > lower) & (output < upper)).astype(np.float32)
+def _enumerated(attack: Search, rows: Rows, limit: int) -> Rows:
+    """Search boxes of up to ``limit`` points completely; the rows that are larger."""
+    extents = rows.upper.astype(np.int64) - rows.lower + 1
+    bits = np.array([sum(map(int.bit_length, row)) for row in (extents - 1).tolist()])
+    small = np.flatnonzero(bits < 32)
+    small = small[extents[small].prod(axis=1) <= limit]
+    for row in small.tolist():
+        count = int(extents[row].prod())
+        offsets = np.stack(np.unravel_index(np.arange(count), tuple(extents[row])), axis=-1)
+        points = (rows.lower[row] + offsets).astype(np.int16)
+        attack.look(rows.take(np.full(count, row)), points)
+    return rows.take(~np.isin(np.arange(len(extents)), small))
 
 
 def backward(

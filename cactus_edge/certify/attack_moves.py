@@ -32,7 +32,7 @@ _LEAK = 2
 _GAINS = (0, 1)
 """A candidate moves the coordinates that gain more than this many means."""
 _SHARES = (32, 64, 16, 128)
-"""Of 256 coordinates, hops throw this many, in turn."""
+"""Of 256 coordinates, hops throw this many, in turn, and one coordinate at the least."""
 _RANKS = (0, 0, 0, 1, 0, 0, 0, 2)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -166,7 +166,7 @@ def thrown(rows: Rows, turn: int) -> Points:
     """
     elements = rows.point.shape[1]
     drawn = random(rows.key, 2 * turn, elements)
-    share = _SHARES[turn % len(_SHARES)]
+    share = max(_SHARES[turn % len(_SHARES)], 256 // elements)
     chosen = (drawn & np.uint64(255)) < np.uint64(share)
     if turn % 4 == 3:
         target = anywhere(rows, 2 * turn + 1)

@@ -76,7 +76,6 @@ class Network:
     """
 
     graph: Graph
-    threads: int | None = None
     session: Session = field(init=False)
     layer: margin.LastLayer | None = field(init=False)
     last: Operator = field(init=False)
@@ -94,7 +93,9 @@ class Network:
         if self.layer is not None:
             wanted.add(self.layer.source)
         wanted.discard(graph.core_input)
-        self.session = Session(graph, tensors=sorted(wanted), threads=self.threads)
+        self.session = Session(graph, tensors=sorted(wanted))
+        self.threads = self.session.threads
+        self.session.threads = 1  # an attack divides the samples among the threads
 
     def forward(self, points: Stored) -> Values:
         """Stored activations that scores and gradients need, by tensor index."""

@@ -52,7 +52,8 @@ class Routes:
         own, other = scores[rows, labels], scores[rows, rival]
         margin = own - other + np.where(rival > labels, self.step, 0)
         top = np.maximum(self.top[rival] - other, 0) + np.maximum(self.top[labels] - own, 0)
-        return np.choose(kind, [margin, top, np.maximum(own - self.floor[labels], 0)])
+        floor = np.maximum(own - self.floor[labels], 0)
+        return np.where(kind == MARGIN, margin, np.where(kind == TOP, top, floor))
 
     def seeds(self, scores: Int64Array, labels: Int64Array, codes: Int64Array) -> Int32Array:
         """Weights of the scores whose sum has to grow: int32 [rows, classes]; see ``deficits``."""
