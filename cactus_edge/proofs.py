@@ -1,7 +1,7 @@
 """How a certificate writes down a proof that needed more than intervals.
 
-A ``Proof`` excludes one rival in one group: a tree of cases in preorder. ``Split`` divides the
-range of one stored value; each ``Leaf`` says how its case is closed.
+A ``Proof`` excludes one rival in one group on one box: a tree of cases in preorder. ``Split``
+divides the range of one stored value; each ``Leaf`` says how its case is closed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,12 @@ class Leaf(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=T
 
 
 class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """Excludes ``rival`` (a logit, or a disjunct of a query) in group ``group``."""
+    """Excludes ``rival`` (a logit, or a disjunct of a query) in group ``group`` on one box.
+
+    ``box`` counts the boxes of a sample's set, such as the placements of a patch.
+    """
 
     group: int
     rival: int
     nodes: tuple[Split | Leaf, ...]
+    box: int = 0

@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
+import msgspec
 import numpy as np
 
 from cactus_edge import decision, profiles, universal
 from cactus_edge.certificate import Bounds, Sample
 from cactus_edge.certify import margin
 from cactus_edge.certify.attack import Settings, search
+from cactus_edge.certify.boxes import Boxes, Counterexample, line_about
 from cactus_edge.certify.decide import Decider, Effort, method_of
+from cactus_edge.certify.linear.search import Seconds
+from cactus_edge.certify.top import check_top, search_top, several
 from cactus_edge.certify.twin import Twin, twin
 from cactus_edge.constraints import validate
 from cactus_edge.errors import CactusEdgeError, DataError, InvalidGraphError
@@ -28,8 +33,6 @@ from cactus_edge.proofs import Proof
 from cactus_edge.runtime import Session
 
 CHUNK = 500
-Counterexample = tuple[Int64Array, str, str, int]
-"""Stored input, how it was found, profile and number of the model that misclassify it."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,20 @@ def _integers(graph: Graph) -> bytes:
     return b"|".join(parts)
 
 
+@dataclass(eq=False)
+class _Work:
+    """What is known so far: ``open`` bool [groups, boxes, classes], rivals that nothing excludes.
+
+    ``closed`` bool [boxes]; ``proofs`` by box, ``broken`` by sample.
+    """
+
+    boxes: Boxes
+    open: BoolArray
+    closed: BoolArray
+    broken: dict[int, Counterexample]
+    proofs: dict[int, tuple[Proof, ...]] = field(default_factory=dict)
+
+
 class Certifier:
     """Compiled once for some models; ``bounds`` and ``verdicts`` take any number of boxes."""
 
@@ -101,6 +118,7 @@ class Certifier:
         graphs: Graph | Sequence[Graph],
         names: Sequence[str] | None = None,
         effort: Effort | None = None,
+        top: int = 1,
     ) -> None:
         """Build the twin of each group of the named profiles (None: all that cover the model).
 
@@ -108,14 +126,18 @@ class Certifier:
             graphs: one model, or several that a verdict has to hold for at once.
             names: rounding profiles.
             effort: what may be done where intervals leave a sample open; nothing if None.
+            top: the label has to be among that many largest logits.
 
         Raises:
             InvalidGraphError: a model breaks a constraint under one of the profiles.
             UnsupportedModelError: a model has no twin.
+            UsageError: ``top`` is below 1, or holds all logits.
         """
         models = (graphs,) if isinstance(graphs, Graph) else tuple(graphs)
         self.graph = models[0]
         self.effort = effort or Effort()
+        self.top = top
+        check_top(self.graph, top)
         self.coverages = tuple(cover(graph, names) for graph in models)
         self.coverage = self.coverages[0]
         self.groups = tuple(
@@ -132,7 +154,8 @@ class Certifier:
         Raises:
             DataError: boxes that do not fit the model, or are empty.
         """
-        self._check(lower, lower, upper, np.zeros(len(lower), np.int64))
+        count = len(lower)
+        self._check(Boxes(lower, lower, upper, np.zeros(count, np.int64), np.arange(count)))
         return [engine.propagate(lower, upper)[:2] for engine in self._engines]
 
     def predictions(self, stored: Int64Array) -> Int64Array:
@@ -147,43 +170,49 @@ class Certifier:
         upper: Int64Array,
         labels: Int64Array,
         settings: Settings | None = None,
+        owner: Int64Array | None = None,
     ) -> list[Sample]:
         """A verdict for each sample; a sample that cannot be treated becomes an ``error``.
 
         Args:
             first: index of the first sample, for the certificate.
-            stored: integers [samples, ...], the samples themselves.
+            stored: integers [boxes, ...], the samples themselves.
             lower: integers, like ``stored``: the boxes' lower ends; ``upper`` likewise.
             upper: see ``lower``.
-            labels: integers [samples], below the number of logits.
+            labels: integers [boxes], below the number of logits.
             settings: strength of the attack on what stays open; None for no attack.
+            owner: int64 [boxes], ascending from 0: the sample that a box is about, where several
+                boxes are about one; it is certified when all of them are.
 
         Raises:
             DataError: arrays that do not fit the model, a sample outside its box, a label without
                 a logit.
         """
-        self._check(stored, lower, upper, labels)
+        numbers = np.arange(len(labels)) if owner is None else owner
+        boxes = Boxes(stored, lower, upper, labels, numbers, self.top)
+        self._check(boxes)
         try:
-            return self._verdicts(first, stored, lower, upper, labels, settings)
+            return self._verdicts(first, boxes, settings)
         except CactusEdgeError as error:
-            if len(labels) == 1:
+            if len(boxes.firsts) == 1:
                 label = int(labels[0])
                 return [Sample(first, label, -1, "error", "none", message=str(error))]
         found: list[Sample] = []
-        for i in range(len(labels)):
-            one = slice(i, i + 1)
-            found += self.verdicts(
-                first + i, stored[one], lower[one], upper[one], labels[one], settings
-            )
+        for part in boxes.parts():
+            one = boxes.of(part)
+            found += self.verdicts(first + len(found), *one[:4], settings, one.owner)
         return found
 
-    def _check(
-        self, stored: Int64Array, lower: Int64Array, upper: Int64Array, labels: Int64Array
-    ) -> None:
+    def _check(self, boxes: Boxes) -> None:
+        stored, lower, upper, labels, owner, _ = boxes
         for array in (stored, lower, upper):
             check_input(self.graph, array)
         if not stored.shape == lower.shape == upper.shape or labels.shape != (len(stored),):
             raise DataError("samples, boxes and labels differ in number")
+        steps = np.diff(owner, prepend=-1)
+        whole = np.isin(steps, (0, 1)).all() and (steps[:1] == 1).all()
+        if owner.shape != labels.shape or not whole:
+            raise DataError("the boxes of a sample have to stand together, in its order")
         if not ((lower <= stored) & (stored <= upper)).all():
             raise DataError("a sample lies outside its box, or a box is empty")
         classes = self.graph.tensors[self.graph.logits].size
@@ -192,87 +221,95 @@ class Certifier:
                 f"labels {labels.min()}..{labels.max()}, the model has {classes} logits"
             )
 
-    def _verdicts(
-        self,
-        first: int,
-        stored: Int64Array,
-        lower: Int64Array,
-        upper: Int64Array,
-        labels: Int64Array,
-        settings: Settings | None,
-    ) -> list[Sample]:
-        count = len(labels)
-        classes = self.graph.tensors[self.graph.logits].size
-        gaps = np.stack([decision.gaps(self.graph, int(label), classes) for label in labels])
-        excluded = np.ones((len(self.groups), count, classes), bool)
-        plain = np.ones(count, bool)
-        witness: list[tuple[Bounds, ...]] = [()] * count
-        broken: dict[int, Counterexample] = {}
-        for number, (engine, group) in enumerate(zip(self._engines, self.groups, strict=True)):
-            low, high, by_bounds, by_margin = engine.prove(lower, upper, labels, gaps)
-            plain &= by_bounds
-            excluded[number] = by_margin
-            for i in range(count):
-                pair = Bounds(tuple(low[i].tolist()), tuple(high[i].tolist()))
-                witness[i] = (*witness[i], pair)
-            wrong = decision.surely_wrong(self.graph, engine.logits(stored), labels)
-            for i in np.flatnonzero(wrong).tolist():
-                broken.setdefault(i, (stored[i], "sample", group.names[0], group.model))
-        certified = excluded.all(axis=(0, 2))
-        boxes = stored, lower, upper, labels
-        decided: dict[int, tuple[str, tuple[Proof, ...]]] = {}
+    def _verdicts(self, first: int, boxes: Boxes, settings: Settings | None) -> list[Sample]:
+        work, plain, witness = self._bounded(boxes)
         if self.effort.method != "interval":
-            linear = replace(self.effort, method="linear")
-            self._decide(linear, excluded, certified, broken, boxes, decided)
+            self._decide(replace(self.effort, method="linear"), work)
         if settings is not None:
-            attack_open(self.groups, settings, certified, broken, boxes)
+            attack_open(self.groups, settings, work.closed, work.broken, boxes)
         if self.effort.method == "complete":
-            self._decide(self.effort, excluded, certified, broken, boxes, decided)
+            self._decide(self.effort, work)
+        stored, labels = boxes.stored[boxes.firsts], boxes.labels[boxes.firsts]
         predictions = self.predictions(stored)
-        return [
-            _sample(
-                (first + i, int(labels[i]), int(predictions[i])),
-                (bool(certified[i]), "interval" if plain[i] else "elided-margin"),
-                witness[i],
-                stored[i],
-                broken.get(i),
-                decided.get(i),
+        found: list[Sample] = []
+        for i, part in enumerate(boxes.parts()):
+            proofs = tuple(
+                p for box in range(part.start, part.stop) for p in work.proofs.get(box, ())
             )
-            for i in range(count)
-        ]
+            method = "interval" if plain[part].all() else "elided-margin"
+            found.append(
+                line_about(
+                    (first + i, int(labels[i]), int(predictions[i])),
+                    (bool(work.closed[part].all()), method_of(proofs) if proofs else method),
+                    witness[i],
+                    stored[i],
+                    work.broken.get(i),
+                    proofs,
+                )
+            )
+        return found
 
-    def _decide(
-        self,
-        effort: Effort,
-        excluded: BoolArray,
-        certified: BoolArray,
-        broken: dict[int, Counterexample],
-        boxes: tuple[Int64Array, Int64Array, Int64Array, Int64Array],
-        decided: dict[int, tuple[str, tuple[Proof, ...]]],
-    ) -> None:
-        """Treat the open samples one by one; updates ``certified``, ``broken``, ``decided``."""
-        _, lower, upper, labels = boxes
-        for i in np.flatnonzero(~certified).tolist():
-            if i in broken:
+    def _bounded(self, boxes: Boxes) -> tuple[_Work, BoolArray, list[tuple[Bounds, ...]]]:
+        """What bounds and margins say, which boxes bounds alone close, and bounds by sample."""
+        labels, firsts = boxes.labels, boxes.firsts
+        classes = self.graph.tensors[self.graph.logits].size
+        open_ = np.zeros((len(self.groups), len(labels), classes), bool)
+        plain = np.ones(len(labels), bool)
+        witness: list[tuple[Bounds, ...]] = [()] * len(firsts)
+        broken: dict[int, Counterexample] = {}
+        gaps_of = decision.gaps if self.top == 1 else partial(decision.gaps, top=self.top)
+        for number, (engine, group) in enumerate(zip(self._engines, self.groups, strict=True)):
+            gaps = np.zeros((len(labels), classes), np.int64)
+            for label in np.unique(labels).tolist():
+                gaps[labels == label] = gaps_of(group.graph, label, classes)
+            low, high, by_bounds, by_margin = engine.prove(*boxes[1:4], gaps)
+            plain &= (~by_bounds).sum(axis=1) < self.top
+            open_[number] = ~by_margin
+            for i, part in enumerate(boxes.parts()):
+                least, most = low[part].min(axis=0).tolist(), high[part].max(axis=0).tolist()
+                witness[i] = (*witness[i], Bounds(tuple(least), tuple(most)))
+            logits = engine.logits(boxes.stored[firsts])
+            wrong = decision.surely_wrong(group.graph, logits, labels[firsts], self.top)
+            for i in np.flatnonzero(wrong).tolist():
+                point = boxes.stored[firsts[i]]
+                broken.setdefault(i, (point, "sample", group.names[0], group.model))
+        closed = (open_.sum(axis=2) < self.top).all(axis=0)
+        return _Work(boxes, open_, closed, broken), plain, witness
+
+    def _decide(self, effort: Effort, work: _Work) -> None:
+        """Treat the open samples one by one, and of each one box after another."""
+        for i, part in enumerate(work.boxes.parts()):
+            if i in work.broken or work.closed[part].all():
                 continue
             until = time.monotonic() + effort.budget.seconds
-            proofs: list[Proof] = []
-            for number, (decider, group) in enumerate(
-                zip(self._deciders, self.groups, strict=True)
-            ):
-                rivals = np.flatnonzero(~excluded[number, i]).tolist()
-                box, label = (lower[i], upper[i]), int(labels[i])
-                found = decider.decide(number, box, label, rivals, effort, until)
-                proofs += found.proofs
-                if found.counterexample is not None:
-                    point = found.counterexample
-                    if _breaks(group, point, boxes, i):
-                        broken[i] = (point, "complete", group.names[0], group.model)
-                if not found.closed:
-                    break
+            for box in range(part.start, part.stop):
+                if not work.closed[box]:
+                    work.closed[box] = self._close(effort, work, box, box - part.start, until)
+                    if not work.closed[box]:
+                        break
+
+    def _close(self, effort: Effort, work: _Work, box: int, place: int, until: Seconds) -> bool:
+        """Close a box under every group; keeps its proofs, or a counterexample."""
+        boxes = work.boxes
+        proofs: list[Proof] = []
+        for number, (decider, group) in enumerate(zip(self._deciders, self.groups, strict=True)):
+            rivals = np.flatnonzero(work.open[number, box]).tolist()
+            if len(rivals) < self.top:
+                continue
+            ends, label = (boxes.lower[box], boxes.upper[box]), int(boxes.labels[box])
+            if self.top == 1:
+                found = decider.decide(number, ends, label, rivals, effort, until)
             else:
-                certified[i] = True
-                decided[i] = method_of(proofs), tuple(proofs)
+                found = several(decider, number, ends, label, rivals, self.top, effort, until)
+            proofs += [msgspec.structs.replace(proof, box=place) for proof in found.proofs]
+            point = found.counterexample
+            if point is not None and _breaks(group, point, boxes, box):
+                sample = int(boxes.owner[box])
+                work.broken[sample] = (point, "complete", group.names[0], group.model)
+            if not found.closed:
+                return False
+        work.proofs[box] = tuple(proofs)
+        return True
 
 
 def attack_open(
@@ -280,57 +317,54 @@ def attack_open(
     settings: Settings,
     closed: BoolArray,
     broken: dict[int, Counterexample],
-    box: tuple[Int64Array, Int64Array, Int64Array, Int64Array],
+    boxes: Boxes,
 ) -> None:
-    """Attack the samples that are neither ``closed`` nor ``broken``; add what is found.
+    """Attack the boxes that are not ``closed``, of samples not ``broken``; add what is found.
 
     A counterexample counts only when it lies in the box and the reference executor misclassifies
-    it. ``box`` is (stored, lower, upper, labels).
+    it. ``closed`` is bool [boxes]; ``broken`` has numbers of samples as keys.
     """
-    stored, lower, upper, labels = box
+    stored, lower, upper, labels, owner, top = boxes
     for group in groups:
-        rest = np.array([i for i in np.flatnonzero(~closed) if i not in broken], np.int64)
+        open_ = [box for box in np.flatnonzero(~closed) if owner[box] not in broken]
+        rest = np.array(open_, np.int64)
         if not rest.size:
             return
-        found = search(group.graph, stored[rest], lower[rest], upper[rest], labels[rest], settings)
-        for i, point in zip(rest.tolist(), found, strict=True):
-            if point is not None and _breaks(group, point, box, i):
-                broken[i] = (point, "attack", group.names[0], group.model)
+        rows = stored[rest], lower[rest], upper[rest], labels[rest]
+        if top == 1:
+            found = search(group.graph, *rows, settings)
+        else:
+            found = search_top(group.graph, *rows[1:], top, settings)
+        for box, point in zip(rest.tolist(), found, strict=True):
+            known = int(owner[box]) in broken
+            if point is not None and not known and _breaks(group, point, boxes, box):
+                broken[int(owner[box])] = (point, "attack", group.names[0], group.model)
 
 
-def _breaks(
-    group: Group,
-    point: Int64Array,
-    box: tuple[Int64Array, Int64Array, Int64Array, Int64Array],
-    i: int,
-) -> bool:
-    """Whether the reference executor misclassifies a point that lies in the box of sample i."""
-    _, lower, upper, labels = box
-    inside = bool(((lower[i] <= point) & (point <= upper[i])).all())
-    logits = execute(group.graph, point[None])
-    return inside and bool(decision.surely_wrong(group.graph, logits, labels[i : i + 1])[0])
+def _breaks(group: Group, point: Int64Array, boxes: Boxes, box: int) -> bool:
+    """Whether the reference executor misclassifies a point that lies in a box."""
+    inside = bool(((boxes.lower[box] <= point) & (point <= boxes.upper[box])).all())
+    logits, labels = execute(group.graph, point[None]), boxes.labels[box : box + 1]
+    return inside and bool(decision.surely_wrong(group.graph, logits, labels, boxes.top)[0])
 
 
 def attack_boxes(
-    groups: Sequence[Group],
-    first: int,
-    box: tuple[Int64Array, Int64Array, Int64Array, Int64Array],
-    settings: Settings,
+    groups: Sequence[Group], first: int, boxes: Boxes, settings: Settings
 ) -> list[Sample]:
-    """``refuted`` or ``unknown`` for each box (stored, lower, upper, labels)."""
-    stored, _, _, labels = box
+    """``refuted`` or ``unknown`` for each sample."""
+    firsts = boxes.firsts
+    stored, labels = boxes.stored[firsts], boxes.labels[firsts]
     broken: dict[int, Counterexample] = {}
     predictions = np.zeros(len(labels), np.int64)
     for group in reversed(groups):
         logits = Session(group.graph).run(stored).astype(np.int64)
         predictions = decision.predict(logits)
-        wrong = decision.surely_wrong(group.graph, logits, labels)
+        wrong = decision.surely_wrong(group.graph, logits, labels, boxes.top)
         for i in np.flatnonzero(wrong).tolist():
             broken[i] = (stored[i], "sample", group.names[0], group.model)
-    closed = np.zeros(len(labels), bool)
-    attack_open(groups, settings, closed, broken, box)
+    attack_open(groups, settings, np.zeros(len(boxes.labels), bool), broken, boxes)
     return [
-        _sample(
+        line_about(
             (first + i, int(labels[i]), int(predictions[i])),
             (False, "elided-margin"),
             (),
@@ -363,49 +397,19 @@ class _Engine:
     def prove(
         self, lower: Int64Array, upper: Int64Array, labels: Int64Array, gaps: Int64Array
     ) -> tuple[Int64Array, Int64Array, BoolArray, BoolArray]:
-        """Bounds of the logits, which samples they prove, and which rivals are excluded.
+        """Bounds of the logits, and the rivals that bounds exclude, and that bounds or margins do.
 
-        Bool [samples] for bounds alone, bool [samples, classes] for bounds or margins.
+        Int64 and bool [boxes, classes].
         """
         low, high, values = self.propagate(lower, upper)
         rows = np.arange(len(labels))
         plain = low[rows, labels][:, None] >= high + gaps
         plain[rows, labels] = True
         if self.layer is None:
-            return low, high, plain.all(axis=1), plain
+            return low, high, plain, plain
         hidden = self.twin.split(self.layer.source, values[self.layer.source])
         _, proved = margin.wins(self.layer, *hidden, labels, gaps)
-        return low, high, plain.all(axis=1), proved
-
-
-def _sample(
-    head: tuple[int, int, int],
-    proof: tuple[bool, str],
-    witness: tuple[Bounds, ...],
-    stored: Int64Array,
-    broken: Counterexample | None,
-    decided: tuple[str, tuple[Proof, ...]] | None = None,
-) -> Sample:
-    certified, method = proof
-    if certified and broken is not None:
-        raise AssertionError(f"sample {head[0]} is both certified and refuted: a defect")
-    if certified:
-        method, proofs = decided or (method, ())
-        return Sample(*head, "certified", method, witness, proofs=proofs)
-    if broken is not None:
-        point, method, profile, model = broken
-        moved = method != "sample"
-        difference = (point - stored).astype("<i2").tobytes().hex() if moved else ""
-        return Sample(
-            *head,
-            "refuted",
-            method,
-            witness,
-            counterexample=difference,
-            profile=profile,
-            model=model,
-        )
-    return Sample(*head, "unknown", method, witness)
+        return low, high, plain, proved
 
 
 def chunks(count: int, size: int = CHUNK) -> Iterator[slice]:

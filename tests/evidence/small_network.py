@@ -1,7 +1,8 @@
 """A fully connected network of 6-bit integers, 784-64-10, trained without any regard to robustness.
 
-Inputs, weights, activations and logits have 6 bits, as in the literature on verifying quantized
-networks by integer programs. It is built by hand, without a file: the integers are what matters.
+Weights, activations and logits have 6 bits, inputs are 8-bit pixels; networks of this size are what
+the literature verifies by integer programs. It is built by hand, without a file: the integers are
+what matters.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from cactus_edge import datasets
-from cactus_edge.graph import FullyConnected, Graph, Requantization, Tensor, Weights
+from cactus_edge.graph import FullyConnected, Graph, Quantization, Requantization, Tensor, Weights
 from cactus_edge.semantics import Rounding
 
 LEVELS = 63
@@ -18,16 +19,15 @@ _SHIFT = 24
 
 
 def pixels(images: np.ndarray) -> np.ndarray:
-    """Stored inputs, int64 [samples, 784]: 8-bit pixels as 6-bit integers."""
-    flat = images.reshape(len(images), -1).astype(np.int64)
-    return (flat * LEVELS + 127) // 255
+    """Stored inputs, int64 [samples, 784]."""
+    return images.reshape(len(images), -1).astype(np.int64) - 128
 
 
 def train(seed: int = 0) -> Graph:
     """Train in float, quantize to 6 bits; a resolved graph."""
     torch.manual_seed(seed)
     data = datasets.load("mnist", "train")
-    x = torch.tensor(pixels(data.images) / LEVELS, dtype=torch.float32)
+    x = torch.tensor((pixels(data.images) + 128) / 255, dtype=torch.float32)
     y = torch.tensor(np.array(data.labels))
     model = torch.nn.Sequential(torch.nn.Linear(784, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
     optimizer = torch.optim.Adam(model.parameters(), 1e-3, weight_decay=1e-5)
@@ -41,10 +41,15 @@ def train(seed: int = 0) -> Graph:
     with torch.no_grad():
         hidden = torch.relu(model[0](x[:5000]))
         outputs = model[2](hidden)
-    first = _layer("hidden", model[0], 0, 1, 1 / LEVELS, float(hidden.max()) / LEVELS, (0, LEVELS))
+    first = _layer("hidden", model[0], 0, 1, 1 / 255, float(hidden.max()) / LEVELS, (0, LEVELS))
     scale = float(hidden.max()) / LEVELS
     second = _layer("logits", model[2], 1, 2, scale, float(outputs.abs().max()) / 31, (-32, 31))
-    tensors = (Tensor("pixels", (1, 784)), Tensor("hidden", (1, 64)), Tensor("logits", (1, 10)))
+    pixel = Quantization.of(1 / 255, -128)
+    tensors = (
+        Tensor("pixels", (1, 784), quantization=pixel),
+        Tensor("hidden", (1, 64)),
+        Tensor("logits", (1, 10)),
+    )
     return Graph(tensors, (first, second), 0, 2)
 
 
