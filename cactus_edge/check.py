@@ -1,9 +1,10 @@
 """The independent checker: re-derives every line of a certificate from models and data alone.
 
-The trusted base is this file, ``check_head``, ``check_bounds``, ``check_margin`` and
-``check_linear`` with ``graph``, ``semantics`` and the tables they read; it shares no code with the
-certifier, the executors or the kernels, and uses no float and no compiled code. Its interval
-propagation differs from the certifier's on purpose: not a doubled network, but sums and radii.
+The trusted base is this file, ``check_head``, ``check_sample``, ``check_bounds``, ``check_margin``
+and ``check_linear`` with ``graph``, ``semantics``, ``inputs``, ``specification``, ``vnnlib`` and
+the tables they read; it shares no code with the certifier, the executors or the kernels, and uses
+no float and no compiled code. Its interval propagation differs from the certifier's on purpose: not
+a doubled network, but sums and radii.
 
 A certificate is read once, line by line; a part of its lines is a task that any process can do.
 """
@@ -11,28 +12,25 @@ A certificate is read once, line by line; a part of its lines is a task that any
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol, TypeVar
 
 import numpy as np
 
-from cactus_edge import certificate, check_head, check_margin, decision, inputs
-from cactus_edge.certificate import Head, Sample, head_of, line_of, sample_of
+from cactus_edge import check_head, check_sample
+from cactus_edge.certificate import Sample, head_of, line_of, sample_of
 from cactus_edge.certificate_stream import Reader
-from cactus_edge.check_bounds import Box, logits_box
-from cactus_edge.check_head import Group
 from cactus_edge.check_linear import LinearChecker
+from cactus_edge.check_sample import Context
 from cactus_edge.datasets import Dataset, Images
 from cactus_edge.errors import DataError
 from cactus_edge.flatbuffer import read_tflite
 from cactus_edge.graph import Int64Array
-from cactus_edge.proofs import Leaf, Proof
 
 _LINES = 250
 _BYTES = 1 << 22
 """A task is as many lines as this, or as few as hold this many bytes."""
-_SLOW = ("linear", "complete")
 _Task = TypeVar("_Task")
 _Answer = TypeVar("_Answer")
 
@@ -62,7 +60,10 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class Lines:
-    """Consecutive lines of a certificate, from sample ``first`` on, and the data they are about."""
+    """Consecutive lines of a certificate, from sample ``first`` on, and what they are about.
+
+    ``labels`` int64 [samples]; -1, with ``images`` of no matter, in a claim about ``query``.
+    """
 
     head: bytes
     models: tuple[bytes, ...]
@@ -70,13 +71,15 @@ class Lines:
     lines: tuple[bytes, ...]
     images: Images
     labels: Int64Array
+    query: bytes | None = None
 
 
 def check(
     claim: Reader,
     models: Sequence[bytes],
-    data: Dataset,
+    data: Dataset | None = None,
     *,
+    query: bytes | None = None,
     progress: Callable[[int, int], None] | None = None,
     most: int = 20,
     mapper: Mapper = map,
@@ -86,7 +89,8 @@ def check(
     Args:
         claim: the certificate, of which only the head was read.
         models: the bytes of the ``.tflite`` files, in the order of the claim.
-        data: the split that the certificate names.
+        data: the split that the certificate names, unless it is about a query.
+        query: the bytes of the VNN-LIB file that the certificate names, where it is about one.
         progress: called with (samples done, samples in all).
         most: stop after this many problems.
         mapper: does the work; see ``certify.parallel`` for one with several processes.
@@ -99,37 +103,46 @@ def check(
     names = [model.file for model in head.models]
     names += [f"model {number}" for number in range(len(names), len(models))]
     graphs = [read_tflite(model, name) for model, name in zip(models, names, strict=False)]
-    problems = list(check_head.problems(head, models, graphs, data))
+    problems = list(check_head.problems(head, models, graphs, data, query))
     if problems:
         return CheckResult(0, tuple(problems[:most]))
-    assert head.data is not None
+    if query is not None and head.query is not None:
+        total = len(check_head.cases(head, graphs[0], query))
+        labels = np.full(total, -1, np.int64)
+        whole = Lines(line_of(head), tuple(models), 0, (), np.zeros(total, np.uint8), labels, query)
+    else:
+        assert data is not None
+        assert head.data is not None
+        first, total = head.data.first, head.data.count
+        images, labels = data.images[first : first + total], data.labels[first : first + total]
+        whole = Lines(line_of(head), tuple(models), first, (), images, labels.astype(np.int64))
     done = 0
     try:
-        for answer in mapper(check_lines, _tasks(claim, tuple(models), data)):
+        for answer in mapper(check_lines, _tasks(claim, whole)):
             problems += answer[1]
             done += answer[0]
             if progress:
-                progress(min(done, head.data.count), head.data.count)
+                progress(min(done, total), total)
             if len(problems) >= most:
                 return CheckResult(done, tuple(problems[:most]))
     finally:
         _context.cache_clear()
-    if done != head.data.count:
-        problems.append(f"data: {done} samples, the head says {head.data.count}")
+    if done != total:
+        problems.append(f"data: {done} samples, the head says {total}")
     problems += claim.problems()
     return CheckResult(done, tuple(problems[:most]))
 
 
-def _tasks(claim: Reader, models: tuple[bytes, ...], data: Dataset) -> Iterator[Lines]:
-    assert claim.head.data is not None
-    head, first, count = line_of(claim.head), claim.head.data.first, claim.head.data.count
+def _tasks(claim: Reader, whole: Lines) -> Iterator[Lines]:
+    """The lines of a certificate in portions; ``whole`` has what all of them are about."""
     lines: list[bytes] = []
     size = done = 0
 
     def task() -> Lines:
-        part = slice(first + done, first + min(done + len(lines), count))
-        labels = data.labels[part].astype(np.int64)
-        return Lines(head, models, first + done, tuple(lines), data.images[part], labels)
+        part = slice(done, done + len(lines))
+        images, labels = whole.images[part], whole.labels[part]
+        first = whole.first + done
+        return replace(whole, first=first, lines=tuple(lines), images=images, labels=labels)
 
     for line in claim.lines():
         lines.append(line)
@@ -143,204 +156,29 @@ def _tasks(claim: Reader, models: tuple[bytes, ...], data: Dataset) -> Iterator[
 
 
 @lru_cache(maxsize=1)
-def _context(
-    head: bytes, models: tuple[bytes, ...]
-) -> tuple[Head, list[Group], list[LinearChecker]]:
+def _context(head: bytes, models: tuple[bytes, ...], query: bytes | None) -> Context:
     """What all tasks about one certificate share."""
     claim = head_of(head)
     graphs = [
         read_tflite(model, about.file) for model, about in zip(models, claim.models, strict=True)
     ]
     groups = check_head.groups(claim, graphs)
-    return claim, groups, [LinearChecker(group.graph) for group in groups]
+    cases = () if query is None else check_head.cases(claim, graphs[0], query)
+    return Context(claim, groups, [LinearChecker(group.graph) for group in groups], cases)
 
 
 def check_lines(task: Lines) -> tuple[int, list[str]]:
     """How many lines were treated, and what is wrong with them."""
-    head, groups, linear = _context(task.head, task.models)
+    context = _context(task.head, task.models, task.query)
     count = len(task.labels)
     if count < len(task.lines):
         extra = f"sample {task.first + count}: more samples than the head says"
         return len(task.lines), [extra]
-    graph = groups[0].graph
-    stored = inputs.stored(graph, task.images)
-    low, high = inputs.box(graph, task.images, check_head.perturbation(head.property))
-    points = [logits_box(group.graph, (stored, stored))[0][0] for group in groups]
-    bounds = [logits_box(group.graph, (low, high)) for group in groups]
-    problems: list[str] = []
+    samples: list[Sample] = []
     for i, line in enumerate(task.lines):
-        facts = _Facts(
-            head=head,
-            groups=groups,
-            linear=linear,
-            label=int(task.labels[i]),
-            stored=stored[i],
-            box=(low[i], high[i]),
-            points=[point[i] for point in points],
-            logits=[(own[0][i], own[1][i]) for own, _ in bounds],
-            hidden=[(own[0][i], own[1][i]) for _, own in bounds],
-        )
         try:
-            found = facts.problems(sample_of(line), task.first + i)
+            samples.append(sample_of(line))
         except DataError as error:
-            found = iter([str(error)])
-        problems += [f"sample {task.first + i}: {problem}" for problem in found]
-    return len(task.lines), problems
-
-
-@dataclass(frozen=True, eq=False)
-class _Facts:
-    """What was derived about one sample; an entry of a list for each group."""
-
-    head: Head
-    groups: list[Group]
-    linear: list[LinearChecker]
-    label: int
-    stored: Int64Array
-    box: Box
-    points: list[Int64Array]
-    logits: list[Box]
-    hidden: list[Box]
-
-    def problems(self, sample: Sample, index: int) -> Iterator[str]:
-        """What is wrong with a sample."""
-        classes = self.points[0].size
-        if (sample.index, sample.label) != (index, self.label):
-            yield "index or label differs from the data"
-            return
-        if not 0 <= self.label < classes:
-            yield f"label {self.label}, yet the model has {classes} logits"
-            return
-        if sample.method not in _methods(self.head, sample.verdict):
-            yield f"'{sample.verdict}' by method '{sample.method}', which is not among those used"
-        if sample.verdict == "error":
-            yield "'error', yet it can be treated; certify again"
-            return
-        yield from _stray(sample)
-        if sample.prediction != int(self.points[0].argmax()):
-            yield f"predicted {self.points[0].argmax()}, not {sample.prediction}"
-        expected = [(tuple(low.tolist()), tuple(high.tolist())) for low, high in self.logits]
-        if [(own.lower, own.upper) for own in sample.bounds] != expected:
-            yield "bounds of the logits differ"
-        if sample.verdict == "refuted":
-            problem = self._counterexample(sample)
-            yield from [problem] if problem else []
-            return
-        wrong = any(self._wrong(group, self.stored) for group in range(len(self.groups)))
-        if wrong and sample.verdict == "certified":
-            yield "'certified' cannot be re-derived: the sample itself is misclassified"
-            return
-        if wrong:
-            yield "'unknown', yet the sample itself is misclassified"
-            return
-        yield from self._proved(sample)
-
-    def _proved(self, sample: Sample) -> Iterator[str]:
-        """Whether each rival is excluded in each group, and by the method that is named."""
-        rivals = set(range(self.points[0].size)) - {self.label}
-        open_: set[tuple[int, int]] = set()
-        for number, group in enumerate(self.groups):
-            logits, hidden = self.logits[number], self.hidden[number]
-            found = check_margin.excluded(group.graph, logits, hidden, self.label)
-            open_ |= {(number, rival) for rival in rivals - set(found)}
-        if sample.verdict == "unknown":
-            if not open_:
-                yield "'unknown', yet it can be certified"
-            return
-        if sample.method not in _SLOW:
-            if open_:
-                yield "'certified' cannot be re-derived"
-            elif (sample.method == "interval") != self._plain():
-                yield f"certified, but not by method '{sample.method}'"
-            return
-        proofs = {(proof.group, proof.rival): proof for proof in sample.proofs}
-        if len(proofs) != len(sample.proofs) or not open_ or set(proofs) != open_:
-            yield (
-                "'certified' cannot be re-derived: the proofs are not about the "
-                f"{len(open_)} rivals that bounds and margins leave open"
-            )
-            return
-        if (sample.method == "linear") != all(_single(proof) for proof in sample.proofs):
-            yield f"certified, but not by method '{sample.method}'"
-        for (number, rival), proof in proofs.items():
-            problem = self.linear[number].excluded(self.box, self.label, rival, proof.nodes)
-            if problem:
-                yield (
-                    f"'certified' cannot be re-derived: rival {rival} in group {number}: {problem}"
-                )
-
-    def _plain(self) -> bool:
-        """Whether stored bounds alone suffice."""
-        for group, (low, high) in zip(self.groups, self.logits, strict=True):
-            gaps = decision.gaps(group.graph, self.label, low.size)
-            behind = low[self.label] >= high + gaps
-            behind[self.label] = True
-            if not behind.all():
-                return False
-        return True
-
-    def _wrong(self, group: int, point: Int64Array) -> bool:
-        graph = self.groups[group].graph
-        own = (
-            self.points[group]
-            if point is self.stored
-            else logits_box(graph, (point[None], point[None]))[0][0][0]
-        )
-        return bool(decision.surely_wrong(graph, own[None], np.array([self.label]))[0])
-
-    def _counterexample(self, sample: Sample) -> str:
-        """What is wrong with a refutation, or an empty string."""
-        try:
-            content = bytes.fromhex(sample.counterexample)
-            difference = np.frombuffer(content, "<i2").astype(np.int64)
-        except ValueError:
-            return "the counterexample is not hexadecimal int16"
-        if (sample.method == "sample") != (difference.size == 0):
-            return f"a counterexample of {difference.size} elements by method '{sample.method}'"
-        if difference.size not in (0, self.stored.size):
-            return f"the counterexample has {difference.size} elements, not {self.stored.size}"
-        point = self.stored
-        if difference.size:
-            point = self.stored + difference.reshape(self.stored.shape)
-        if not ((self.box[0] <= point) & (point <= self.box[1])).all():
-            return "the counterexample lies outside the perturbation set"
-        for number, group in enumerate(self.groups):
-            if group.model == sample.model and sample.profile in group.names:
-                wrong = self._wrong(number, point)
-                return "" if wrong else "the counterexample is classified as labelled"
-        return (
-            f"the counterexample's profile '{sample.profile}' of model {sample.model} is not among "
-            "those certified"
-        )
-
-
-def _methods(head: Head, verdict: str) -> list[str]:
-    """The methods that may have led to a verdict, given what the head says was tried."""
-    allowed = ["interval", "elided-margin", "sample", "none"]
-    if head.search.attack:
-        allowed.append("attack")
-    if head.method != "interval":
-        allowed.append("linear")
-    # The search behind linear bounds tries points too; one that breaks the claim is a refutation.
-    if head.method == "complete" or (head.method == "linear" and verdict == "refuted"):
-        allowed.append("complete")
-    return [method for method in certificate.METHODS[verdict] if method in allowed]
-
-
-def _stray(sample: Sample) -> Iterator[str]:
-    """Fields that do not belong to the verdict."""
-    refuted = sample.verdict == "refuted"
-    if not refuted and (sample.counterexample or sample.profile or sample.model):
-        yield f"a counterexample, yet the verdict is '{sample.verdict}'"
-    if sample.proofs and not (sample.verdict == "certified" and sample.method in _SLOW):
-        yield f"proofs, yet '{sample.verdict}' by '{sample.method}'"
-    if sample.message and sample.verdict != "unknown":
-        yield f"a message, yet the verdict is '{sample.verdict}'"
-    if sample.radius is not None:
-        yield "a radius, which is not what was claimed"
-
-
-def _single(proof: Proof) -> bool:
-    """Whether it is one linear bound, without cases."""
-    node = proof.nodes[0] if len(proof.nodes) == 1 else None
-    return isinstance(node, Leaf) and node.method != "points"
+            return len(task.lines), [f"sample {task.first + i}: {error}"]
+    found = check_sample.problems(context, task.first, samples, task.images, task.labels)
+    return len(task.lines), found

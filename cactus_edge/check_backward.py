@@ -143,7 +143,7 @@ class Backward:
         chosen, kinds = weights[free], steps.kinds[free]
         significand, shift = steps.factors[kinds].T
         half = np.int64(1) << (shift - 1)
-        unit = 1 << max(0, self.bits - 20)
+        unit = 1 << max(0, self.bits - 16)
         natural = (chosen * significand + half) >> shift
         priced = (codes * unit * significand + half) >> shift
         prices = np.where(steps.cut[free] != 0, priced, (natural * codes + 8192) >> 14)

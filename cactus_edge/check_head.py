@@ -10,15 +10,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from cactus_edge import certificate, decision, inputs, profiles, universal
+from cactus_edge import certificate, decision, inputs, profiles, universal, vnnlib
 from cactus_edge.certificate import Arithmetic, Head
 from cactus_edge.constraints import validate
 from cactus_edge.datasets import Dataset
-from cactus_edge.errors import UsageError
+from cactus_edge.errors import CactusEdgeError, UsageError
 from cactus_edge.graph import Graph
 from cactus_edge.inputs import Perturbation
+from cactus_edge.vnnlib import BoundCase
 
 _TOOL = re.compile(r"cactus-edge [0-9A-Za-z.+-]{1,40}")
 _ATTACK = re.compile(r"([a-z_]+ [0-9A-Za-z_.+-]+(, [a-z_]+ [0-9A-Za-z_.+-]+)*)?")
@@ -35,9 +36,16 @@ class Group:
 
 
 def problems(
-    head: Head, models: Sequence[bytes], graphs: Sequence[Graph], data: Dataset
+    head: Head,
+    models: Sequence[bytes],
+    graphs: Sequence[Graph],
+    data: Dataset | None,
+    query: bytes | None,
 ) -> Iterator[str]:
-    """What is wrong with the head; ``graphs`` are the models as read."""
+    """What is wrong with the head; ``graphs`` are the models as read.
+
+    ``data`` and ``query`` are what was given to check it against.
+    """
     if not len(head.models) == len(head.arithmetic) == len(models):
         yield (
             f"models: the certificate is about {len(head.models)}, with arithmetic of "
@@ -52,14 +60,15 @@ def problems(
             yield f"arithmetic{where}: {problem}"
         if head.input_map != inputs.input_map(graph).describe():
             yield f"input map: differs from the model's{where}"
-        rule = decision.describe(graph, max(head.property.top, 1))
+        is_query = head.property.kind == "vnnlib"  # which states its own rule
+        rule = "" if is_query else decision.describe(graph, max(head.property.top, 1))
         if head.property.decision != rule:
             yield f"decision rule: claimed '{head.property.decision}', the model's is '{rule}'"
     if len({_form(graph) for graph in graphs}) != 1:
         yield "models: inputs or logits differ in number"
     yield from _property(head, graphs[0])
     yield from _texts(head)
-    yield from _data(head, data)
+    yield from _query(head, query, graphs[0]) if head.query else _data(head, data)
 
 
 def _form(graph: Graph) -> tuple[tuple[int, ...], int]:
@@ -95,37 +104,56 @@ def _arithmetic(claim: Arithmetic, graph: Graph) -> Iterator[str]:
 
 
 def _property(head: Head, graph: Graph) -> Iterator[str]:
+    claim = head.property
+    if head.query is not None or claim.kind == "vnnlib":
+        if head.query is None or claim != certificate.Property("vnnlib"):
+            yield "property: of a query it is 'vnnlib' and nothing else, and only of a query"
+        return
+    classes = graph.tensors[graph.logits].size
+    if not 1 <= claim.top < max(classes, 2):
+        yield f"property: top {claim.top}, the model has {classes} logits"
     try:
-        perturbation(head.property)
-    except UsageError as error:
+        found = perturbation(claim)
+        if found.patch:
+            inputs.placements(graph, found.patch)
+    except CactusEdgeError as error:
         yield f"property: {error}"
         return
-    radii, size = head.property.radii, graph.tensors[graph.core_input].size
-    if radii and len(radii) != size:
-        yield f"property: {len(radii)} radii, the model's input has {size} elements"
+    size = graph.tensors[graph.core_input].size
+    if found.radii and len(found.radii) != size:
+        yield f"property: {len(found.radii)} radii, the model's input has {size} elements"
 
 
 def perturbation(claim: certificate.Property) -> Perturbation:
-    """The claimed perturbation set.
+    """The claimed perturbation set; for ``radius`` the largest that was searched.
 
     Raises:
-        UsageError: there is no such set, it is not written as it should be, or this checker does
-            not re-derive claims about it.
+        UsageError: there is no such set, or it is not written as it should be.
     """
-    if claim.kind not in ("epsilon", "levels") or claim.patch or claim.top != 1:
-        raise UsageError(
-            f"kind '{claim.kind}', patch {list(claim.patch)}, top {claim.top}: "
-            "not re-derived by this version"
-        )
+    if claim.kind == "vnnlib":
+        raise UsageError("the sets of a query are in its file")
+    kind = "levels" if claim.kind == "radius" else claim.kind
     if claim.radii:
-        found = Perturbation.each(claim.kind, claim.radii)
+        found = Perturbation.each(kind, claim.radii)
         stated = claim.radius == "" and claim.radii == tuple(str(radius) for radius in found.radii)
     else:
-        found = Perturbation(claim.kind, inputs.rational(claim.radius))
+        found = Perturbation(kind, inputs.rational(claim.radius))
         stated = claim.radius == str(found.radius)
     if not stated:
         raise UsageError("radii are written as lowest terms, either one or one for each element")
-    return found
+    if claim.kind == "radius" and (claim.radii or claim.patch):
+        raise UsageError("a radius of each sample is one number of levels for all elements")
+    return replace(found, patch=claim.patch)
+
+
+def cases(head: Head, graph: Graph, query: bytes) -> tuple[BoundCase, ...]:
+    """The boxes of a query, each with what must not happen in it.
+
+    Raises:
+        DataError: the query cannot be read, or does not fit the model.
+    """
+    assert head.query is not None
+    return vnnlib.bind(vnnlib.parse(query, "query"), graph, head.query.variables)
 
 
 def _texts(head: Head) -> Iterator[str]:
@@ -150,11 +178,11 @@ def _texts(head: Head) -> Iterator[str]:
         yield "how_to_check: not the text of this format"
 
 
-def _data(head: Head, data: Dataset) -> Iterator[str]:
-    if head.query is not None or head.data is None:
-        yield "data: claims about queries are not re-derived by this version"
-        return
+def _data(head: Head, data: Dataset | None) -> Iterator[str]:
     claim = head.data
+    if claim is None or data is None:
+        yield "data: the certificate names none" if claim is None else "data: none were given"
+        return
     if (claim.sha256, claim.split) != (data.sha256, data.split):
         yield f"data: the certificate is about {claim.name} {claim.split} of another hash"
     if claim.name != data.name:
@@ -162,6 +190,25 @@ def _data(head: Head, data: Dataset) -> Iterator[str]:
     end = claim.first + claim.count
     if not 0 <= claim.first < end <= len(data.labels):
         yield f"data: samples {claim.first}..{end - 1} are not in it"
+
+
+def _query(head: Head, query: bytes | None, graph: Graph) -> Iterator[str]:
+    assert head.query is not None
+    if head.data is not None:
+        yield "data: a claim about a query is about no samples"
+    if len(head.models) != 1:
+        yield "query: its real values are those of one model, so is the claim"
+    if query is None:
+        yield f"query: the certificate is about '{head.query.file}'; give that file"
+        return
+    sha256 = hashlib.sha256(query).hexdigest()
+    if head.query.sha256 != sha256:
+        yield f"query: the certificate is about sha256 {head.query.sha256}, the file has {sha256}"
+        return
+    try:
+        cases(head, graph, query)
+    except CactusEdgeError as error:
+        yield f"query: {error}"
 
 
 def groups(head: Head, graphs: Sequence[Graph]) -> list[Group]:

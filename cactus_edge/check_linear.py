@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cactus_edge import check_bounds, check_margin, decision
+from cactus_edge import check_bounds, check_margin, specification
 from cactus_edge.check_backward import Backward, Case, Refused, Steps
+from cactus_edge.check_backward import _small as small  # pyright: ignore[reportPrivateUsage]
 from cactus_edge.check_bounds import Box
 from cactus_edge.check_stairs import Staircase, accumulated, staircase
 from cactus_edge.graph import (
@@ -28,13 +29,18 @@ from cactus_edge.graph import (
     Operator,
 )
 from cactus_edge.proofs import Leaf, Split
+from cactus_edge.specification import Atom, Disjunct
 
 POINTS = 4096
 _LARGEST_TREE = 200_000
 _FAR = 1 << 50
+LARGEST_WEIGHT = 1 << 27
+"""Of an atom whose linear bound is computed in int64."""
 
 Cuts = dict[tuple[int, int], tuple[int, int]]
 """(tensor, element) -> least and greatest stored value in a case."""
+_Goal = tuple[Atom, tuple[int, int, int] | None]
+"""An atom to exclude; as (label, rival, gap) where it is done through the last layer."""
 
 
 @dataclass(eq=False)
@@ -53,14 +59,50 @@ class LinearChecker:
             rival: another one.
             nodes: the tree, in preorder.
         """
-        try:
-            used = 0
-            for leaf, cuts, count in self._leaves(nodes):
-                used = count
-                self._leaf(box, label, rival, leaf, cuts)
-        except Refused as error:
-            return str(error)
-        return "" if used == len(nodes) else f"{len(nodes) - used} nodes behind the tree's end"
+        rivals = specification.top(self.graph, label).unsafe
+        return self.never(box, rivals[rival - (rival > label)], nodes)
+
+    def never(self, box: Box, disjunct: Disjunct, nodes: Sequence[Split | Leaf]) -> str:
+        """What is wrong with a proof that a disjunct holds nowhere; empty if nothing.
+
+        The tree has to exclude one of the atoms, and the proof does not say which: each is tried,
+        through the last layer where it is about the lead of one logit over another, and then on the
+        stored logits.
+
+        Args:
+            box: stored integers, lower and upper ends, in the input's shape.
+            disjunct: a conjunction of atoms.
+            nodes: the tree, in preorder.
+        """
+        problems: list[str] = []
+        for atom in disjunct:
+            pair = atom.pair()
+            ways = [None] if pair is None or pair[2] < 0 else [pair, None]
+            for way in ways:
+                try:
+                    self._tree(box, disjunct, (atom, way), nodes)
+                    return ""
+                except Refused as error:
+                    problems.append(str(error))
+        return problems[0] if problems else "what has no atoms holds everywhere"
+
+    def _tree(
+        self, box: Box, disjunct: Disjunct, goal: _Goal, nodes: Sequence[Split | Leaf]
+    ) -> None:
+        used = 0
+        for leaf, cuts, count in self._leaves(nodes):
+            used = count
+            case = self.case(box, cuts)
+            if case is None:
+                continue
+            if leaf.method == "points":
+                self._points(case, disjunct)
+                continue
+            atom, pair = goal
+            if not (self._sum(case, atom, leaf) if pair is None else self._lead(case, pair, leaf)):
+                raise Refused(f"a leaf closed by '{leaf.method}' is not closed")
+        if used != len(nodes):
+            raise Refused(f"{len(nodes) - used} nodes behind the tree's end")
 
     def _leaves(self, nodes: Sequence[Split | Leaf]) -> Iterator[tuple[Leaf, Cuts, int]]:
         """Each leaf with the cuts on its path, and the number of nodes read so far."""
@@ -92,18 +134,28 @@ class LinearChecker:
             raise Refused(f"no element {node.element} of tensor {node.tensor} to split")
         return node.tensor
 
-    def _leaf(self, box: Box, label: int, rival: int, leaf: Leaf, cuts: Cuts) -> None:
-        case = self.case(box, cuts)
-        if case is None:
-            return
-        if leaf.method == "points":
-            self._points(case, label, rival)
-            return
+    def _sum(self, case: Case, atom: Atom, leaf: Leaf) -> bool:
+        """Whether a leaf shows ``sum(c q) < bound`` of an atom, on the stored logits ``q``."""
+        logits = self.graph.logits
+        if leaf.method == "bounds":
+            low, high = (end.reshape(-1).tolist() for end in case.values[logits])
+            return atom.most(low, high) < atom.bound
+        weights = np.zeros(self.graph.tensors[logits].size, np.int64)
+        for index, coefficient in atom.terms:
+            if abs(coefficient) >= LARGEST_WEIGHT:
+                raise Refused("an atom with coefficients that are too large")
+            weights[index] = -coefficient
+        value = LogitsBackward(self.graph, case, leaf).combined(weights)
+        total = sum(coefficient for _, coefficient in atom.terms)
+        return value > self.graph.tensors[logits].zero_point * total - atom.bound
+
+    def _lead(self, case: Case, pair: tuple[int, int, int], leaf: Leaf) -> bool:
+        """Whether a leaf shows ``q_label >= q_rival + gap``, through the last layer."""
+        label, rival, gap = pair
         graph = self.graph
         layer = check_bounds.last_layer(graph)
         if layer is None:
             raise Refused("the logits are no linear map of one tensor")
-        gap = int(decision.gaps(graph, label, graph.tensors[graph.logits].size)[rival])
         steps = case.steps[layer.output]
         bounds = [(int(steps.least[c]), int(steps.most[c])) for c in (label, rival)]
         own, other = check_margin.units(graph, layer, label, rival)
@@ -116,24 +168,19 @@ class LinearChecker:
             ends = [end.reshape(-1) - zero_point for end in case.values[layer.inputs[0]]]
             value = int(np.minimum(combined * ends[0], combined * ends[1]).sum())
             value += int((seed * layer.bias.astype(np.int64)).sum())
-            reached = False
-        else:
-            backward = Backward(self.graph, case, leaf)
-            value = backward.bound(layer, seed, int(np.abs(combined).max()))
-            reached = bool(steps.cut[rival])
+            return check_margin.proved(graph, layer, label, rival, gap, value, *bounds)
+        value = Backward(graph, case, leaf).bound(layer, seed, int(np.abs(combined).max()))
         if check_margin.proved(graph, layer, label, rival, gap, value, *bounds):
-            return
-        if reached:  # or the case is empty, because the rival does not reach its cut
-            seed = np.zeros(layer.channels, np.int64)
-            seed[rival] = -1
-            value = Backward(self.graph, case, leaf).bound(
-                layer, seed, int(np.abs(weights[rival]).max())
-            )
-            if value > -bounds[1][0]:
-                return
-        raise Refused(f"a leaf closed by '{leaf.method}' is not closed")
+            return True
+        if not steps.cut[rival]:
+            return False
+        # Or the case is empty, because the rival does not reach its cut.
+        seed = np.zeros(layer.channels, np.int64)
+        seed[rival] = -1
+        largest = int(np.abs(weights[rival]).max())
+        return Backward(graph, case, leaf).bound(layer, seed, largest) > -bounds[1][0]
 
-    def _points(self, case: Case, label: int, rival: int) -> None:
+    def _points(self, case: Case, disjunct: Disjunct) -> None:
         low, high = (end.reshape(-1) for end in case.values[self.graph.core_input])
         extents = [int(e) for e in (high - low + 1)]
         count = 1
@@ -149,9 +196,9 @@ class LinearChecker:
         shape = self.graph.tensors[self.graph.core_input].shape[1:]
         points = points.reshape(-1, *shape)
         logits = check_bounds.logits_box(self.graph, (points, points))[0][0]
-        gap = decision.gaps(self.graph, label, logits.shape[1])[rival]
-        if not (logits[:, label] >= logits[:, rival] + gap).all():
-            raise Refused("a point of a leaf breaks the claim")
+        for values in logits.tolist():
+            if all(atom.holds(values) for atom in disjunct):
+                raise Refused("a point of a leaf breaks the claim")
 
     # ------------------------------------------------------------------ forwards
     def case(self, box: Box, cuts: Cuts) -> Case | None:
@@ -222,6 +269,43 @@ class LinearChecker:
             above[above > stairs.reach] = _FAR
             self.tables[key] = above
         return self.tables[key]
+
+
+class LogitsBackward(Backward):
+    """A linear bound of a combination of stored logits."""
+
+    def combined(self, weights: Int64Array) -> int:
+        """A lower bound of ``weights`` times the logits less their zero point.
+
+        Args:
+            weights: int64 [classes], below ``LARGEST_WEIGHT`` in magnitude.
+        """
+        graph, entry = self.graph, self.graph.core_input
+        largest = int(np.abs(weights).max(initial=0))
+        shift = max(0, self.bits - max(largest, 1).bit_length())
+        shape = graph.tensors[graph.logits].shape[1:]
+        self.coefficients = {graph.logits: (weights << shift).reshape(shape)}
+        constant, start = 0, self.codes.size
+        for op in reversed(graph.core):
+            given = self.coefficients.pop(op.output, None)
+            if op.output in self.case.steps:
+                steps = self.case.steps[op.output]
+                end, start = start, start - int(((steps.low < steps.high) | (steps.cut != 0)).sum())
+                if start < 0:
+                    raise Refused(f"{self.codes.size} multipliers, fewer than are needed")
+                if given is None:
+                    given = np.zeros(graph.tensors[op.output].shape[1:], np.int64)
+                row = small(given).reshape(-1)
+                multipliers, offset = self._line(op, row, self.codes[start:end])
+                constant += offset + self._through(op, multipliers)
+            elif given is not None:
+                constant += self._moved(op, small(given))
+        if start:
+            raise Refused(f"{self.codes.size} multipliers, {start} more than are needed")
+        low, high = (end - graph.tensors[entry].zero_point for end in self.case.values[entry])
+        weights = small(self._into(entry))
+        constant += int(np.minimum(weights * low, weights * high).sum())
+        return -(-constant // (1 << shift))
 
 
 def _cut(tensor: int, low: Int64Array, high: Int64Array, cuts: Cuts) -> bool:

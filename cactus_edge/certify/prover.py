@@ -8,18 +8,18 @@ so that saturation and ties are seen; every other one on the stored logits.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from cactus_edge.certify.decide import Decider, Effort
+from cactus_edge.certify.decide import Decider, Decision, Effort, method_of
 from cactus_edge.certify.linear.goals import AtomGoal, Goal, pair_goal
 from cactus_edge.certify.linear.search import Budget, Seconds, Tree
 from cactus_edge.execute import execute
 from cactus_edge.graph import Graph, Int64Array
-from cactus_edge.proofs import Leaf, Split
-from cactus_edge.specification import Atom, Disjunct
+from cactus_edge.proofs import Leaf, Proof, Split
+from cactus_edge.specification import Atom, Disjunct, Specification
 
 _LARGEST_LEAD = 1 << 16
 _LARGEST_COEFFICIENT = 1 << 26
@@ -117,6 +117,48 @@ class Prover:
         if point is not None:
             point = point.reshape(shape) + zero_point
         return Attempt(outcome.nodes, point)
+
+
+def exclude_enough(
+    decider: Decider,
+    number: int,
+    box: tuple[Int64Array, Int64Array],
+    rule: Specification,
+    left: Sequence[int],
+    effort: Effort,
+    until: Seconds,
+) -> Decision:
+    """Exclude disjuncts until no more than ``rule.allowed`` are left, or meet a point that breaks it.
+
+    Args:
+        decider: of a resolved graph.
+        number: of its group, for the proofs, which name disjuncts by their index.
+        box: stored integers in the input's shape: lower and upper ends.
+        rule: what must not happen.
+        left: indices of the disjuncts that nothing has excluded yet.
+        effort: what may be done.
+        until: of ``time.monotonic``.
+
+    Raises:
+        MissingExtraError: the method is ``complete`` and its solver is not installed.
+    """
+    prover = Prover(decider)
+    proofs: list[Proof] = []
+    missing = len(left) - rule.allowed
+    for tried, index in enumerate(left):
+        if not 0 < missing <= len(left) - tried:
+            break
+        now = time.monotonic()
+        share = now + (until - now) / (len(left) - tried)  # float: a clock
+        found = prover.exclude(box, rule.unsafe[index], effort, share)
+        if found.nodes is not None:
+            proofs.append(Proof(number, index, found.nodes))
+            missing -= 1
+        elif found.point is not None:
+            logits = execute(decider.graph, found.point[None]).reshape(-1)
+            if rule.violated(logits.astype(np.int64)):
+                return Decision(tuple(proofs), False, "complete", found.point)
+    return Decision(tuple(proofs), missing <= 0, method_of(proofs))
 
 
 def _is_small(atom: Atom) -> bool:

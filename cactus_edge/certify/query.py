@@ -5,8 +5,11 @@ The cascade for a box and a ``Specification``, under each group of profiles:
 1. intervals: a disjunct is excluded when bounds of the logits leave no room for one of its atoms;
 2. elided margins: an atom about two logits is compared through the last layer (``margin``);
 3. every point, where the box holds at most ``POINTS``;
-4. ``prove``, where one is given, for the disjuncts that are left;
-5. a search for a counterexample, which counts only after the reference executor reproduced it.
+4. linear bounds (``prover``), or ``prove`` where one is given, for the disjuncts that are left;
+5. a search for a counterexample, which counts only after the reference executor reproduced it;
+6. case distinctions, within a budget.
+
+An ``Effort`` says how far it may go; without one, 4 is ``prove`` alone and 6 is left out.
 
 A property is certified on a box when enough disjuncts are excluded under every group, or when every
 point of it satisfies the property.
@@ -14,8 +17,10 @@ point of it satisfies the property.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import msgspec
@@ -23,14 +28,16 @@ import numpy as np
 
 from cactus_edge.certify import margin
 from cactus_edge.certify.attack import Settings
+from cactus_edge.certify.decide import Decider, Effort, method_of
 from cactus_edge.certify.engine import Coverage, Group, cover
+from cactus_edge.certify.prover import exclude_enough
 from cactus_edge.certify.query_search import Searcher
 from cactus_edge.certify.twin import twin
 from cactus_edge.decision import NEVER
 from cactus_edge.errors import DataError
 from cactus_edge.execute import check_input, execute
 from cactus_edge.graph import Graph, Int64Array
-from cactus_edge.proofs import Proof
+from cactus_edge.proofs import Leaf, Proof
 from cactus_edge.runtime import Session
 from cactus_edge.specification import Specification
 
@@ -50,10 +57,9 @@ Verdict = Literal["certified", "refuted", "unknown"]
 class Answer:
     """What is known about one box, or about many together.
 
-    ``method``: interval, elided-margin, linear (``prove``) or complete (every point) for
-    ``certified``; points or attack for ``refuted``; the strongest one tried for ``unknown``.
-    ``bounds`` are those of the logits, int64 [classes], for each group. ``proofs`` are those of
-    ``prove``. A ``counterexample`` is stored input [*input shape] in the box ``box``, which breaks
+    ``method``: interval, elided-margin, linear or complete for ``certified``; points, attack or
+    complete for ``refuted``; the strongest one tried for ``unknown``. ``bounds`` are those of the
+    logits, int64 [classes], for each group. ``proofs`` name disjuncts by their index. A ``counterexample`` is stored input [*input shape] in the box ``box``, which breaks
     the property under ``profile`` with these ``logits``.
     """
 
@@ -73,14 +79,25 @@ _STRENGTH = ("interval", "elided-margin", "linear", "complete")
 class Verifier:
     """Compiled once for a model; answers any number of queries."""
 
-    def __init__(self, graph: Graph, names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        names: Sequence[str] | None = None,
+        effort: Effort | None = None,
+    ) -> None:
         """Build the twin of each group of the named profiles (None: all that cover the model).
+
+        Args:
+            graph: the model.
+            names: rounding profiles.
+            effort: how far to go, see the module's docstring; the budget is for each box.
 
         Raises:
             InvalidGraphError: the model breaks a constraint under one of the profiles.
             UnsupportedModelError: the model has no twin.
         """
         self.graph = graph
+        self.effort = effort
         self.coverage: Coverage = cover(graph, names)
         self._engines = [_Engine(group) for group in self.coverage.groups]
 
@@ -117,7 +134,7 @@ class Verifier:
             for i in range(len(low[part])):
                 one = low[start + i], high[start + i]
                 case = _Case(self._engines, one, specification, [state[i] for state in states])
-                found.append(case.answer(settings, prove))
+                found.append(case.answer(settings, prove, self.effort))
         return found
 
     def decide(
@@ -146,21 +163,29 @@ class Verifier:
         Raises:
             DataError: as ``answer``; or there is no box at all.
         """
-        first, method, open_ = 0, "", None
+        found: list[Answer] = []
         for done, (lower, upper, specification) in enumerate(boxes):
-            answers = self.answer(lower, upper, specification, settings=settings, prove=prove)
-            for index, answer in enumerate(answers):
-                placed = _moved(answer, first + index)
-                if answer.verdict == "refuted":
-                    return placed
-                open_ = placed if open_ is None and answer.verdict == "unknown" else open_
-                method = max(method or answer.method, answer.method, key=_STRENGTH.index)
-            first += len(answers)
+            found += self.answer(lower, upper, specification, settings=settings, prove=prove)
+            if any(answer.verdict == "refuted" for answer in found):
+                break
             if progress:
                 progress(done + 1, max(total, done + 1))
-        if not first:
-            raise DataError("a query about no input at all")
-        return open_ or Answer("certified", method)
+        return joined(found)
+
+
+def joined(answers: Sequence[Answer]) -> Answer:
+    """What is known about many boxes together, see ``Verifier.decide``.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not answers:
+        raise DataError("a query about no input at all")
+    for verdict in ("refuted", "unknown"):
+        for box, answer in enumerate(answers):
+            if answer.verdict == verdict:
+                return _moved(answer, box)
+    return Answer("certified", max((a.method for a in answers), key=_STRENGTH.index))
 
 
 def _moved(answer: Answer, box: int) -> Answer:
@@ -198,14 +223,16 @@ class _Engine:
             self._twin.graph, tensors=list(dict.fromkeys([*wanted, self.graph.logits]))
         )
         self._plain = Session(group.graph)
-        self._searcher: Searcher | None = None
 
-    @property
+    @cached_property
     def searcher(self) -> Searcher:
         """Made when it is first needed."""
-        if self._searcher is None:
-            self._searcher = Searcher(self.graph)
-        return self._searcher
+        return Searcher(self.graph)
+
+    @cached_property
+    def decider(self) -> Decider:
+        """Made when it is first needed."""
+        return Decider(self.graph)
 
     def logits(self, points: Int64Array) -> Int64Array:
         """Int64 [points, classes]."""
@@ -283,28 +310,63 @@ class _Case:
         self.bounds = tuple(state.bounds for state in states)
         self.proofs: tuple[Proof, ...] = ()
 
-    def answer(self, settings: Settings | None, prove: Prove | None) -> Answer:
+    def answer(
+        self, settings: Settings | None, prove: Prove | None, effort: Effort | None
+    ) -> Answer:
         """The cascade of the module's docstring."""
         needed = self.specification.excluded_needed
         if all(len(state.by_bounds) >= needed for state in self.states):
             return Answer("certified", "interval", self.bounds)
         if all(len(state.by_margin) >= needed for state in self.states):
             return Answer("certified", "elided-margin", self.bounds)
-        # Python integers: the product of many extents leaves int64.
-        count = 1
-        for extent in (self.box[1] - self.box[0] + 1).reshape(-1).tolist():
-            count *= extent
-            if count > POINTS:
-                break
-        if count <= POINTS:
+        slow = effort is not None and effort.method != "interval"
+        if (slow or effort is None) and self._few():
             return self._enumerated()
         tried = "elided-margin"
         if prove is not None:
             tried = "linear"
             if self._proved(prove):
                 return Answer("certified", "linear", self.bounds, self.proofs)
-        broken = None if settings is None else self._searched(settings)
-        return broken or Answer("unknown", tried, self.bounds, self.proofs)
+        found = None
+        if effort is not None and slow:
+            tried = "linear"
+            found = self._decided(replace(effort, method="linear"))
+        if found is None and settings is not None:
+            found = self._searched(settings)
+        if found is None and effort is not None and effort.method == "complete":
+            tried = "complete"
+            found = self._decided(effort)
+        return found or Answer("unknown", tried, self.bounds, self.proofs)
+
+    def _few(self) -> bool:
+        """Whether every point can be run."""
+        # Python integers: the product of many extents leaves int64.
+        count = 1
+        for extent in (self.box[1] - self.box[0] + 1).reshape(-1).tolist():
+            count *= extent
+            if count > POINTS:
+                return False
+        return True
+
+    def _decided(self, effort: Effort) -> Answer | None:
+        """Linear bounds, or case distinctions, for what is open; None where it stays open."""
+        until = time.monotonic() + effort.budget.seconds
+        rule = self.specification
+        proofs: list[Proof] = []
+        for number, (engine, state) in enumerate(zip(self.engines, self.states, strict=True)):
+            left = self._left(state)
+            if len(left) <= rule.allowed:
+                continue
+            found = exclude_enough(engine.decider, number, self.box, rule, left, effort, until)
+            if found.counterexample is not None:
+                return self._refuted(engine, found.counterexample, "complete")
+            if not found.closed:
+                return None
+            proofs += found.proofs
+        return Answer("certified", method_of(proofs), self.bounds, tuple(proofs))
+
+    def _left(self, state: _State) -> list[int]:
+        return [i for i in range(len(self.specification.unsafe)) if i not in state.by_margin]
 
     def _enumerated(self) -> Answer:
         lower, upper = self.box
@@ -318,7 +380,13 @@ class _Case:
                     return self._refuted(engine, point, "points")
                 unsure |= not self.specification.satisfied(logits)
         # Behind SOFTMAX a point can be neither, see ``specification``.
-        return Answer("unknown" if unsure else "certified", "complete", self.bounds)
+        if unsure:
+            return Answer("unknown", "complete", self.bounds)
+        proofs: list[Proof] = []
+        if not self.specification.allowed:  # or no disjunct need be excluded by itself
+            for number, state in enumerate(self.states):
+                proofs += [Proof(number, i, (Leaf("points"),)) for i in self._left(state)]
+        return Answer("certified", "complete", self.bounds, tuple(proofs))
 
     def _proved(self, prove: Prove) -> bool:
         enough = True

@@ -85,8 +85,40 @@ def radii(
     return found
 
 
+def lines(
+    certifier: Certifier,
+    first: int,
+    stored: Int64Array,
+    labels: Int64Array,
+    largest: int,
+    settings: Settings | None,
+) -> list[Sample]:
+    """What a certificate says about samples and their radii.
+
+    ``certified``: at ``largest``; ``refuted``: a counterexample is that near. ``radius`` is the
+    largest one that was certified; bounds and proofs are those at that radius.
+
+    Args:
+        certifier: of the models.
+        first: index of the first sample.
+        stored: integers [samples, *input shape].
+        labels: int64 [samples].
+        largest: where to stop.
+        settings: strength of the attack; None for no attack.
+    """
+    search = _Bisection(certifier, first, stored, labels, largest)
+    search.certify()
+    if settings is not None:
+        search.refute(settings)
+    return search.lines()
+
+
 class _Bisection:
-    """``certified`` and ``refuted`` int64 [samples]; ``refuted`` is ``largest + 1`` for none."""
+    """``certified`` and ``refuted`` int64 [samples]; ``refuted`` is ``largest + 1`` for none.
+
+    ``best``, ``broken``, ``errors``: by sample, the verdict at the largest certified radius, that
+    of the nearest counterexample, and one that could not be had.
+    """
 
     def __init__(
         self,
@@ -100,27 +132,28 @@ class _Bisection:
         self.stored, self.labels = stored, labels
         self.certified = np.full(len(labels), -1, np.int64)
         self.refuted = np.full(len(labels), largest + 1, np.int64)
-        self.points: dict[int, tuple[Int64Array, str]] = {}
+        self.best: dict[int, Sample] = {}
+        self.broken: dict[int, Sample] = {}
+        self.errors: dict[int, Sample] = {}
         self.predictions = certifier.predictions(stored)
 
     def verdicts(
         self, chosen: Int64Array, levels: Int64Array, settings: Settings | None
     ) -> list[Sample]:
-        """Of the chosen samples, each within its own number of levels; keeps counterexamples."""
+        """Of the chosen samples, each within its own number of levels; keeps what it learns."""
         stored, labels = self.stored[chosen], self.labels[chosen]
         broadcast = levels.reshape(-1, *(1,) * (stored.ndim - 1))
         lower, upper = inputs.around(self.certifier.graph, stored, broadcast)
         samples = self.certifier.verdicts(0, stored, lower, upper, labels, settings)
-        for i, sample in zip(chosen.tolist(), samples, strict=True):
-            if sample.verdict != "refuted":
-                continue
-            difference = np.frombuffer(bytes.fromhex(sample.counterexample), "<i2")
-            distance = int(np.abs(difference.astype(np.int64)).max(initial=0))
-            if distance < self.refuted[i]:
-                point = self.stored[i].copy()
-                if difference.size:
-                    point += difference.astype(np.int64).reshape(point.shape)
-                self.refuted[i], self.points[i] = distance, (point, sample.profile)
+        for i, level, sample in zip(chosen.tolist(), levels.tolist(), samples, strict=True):
+            if sample.verdict == "error":
+                self.errors[i] = sample
+            if sample.verdict == "certified" and level > self.certified[i]:
+                self.certified[i], self.best[i] = level, sample
+            if sample.verdict == "refuted":
+                distance = int(np.abs(_difference(sample)).max(initial=0))
+                if distance < self.refuted[i]:
+                    self.refuted[i], self.broken[i] = distance, sample
         return samples
 
     def certify(self) -> None:
@@ -131,7 +164,6 @@ class _Bisection:
         while (chosen := np.flatnonzero(self.certified + 1 < failed)).size:
             samples = self.verdicts(chosen, levels[chosen], None)
             proved = np.array([sample.verdict == "certified" for sample in samples])
-            self.certified[chosen[proved]] = levels[chosen[proved]]
             failed[chosen[~proved]] = levels[chosen[~proved]]
             failed = np.minimum(failed, np.maximum(self.refuted, self.certified + 1))
             levels = (self.certified + failed) >> 1
@@ -145,37 +177,57 @@ class _Bisection:
         levels = np.full(len(self.labels), self.largest, np.int64)
         while (chosen := np.flatnonzero(survived + 1 < self.refuted)).size:
             before = self.refuted[chosen].copy()
-            samples = self.verdicts(chosen, levels[chosen], settings)
-            for i, sample in zip(chosen.tolist(), samples, strict=True):
-                if sample.verdict == "certified":
-                    self.certified[i] = max(self.certified[i], levels[i])
+            self.verdicts(chosen, levels[chosen], settings)
             failed = chosen[self.refuted[chosen] == before]
             survived[failed] = np.maximum(survived[failed], levels[failed])
             survived = np.maximum(survived, self.certified)
             levels = (survived + self.refuted) >> 1
 
     def result(self) -> list[Radius]:
-        """One for each sample.
-
-        Raises:
-            AssertionError: a counterexample inside what is certified, a defect.
-        """
+        """One for each sample."""
         found: list[Radius] = []
         for i, label in enumerate(self.labels.tolist()):
-            certified = int(self.certified[i])
-            point, profile = self.points.get(i, (None, ""))
-            refuted = None if point is None else int(self.refuted[i])
-            if refuted is not None and refuted <= certified:
-                raise AssertionError(f"sample {self.first + i} is certified and refuted: a defect")
-            found.append(
-                Radius(
-                    self.first + i,
-                    label,
-                    int(self.predictions[i]),
-                    certified,
-                    refuted,
-                    point,
-                    profile,
-                )
-            )
+            self._check(i)
+            refuted, point, profile = None, None, ""
+            if i in self.broken:
+                difference = _difference(self.broken[i])
+                refuted, profile = int(self.refuted[i]), self.broken[i].profile
+                point = self.stored[i].copy()
+                point += difference.reshape(point.shape) if difference.size else 0
+            head = self.first + i, label, int(self.predictions[i]), int(self.certified[i])
+            found.append(Radius(*head, refuted, point, profile))
         return found
+
+    def lines(self) -> list[Sample]:
+        """One for each sample, see the function of this name."""
+        return [self._line(i) for i in range(len(self.labels))]
+
+    def _line(self, i: int) -> Sample:
+        head = self.first + i, int(self.labels[i])
+        if i in self.errors:
+            return Sample(*head, -1, "error", "none", message=self.errors[i].message)
+        self._check(i)
+        best, broken = self.best.get(i), self.broken.get(i)
+        certified = int(self.certified[i])
+        whole = best is not None and certified == self.largest
+        return Sample(
+            *head,
+            int(self.predictions[i]),
+            "refuted" if broken else "certified" if whole else "unknown",
+            broken.method if broken else best.method if best and whole else "elided-margin",
+            best.bounds if best else (),
+            counterexample=broken.counterexample if broken else "",
+            profile=broken.profile if broken else "",
+            model=broken.model if broken else 0,
+            radius=certified if best else None,
+            proofs=best.proofs if best else (),
+        )
+
+    def _check(self, i: int) -> None:
+        """Raise AssertionError where a counterexample lies inside what is certified, a defect."""
+        if self.refuted[i] <= self.certified[i]:
+            raise AssertionError(f"sample {self.first + i} is certified and refuted: a defect")
+
+
+def _difference(sample: Sample) -> Int64Array:
+    return np.frombuffer(bytes.fromhex(sample.counterexample), "<i2").astype(np.int64)

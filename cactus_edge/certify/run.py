@@ -23,6 +23,7 @@ from cactus_edge.certify.engine import CHUNK, attack_boxes, chunks, cover
 from cactus_edge.certify.linear.search import Budget
 from cactus_edge.certify.parallel import pool
 from cactus_edge.certify.shards import shard
+from cactus_edge.certify.top import check_top
 from cactus_edge.datasets import Dataset, Images
 from cactus_edge.errors import DataError, UsageError
 from cactus_edge.flatbuffer import read_tflite
@@ -41,6 +42,9 @@ class Request:
     Attributes:
         data: the split; its samples ``first`` to ``first + count - 1`` (None: to the end).
         perturbation: the inputs around each sample.
+        top: the label has to be among that many largest logits.
+        each_radius: search the largest certified radius of each sample, in stored levels, up to
+            that of ``perturbation``; the budget is that of each radius that is tried.
         first: see ``data``.
         count: see ``data``.
         profiles: restricts the claim to some runtimes (None: all that cover the model); a claim
@@ -72,6 +76,8 @@ class Request:
     jobs: int | None = None
     dask: str | None = None
     chunk: int | None = None
+    top: int = 1
+    each_radius: bool = False
 
 
 class Result(NamedTuple):
@@ -113,12 +119,12 @@ def certify(
     images, labels = _selected(graphs[0], request)
     plan = _plan(request)
     head = _head(request, graphs, len(labels))
-    inputs.box(graphs[0], images[:1], request.perturbation)  # a shape that does not fit, said now
+    (placed,) = inputs.boxes(graphs[0], images[:1], request.perturbation)  # what does not fit, now
     if isinstance(output, Path):
         opened = partial.resumable(output, head, resume=resume, force=force)
     else:
         opened = nullcontext((Writer(output, head), output.flush))
-    size = request.chunk or _chunk_size(request, len(labels))
+    size = request.chunk or max(1, _chunk_size(request, len(labels)) // len(placed[0]))
     with opened as (writer, secure):
         try:
             _fill(writer, secure, request, (plan, images, labels, size), progress)
@@ -199,6 +205,9 @@ def _plan(request: Request) -> tasks.Plan:
         raise UsageError(f"budget {request.budget:g} s, memory {request.memory}: give more than 0")
     if request.chunk is not None and request.chunk < 1:
         raise UsageError(f"chunks of {request.chunk} samples; give at least 1")
+    plain = request.perturbation.kind == "levels" and not request.perturbation.radii
+    if request.each_radius and (not plain or request.perturbation.patch):
+        raise UsageError("a radius is searched in stored levels, the same for all elements")
     return tasks.Plan(
         models=request.models,
         profiles=request.profiles,
@@ -206,6 +215,8 @@ def _plan(request: Request) -> tasks.Plan:
         attack=request.attack,
         effort=Effort(request.method, Budget(seconds=request.budget, memory=request.memory)),
         threads=None if request.jobs is None and request.dask is None else 1,
+        top=request.top,
+        each_radius=request.each_radius,
     )
 
 
@@ -235,7 +246,7 @@ def _head(request: Request, graphs: tuple[Graph, ...], count: int) -> Head:
         models=tuple(models),
         arithmetic=tuple(arithmetic),
         input_map=inputs.input_map(graphs[0]).describe(),
-        property=_property(request.perturbation, graphs[0]),
+        property=_property(request, graphs[0]),
         data=certificate.Data(data.name, data.split, data.sha256, request.first, count),
         query=None,
         method=request.method,
@@ -250,15 +261,18 @@ def _head(request: Request, graphs: tuple[Graph, ...], count: int) -> Head:
     )
 
 
-def _property(perturbation: Perturbation, graph: Graph) -> certificate.Property:
+def _property(request: Request, graph: Graph) -> certificate.Property:
     """The perturbation set and the decision, as the certificate states them."""
+    perturbation = request.perturbation
     radii = tuple(str(radius) for radius in perturbation.radii)
+    kind = "epsilon" if perturbation.kind == "epsilon" else "levels"
     return certificate.Property(
-        kind="epsilon" if perturbation.kind == "epsilon" else "levels",
+        kind="radius" if request.each_radius else kind,
         radius="" if radii else str(perturbation.radius),
         radii=radii,
         patch=perturbation.patch,
-        decision=decision.describe(graph),
+        top=request.top,
+        decision=decision.describe(graph, request.top),
     )
 
 
@@ -284,6 +298,7 @@ def _selected(graph: Graph, request: Request) -> tuple[Images, Int64Array]:
         profiles.profile_of(name)
     count = len(request.data.labels) - request.first if request.count is None else request.count
     _check_range(request, count)
+    check_top(graph, request.top)
     part = slice(request.first, request.first + count)
     labels = request.data.labels[part].astype(np.int64)
     classes = graph.tensors[graph.logits].size
@@ -316,15 +331,14 @@ def attack(
     images, labels = _selected(graph, request)
     found = cover(graph, request.profiles).groups
     samples: list[Sample] = []
-    for part in chunks(len(labels)):
+    (placed,) = inputs.boxes(graph, images[:1], request.perturbation)
+    for part in chunks(len(labels), max(1, CHUNK // len(placed[0]))):
         stored = inputs.stored(graph, images[part])
-        lower, upper = inputs.box(graph, images[part], request.perturbation)
-        samples += attack_boxes(
-            found,
-            request.first + part.start,
-            (stored, lower, upper, labels[part]),
-            request.attack or Settings(),
+        boxes = tasks.placed(
+            graph, images[part], request.perturbation, stored, labels[part], request.top
         )
+        settings = request.attack or Settings()
+        samples += attack_boxes(found, request.first + part.start, boxes, settings)
         if progress:
             progress(part.stop, len(labels))
     return samples

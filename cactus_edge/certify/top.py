@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from dataclasses import replace
 
+import msgspec
 import numpy as np
 
-from cactus_edge import decision, specification
+from cactus_edge import specification
 from cactus_edge.certify.attack import Settings
-from cactus_edge.certify.decide import Decider, Decision, Effort, method_of
+from cactus_edge.certify.decide import Decider, Decision, Effort
 from cactus_edge.certify.linear.search import Seconds
-from cactus_edge.certify.prover import Prover
+from cactus_edge.certify.prover import exclude_enough
 from cactus_edge.certify.query_search import Searcher
 from cactus_edge.errors import UsageError
-from cactus_edge.execute import execute
 from cactus_edge.graph import Graph, Int64Array
-from cactus_edge.proofs import Proof
 
 
 def check_top(graph: Graph, top: int) -> None:
@@ -53,23 +52,14 @@ def several(
     Raises:
         MissingExtraError: the method is ``complete`` and its solver is not installed.
     """
-    graph, prover = decider.graph, Prover(decider)
-    rule = specification.top(graph, label, top)
-    proofs: list[Proof] = []
-    for tried, rival in enumerate(rivals):
-        missing = len(rivals) - top + 1 - len(proofs)
-        if not missing or missing > len(rivals) - tried:
-            break
-        now = time.monotonic()
-        share = now + (until - now) / (len(rivals) - tried)  # float: a clock
-        found = prover.exclude(box, rule.unsafe[rival - (rival > label)], effort, share)
-        if found.nodes is not None:
-            proofs.append(Proof(number, rival, found.nodes))
-        elif found.point is not None:
-            logits = execute(graph, found.point[None])
-            if decision.surely_wrong(graph, logits, np.array([label]), top)[0]:
-                return Decision(tuple(proofs), False, "complete", found.point)
-    return Decision(tuple(proofs), len(rivals) - len(proofs) < top, method_of(proofs))
+    rule = specification.top(decider.graph, label, top)
+    left = [rival - (rival > label) for rival in rivals]
+    found = exclude_enough(decider, number, box, rule, left, effort, until)
+    proofs = (
+        msgspec.structs.replace(proof, rival=proof.rival + (proof.rival >= label))
+        for proof in found.proofs
+    )
+    return replace(found, proofs=tuple(proofs))
 
 
 def search_top(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, partial
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -73,7 +73,7 @@ def steady(patch: Patch) -> None:
     A tree ends after so many cases, not seconds; multipliers come from ascent, not from a solver
     whose next version may find others; and boxes that could be run are divided instead.
     """
-    patch.setattr(runs, "Budget", partial(Budget, cases=150))
+    patch.setattr(runs, "Budget", partial(Budget, cases=30))
     patch.setattr(Decider, "relaxation", None)
     patch.setattr(tree, "POINTS", 1)
 
@@ -133,7 +133,7 @@ SCENES: dict[str, Callable[[], Scene]] = {
     # Every verdict and method, with trees that divide inputs and hidden values.
     "trees": lambda: labelled(
         random_graph(np.random.default_rng(17), shape=(1, 5), depth=3, channels=8, classes=4),
-        13,
+        16,
         4,
         method="complete",
         budget=1000,
@@ -142,7 +142,7 @@ SCENES: dict[str, Callable[[], Scene]] = {
         random_graph(np.random.default_rng(5), shape=(1, 4, 4, 2), depth=3, classes=4, bits=(8,)),
         20,
         3,
-        attack=Settings(steps=8),
+        attack=Settings(steps=8, restarts=0, hops=10),
     ),
     "saturation": lambda: constructed("saturation", "interval"),
     "tie": lambda: constructed("last_label", "interval"),
@@ -157,7 +157,7 @@ SCENES: dict[str, Callable[[], Scene]] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def scene(name: str) -> Scene:
     """A scene, made once."""
     return SCENES[name]()
@@ -208,8 +208,24 @@ def rounded(op: Linear, code: Rounding, instead: Rounding) -> Linear:
 def halves_up(graph: Graph) -> Graph:
     """Negative halves of the second rounding towards zero."""
     away, up = Rounding.DOUBLE_HALF_AWAY, Rounding.DOUBLE_HALF_UP
+    operators = (rounded(op, away, up) if isinstance(op, Linear) else op for op in graph.operators)
+    return replace(graph, operators=tuple(operators))
+
+
+def one_sign_lost(graph: Graph) -> Graph:
+    def change(op: Linear) -> Linear:
+        values = op.weights.values.copy()
+        values.flat[0] *= -1
+        return replace(op, weights=replace(op.weights, values=values))
+
+    return with_layer(graph, change)
+
+
+def float_as_double(graph: Graph) -> Graph:
+    """The runtime that rounds in float32 is taken for one that rounds twice."""
+    single, double = Rounding.FLOAT32, Rounding.DOUBLE_HALF_UP
     operators = (
-        rounded(op, away, up) if isinstance(op, Linear) else op for op in graph.operators
+        rounded(op, single, double) if isinstance(op, Linear) else op for op in graph.operators
     )
     return replace(graph, operators=tuple(operators))
 
@@ -258,13 +274,13 @@ def smaller_box(patch: Patch) -> None:
     patch.setattr(import_module("cactus_edge.certify.tasks"), "inputs", fake)
 
 
+def no_gaps(graph: Graph, label: int, classes: int, top: int = 1) -> np.ndarray:
+    return np.zeros(classes, np.int64)
+
+
 def ties_win(patch: Patch) -> None:
     """A tie counts as won, whichever index is lower."""
-    fake = SimpleNamespace(
-        **{**vars(decision), "gaps": lambda graph, label, classes: np.zeros(classes, np.int64)}
-    )
-    patch.setattr(engine, "decision", fake)
-    patch.setattr(decides, "decision", fake)
+    patch.setattr(engine, "decision", SimpleNamespace(**{**vars(decision), "gaps": no_gaps}))
 
 
 def unsaturated(patch: Patch) -> None:
@@ -277,6 +293,17 @@ def unsaturated(patch: Patch) -> None:
         return true(wide, lower, upper, labels, gaps)
 
     patch.setattr(engine, "margin", SimpleNamespace(**{**vars(margin), "wins": faulty}))
+
+
+def ties_win_later(patch: Patch) -> None:
+    """The same in linear bounds alone."""
+    patch.setattr(decides, "decision", SimpleNamespace(**{**vars(decision), "gaps": no_gaps}))
+
+
+def margin_one_short(patch: Patch) -> None:
+    """The margin that is needed, one too small."""
+    true = margin._needed
+    patch.setattr(margin, "_needed", lambda *given: true(*given) - 1)
 
 
 def proved_without(leave_out: Callable[[Any, Any], None]) -> Callable[[Patch], None]:
@@ -383,7 +410,8 @@ def float_luck(patch: Patch) -> None:
         self.best += 200.0
         return self.best
 
-    def faulty(self: Any, case: Any, state: Any, codes: Any) -> None:
+    def faulty(self: Any, case: Any, state: Any, found: Any) -> None:
+        codes = found(self.goal.aim(state, 26).target)
         case.leaf = Leaf("multipliers", tree.codec.pack(self.network, state, codes), 26)
 
     patch.setattr(tree.Ascent, "run", hopeful)
@@ -491,6 +519,7 @@ FAULTS: dict[str, Fault] = {
     "the box is a level too small": Fault(smaller_box, "last step", BOUNDS),
     # The decision.
     "a tie is a win": Fault(ties_win, "tie", NOT_DERIVED),
+    "a tie is a win in linear bounds": Fault(ties_win_later, "tie, linear", NOT_CLOSED),
     "a margin is enough, saturated or not": Fault(unsaturated, "saturation", NOT_DERIVED),
     "a rival is left out": Fault(proved_without(first_rival), "tie", NOT_DERIVED),
     "a group of profiles is left out": Fault(proved_without(other_group), "half", NOT_DERIVED),
@@ -498,8 +527,9 @@ FAULTS: dict[str, Fault] = {
     "steps begin an accumulator too late": Fault(thresholds_moved(1), "last step", NOT_CLOSED),
     "steps begin an accumulator too early": Fault(thresholds_moved(-1), "trees", NOT_CLOSED),
     "the zero point is off by one behind it": Fault(in_network(moved_zero), "trees", NOT_CLOSED),
-    "clamps are dropped before linear bounds": Fault(
-        in_network(no_clamp), "trees", "multipliers where"
+    "a weight's sign is lost behind it": Fault(in_network(one_sign_lost), "trees", NOT_CLOSED),
+    "a half is rounded as elsewhere behind it": Fault(
+        in_network(float_as_double), "trees", NOT_CLOSED
     ),
     "a case needs no more than a positive margin": Fault(needs_less, "tie, linear", NOT_CLOSED),
     # The search.

@@ -25,6 +25,7 @@ FloatArray = npt.NDArray[np.float64]
 UNIT = 1 << 14
 _LARGEST_CODE = 1 << 27
 _LARGEST_SLOPE = 128
+_MANY_STEPS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +111,6 @@ class Ascent:
             slopes = np.zeros(found.index.size) if given is None else given.astype(np.float64)
             limited = np.clip(slopes, 0, found.largest)
             self.slopes[index] = np.where(found.cut, slopes, limited)
-        self.unit = target.unit / target.scale
         self.best = -np.inf
         self.best_slopes = {index: s.copy() for index, s in self.slopes.items()}
         self._moments: dict[int, tuple[FloatArray, FloatArray]] = {}
@@ -144,20 +144,31 @@ class Ascent:
     def look(self, reached: dict[int, tuple[FloatArray, FloatArray]]) -> None:
         """Where a relaxation's solution (accumulators, stored values) leaves the staircases."""
         for index, (accumulator, stored) in reached.items():
-            found = self.corners[index]
-            self.reached[index] = _between(found, accumulator)
-            away = np.abs(self.reached[index] - stored) - 0.5  # rounding is no looseness
+            found, node = self.corners[index], self.network.nodes[index]
+            assert isinstance(node, Stairs)
+            steps = node.staircase
+            exact = np.empty(accumulator.size, np.int64)
+            rounded = np.rint(accumulator).astype(np.int64)
+            relax.levels(rounded, steps.kinds[found.index], steps.thresholds, exact)
+            value = exact + float(steps.lowest)
+            # A division between the two excludes the solution from both children.
+            self.reached[index] = np.where(stored >= value, value, value - 1)
+            # Over many steps the rounding of each is no looseness that a division would cure.
+            first, last = self.state.ranges[index][2:4, found.index]
+            tolerance = np.where(last - first > _MANY_STEPS, 0.5, 0.0)
+            away = np.abs(value - stored) - tolerance
             weights = self.weights.get(index, np.zeros(found.index.size))
             self.gaps[index] = np.abs(weights) * np.maximum(away, 0.0)
 
-    def codes(self) -> dict[int, Int64Array]:
-        """The best slopes as ``lower_bound`` takes them."""
+    def codes(self, target: Target) -> dict[int, Int64Array]:
+        """The best slopes as ``lower_bound`` takes them for a target of this scale."""
+        unit = target.unit / target.scale
         found: dict[int, Int64Array] = {}
         for index, part in self.corners.items():
             node = self.network.nodes[index]
             assert isinstance(node, Stairs)
             whole = np.zeros(node.bias.size, np.int64)
-            units = np.where(part.cut, self.best_slopes[index] / self.unit, 0.0)
+            units = np.where(part.cut, self.best_slopes[index] / unit, 0.0)
             units += np.where(part.cut, 0.0, self.best_slopes[index] * UNIT)
             rounded = np.clip(np.rint(units), -_LARGEST_CODE, _LARGEST_CODE)
             whole[part.index] = rounded.astype(np.int64)

@@ -22,7 +22,7 @@ from cactus_edge.certify.linear.network import Maximum, Move, Network, Stairs
 from cactus_edge.graph import Int64Array
 from cactus_edge.kernels import relax
 
-CUT_BITS = 20
+CUT_BITS = 16
 LARGEST_CODE = 1 << 27
 WIDE = 1 << 40
 """A restriction that restricts nothing."""

@@ -183,6 +183,7 @@ class Program:
         self._solver: Any = None
         self._basis: Any = None
         self._rows = len(self.row_lower)
+        self._hulls: dict[tuple[int, ...], list[tuple[FloatArray, float, float]]] = {}
 
     def _variables(self, low: Int64Array, high: Int64Array) -> Int64Array:
         first = len(self.lower)
@@ -347,9 +348,12 @@ class Program:
             for position in np.flatnonzero(changed).tolist():
                 pair = np.array([stored[position], accumulators[position]])
                 element = int(open_[position])
-                for row, low, high in _facets(
-                    node.staircase, element, state.ranges[index][:4, element]
-                ):
+                key = index, element, *state.ranges[index][:4, element].tolist()
+                if key not in self._hulls:
+                    self._hulls[key] = _facets(
+                        node.staircase, element, state.ranges[index][:4, element]
+                    )
+                for row, low, high in self._hulls[key]:
                     extra.append((pair, row, low, high))
         count = solver.getNumRow()
         if count > self._rows:

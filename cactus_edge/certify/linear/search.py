@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +26,7 @@ from cactus_edge.certify.linear.bounds import (
     Interval,
     Restrictions,
     State,
+    Target,
     codes_of,
     lower_bound,
     propagate,
@@ -43,6 +44,8 @@ _ROOT_STEPS = 40
 _STEPS = 12
 _RATE = 0.12  # float: steers the search
 _FEW_INPUTS = 12
+_CANDIDATES = 16
+_MANY_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class _Case:
     leaf: Leaf | None = None
     split: Split | None = None
     children: tuple[int, int] | None = None
+    value: int = 0
+    looseness: float = 0.0  # float: steers the search
 
 
 @dataclass(eq=False)
@@ -98,6 +103,11 @@ class Tree:
     heap: list[tuple[int, int]] = field(default_factory=list)
     counterexample: Int64Array | None = None
     hopeless: bool = False
+    wanted: int = 0
+    looseness: float = 0.0  # float: steers the search
+    gains: dict[tuple[int, int], tuple[list[float], list[float]]] = field(
+        default_factory=dict
+    )  # float: steers
     held: int = 0
 
     def run(self, budget: Budget, deadline: Seconds) -> Outcome:
@@ -144,11 +154,16 @@ class Tree:
 
     def _treat(self, index: int, steps: int) -> int:
         """Close a case or put it on the heap; its bound."""
+        value = self._bounded(index, steps)
+        self.cases[index].value = value
+        return value
+
+    def _bounded(self, index: int, steps: int) -> int:
         case = self.cases[index]
         state = propagate(self.network, self.box, self._restrictions(case))
         if state is None:
             case.leaf = Leaf("bounds")
-            return 0
+            return self.wanted
         plain = self.goal.interval(state)
         if self.goal.settled(state):
             case.leaf = Leaf("bounds")
@@ -156,6 +171,8 @@ class Tree:
         if self._few_points(state, case):
             return plain
         aim, value, ascent = self.goal.aim(state), plain, None
+        if aim is not None:
+            self.wanted = aim.needed if aim.kind == 0 else self.wanted
         if aim is not None and index == 0 and self._by_rule(case, state, aim):
             return aim.needed
         if aim is not None:
@@ -164,7 +181,7 @@ class Tree:
                 ascent.run(steps, _RATE, aim.needed + 1)
                 self._try_point(ascent.point)
                 if ascent.best > aim.needed - 1:
-                    self._close(case, state, ascent.codes())
+                    self._close(case, state, ascent.codes)
             if case.leaf is not None:
                 return aim.needed
             value = max(plain, int(ascent.best)) if aim.kind == 0 else plain
@@ -181,7 +198,7 @@ class Tree:
         except CoefficientOverflowError:
             return False
         if bound.value >= aim.needed:
-            self._close(case, state, codes_of(self.network, aim.target, bound))
+            self._close(case, state, lambda target: codes_of(self.network, target, bound))
         return case.leaf is not None
 
     def _by_program(self, case: _Case, state: State, ascent: Ascent, aim: Aim) -> bool:
@@ -198,31 +215,36 @@ class Tree:
         prices = solved.prices
         if np.isinf(solved.optimum):
             size = float(np.abs(ascent.seed).max()) + 1.0  # float: steers the search
-            for factor in (4.0, 64.0, 1024.0, 16384.0):  # float: steers the search
+            for factor in (64.0, 1024.0, 16384.0, 65536.0):  # float: steers the search
                 scaled = {index: part * (factor * size) for index, part in prices.items()}
                 if prices and ascent.adopt(scaled) > aim.needed - 1:
-                    self._close(case, state, ascent.codes())
+                    self._close(case, state, ascent.codes)
                 if case.leaf is not None:
                     return True
             return False
         ascent.adopt(prices)
+        ascent.best = min(ascent.best, solved.optimum)  # the corners that ascent leaves out count
         self._try_point(solved.point)
         if ascent.best > aim.needed - 1:
-            self._close(case, state, ascent.codes())
+            self._close(case, state, ascent.codes)
         ascent.look(solved.reached)
         return True
 
-    def _close(self, case: _Case, state: State, codes: Mapping[int, Int64Array]) -> None:
+    def _close(
+        self, case: _Case, state: State, found: Callable[[Target], dict[int, Int64Array]]
+    ) -> None:
+        """Close a case where the exact bound of the multipliers that were found suffices."""
         for bits in (26, 18, 10):
             aim = self.goal.aim(state, bits)
             assert aim is not None, "an ascent has an aim"
+            codes = found(aim.target)
             try:
                 bound = lower_bound(self.network, state, aim.target, codes)
             except CoefficientOverflowError:
                 continue
             if bound.value >= aim.needed:
                 case.leaf = Leaf("multipliers", codec.pack(self.network, state, codes), bits)
-            return
+                return
 
     def _few_points(self, state: State, case: _Case) -> bool:
         """Run every input of a small box; True when that decided the case."""
@@ -254,7 +276,7 @@ class Tree:
         case = self.cases[index]
         chosen = self.goal.divide(state)
         if chosen is None and ascent is not None:
-            chosen = _widest_gap(self.network, state, ascent)
+            chosen = self._promising(state, ascent)
         entry = self.network.graph.core_input
         low, high = state.values[entry]
         loose = np.flatnonzero(high > low)
@@ -266,6 +288,7 @@ class Tree:
         tensor, element, level = chosen
         zero_point = self.network.zero_points[tensor]
         case.split = Split(tensor, element, level + zero_point)
+        case.looseness = self.looseness
         if ascent is not None:
             case.slopes = {}
             for node, part in ascent.corners.items():
@@ -278,6 +301,49 @@ class Tree:
                 if stairs.output == tensor and not state.ranges[node][5, element]:
                     # In the children the element is cut: a price, no longer a slope.
                     whole[element] *= ascent.weight(node, element)
+
+    def _promising(self, state: State, ascent: Ascent) -> tuple[int, int, int] | None:
+        """(tensor, element, level) whose division should raise the bounds of both children most.
+
+        What earlier divisions of an element gained, relative to how loose it was, is remembered
+        (pseudo-costs, Benichou et al. 1971); an element without a past counts as the average.
+        """
+        best, found = 0.0, None  # float: steers the search
+        usual = [1.0, 1.0]  # float: steers the search
+        if self.gains:
+            totals = np.array(
+                [[sum(side) / len(side) for side in g] for g in self.gains.values()]
+            )  # float: steers
+            usual = totals.mean(axis=0).tolist()
+        for loose, node, index in _looseness(self.network, state, ascent):
+            for position in np.argsort(-loose, kind="stable")[:_CANDIDATES].tolist():
+                gap = float(loose[position])  # float: steers the search
+                element = int(ascent.corners[index].index[position])
+                known = self.gains.get((node.output, element))
+                gain = (
+                    [sum(side) / len(side) for side in known] if known else usual
+                )  # float: steers
+                score = gap * gap * gain[0] * gain[1]
+                if score <= best:
+                    continue
+                best = score
+                first, last = (int(state.ranges[index][row, element]) for row in (2, 3))
+                steps = node.staircase
+                reached = int(ascent.reached[index][position]) - steps.lowest
+                self.looseness = gap
+                found = node.output, element, _cut(first, last, reached, steps) + steps.lowest
+        return found
+
+    def _learn(self, index: int, before: int) -> None:
+        """Remember what the division of a case gained."""
+        case = self.cases[index]
+        if case.split is None or case.children is None or case.looseness <= 0:
+            return
+        key = case.split.tensor, case.split.element
+        sides = self.gains.setdefault(key, ([], []))
+        for side, child in zip(sides, case.children, strict=True):
+            gained = max(self.cases[child].value - before, 0) + 1
+            side.append(min(gained / case.looseness, 100.0))  # float: steers the search
 
     def _branch(self, index: int) -> None:
         case = self.cases[index]
@@ -293,6 +359,7 @@ class Tree:
         for child in case.children:
             if self.counterexample is None and not self.hopeless:
                 self._treat(child, _STEPS)
+        self._learn(index, case.value)
         case.slopes = {}
         for child in case.children:
             if self.cases[child].leaf is not None:
@@ -314,32 +381,27 @@ def every_point(low: Int64Array, high: Int64Array) -> list[Int64Array]:
     return points
 
 
-def _widest_gap(network: Network, state: State, ascent: Ascent) -> tuple[int, int, int] | None:
-    """(tensor, element, level) that divides the worst relaxation, None where none is loose."""
-    best, found = 0.0, None  # float: steers the search
+def _looseness(
+    network: Network, state: State, ascent: Ascent
+) -> list[tuple[FloatArray, Stairs, int]]:
+    """For each node: how much each of its open elements loosens the bound, and its index."""
+    found: list[tuple[FloatArray, Stairs, int]] = []
     for index, gaps in ascent.gaps.items():
-        ranges = state.ranges[index][:, ascent.corners[index].index]
-        width = np.abs(ascent.weights[index]) * (ranges[3] - ranges[2])
-        gaps = np.where(ranges[2] < ranges[3], gaps + 1e-3 * width, 0)  # float: steers the search
-        if not gaps.size or gaps.max() <= best:
-            continue
-        position = int(gaps.argmax())
-        best = float(gaps[position])  # float: steers the search
         node = network.nodes[index]
         assert isinstance(node, Stairs)
-        element = int(ascent.corners[index].index[position])
-        first, last = (int(state.ranges[index][row, element]) for row in (2, 3))
-        steps = node.staircase
-        reached = int(ascent.reached[index][position]) - steps.lowest
-        found = node.output, element, _cut(first, last, reached, steps) + steps.lowest
+        ranges = state.ranges[index][:, ascent.corners[index].index]
+        width = np.abs(ascent.weights[index]) * (ranges[3] - ranges[2])
+        loose = gaps + 1e-3 * width  # float: steers the search
+        found.append((np.where(ranges[2] < ranges[3], loose, 0), node, index))
     return found
 
 
 def _cut(first: int, last: int, reached: int, steps: Staircase) -> int:
     """The level at which a range of levels is divided: a clamp's bend, else where it is loose."""
-    if first == 0 and last > 1:
-        return first
-    if last == steps.thresholds.shape[1] and last - first > 1:
-        return last - 1
-    quarter = (last - first) >> 2
+    if last - first > _MANY_STEPS:
+        if first == 0:
+            return first
+        if last == steps.thresholds.shape[1]:
+            return last - 1
+    quarter = (last - first) >> 2 if last - first > _MANY_STEPS else 0
     return min(max(reached, first + quarter), last - 1 - quarter)
