@@ -36,6 +36,16 @@ class Effort:
     method: Method = "interval"
     budget: Budget = field(default_factory=Budget)
 
+    def __post_init__(self) -> None:
+        """Say at once what is missing.
+
+        Raises:
+            MissingExtraError: a solver that ``complete`` needs is not installed.
+        """
+        if self.method == "complete":
+            lp.highs()
+            finder.solver_module()
+
 
 @dataclass(frozen=True)
 class Decision:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cactus_edge import check, check_bounds, decision
+from cactus_edge import check_bounds, check_margin, decision
 from cactus_edge.certify import margin
 from cactus_edge.certify.engine import cover
 from cactus_edge.certify.twin import twin
@@ -96,7 +96,7 @@ def _margins(
         tally.proved_by_bounds += int((plain[0] & rivals).sum())
         tally.proved_by_margin += int((proved[0] & rivals).sum())
         tally.false_proofs += int((proved[0] & ~truth & rivals).sum())
-        whole = check._holds(
+        whole = check_margin.holds(
             graph, (bounds[0][0], bounds[1][0]), (source[0][0], source[1][0]), label
         )
         tally.checker_differences += int(whole != bool(proved[0][rivals].all()))

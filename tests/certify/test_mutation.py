@@ -315,7 +315,9 @@ def part(name: str, **changes: object) -> Callable[[Certificate], Certificate]:
     return forge
 
 
-def samples(change: Callable[[tuple[Sample, ...]], tuple[Sample, ...]]):  # noqa: ANN201
+def samples(
+    change: Callable[[tuple[Sample, ...]], tuple[Sample, ...]],
+) -> Callable[[Certificate], Certificate]:
     return lambda claim: replace(claim, samples=change(claim.samples))
 
 
@@ -350,7 +352,7 @@ FORGERIES: dict[str, Forgery] = {
     "a level changed": Forgery(nodes(moved_root), NOT_CLOSED),
     "a split on an element that is not there": Forgery(root(element=99), "no element 99"),
     "a split on a tensor that is not there": Forgery(root(tensor=99), "of tensor 99"),
-    "a split on the logits' other side": Forgery(root(element=-1), "no element -1"),
+    "a split on an element counted from the end": Forgery(root(element=-1), "no element -1"),
     "bounds that do not suffice": Forgery(leaves(method="bounds"), NOT_CLOSED),
     "bounds instead of a tree": Forgery(nodes(lambda _: (Leaf("bounds"),)), NOT_CLOSED),
     "points of a large box": Forgery(nodes(lambda _: (Leaf("points"),)), "more than 4096 points"),
@@ -427,7 +429,7 @@ def test_forgeries_are_rejected(honest: dict[str, Certificate], forgery: str) ->
 def test_a_weight_of_the_model_is_changed(honest: dict[str, Certificate]) -> None:
     made, claim = scene("trees"), honest["trees"]
 
-    def change(op):  # noqa: ANN001, ANN202
+    def change(op: Linear) -> Linear:
         values = op.weights.values.copy()
         values.flat[0] += 1 if values.flat[0] < 1 else -1
         return replace(op, weights=replace(op.weights, values=values))

@@ -322,7 +322,8 @@ class Ascent:
         line = step.stored + slope * away
         self.reached[index] = _between(found, accumulator[found.index])
         self.gaps[index] = step.coefficients * (self.reached[index] - line)
-        scale = np.maximum(np.abs(step.coefficients), np.abs(step.coefficients).mean())
+        sizes = np.abs(step.coefficients)
+        scale = np.maximum(sizes, sizes.sum() / max(sizes.size, 1))
         moved = self.slopes[index] + rate * change * np.where(found.cut, scale, 1.0)
         self.slopes[index] = np.where(found.cut, moved, np.clip(moved, 0, found.largest))
         return line

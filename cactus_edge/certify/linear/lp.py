@@ -8,6 +8,10 @@ the bound that is computed from the rounded duals in integers is the proof.
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -304,7 +308,8 @@ class Program:
         return Solution(optimum, prices, point, reached)
 
     def _start(self, module: Any) -> Any:
-        solver = module.Highs()
+        with _stdout_silenced():
+            solver = module.Highs()
         for option, value in (("output_flag", False), ("threads", 1), ("presolve", "off")):
             solver.setOptionValue(option, value)
         problem = module.HighsLp()
@@ -413,6 +418,21 @@ def _facets(
         (np.array([1.0, -slope]), *((-np.inf, offset) if upper else (offset, np.inf)))
         for slope, offset, upper in hull(left, right, first + staircase.lowest)
     ]
+
+
+@contextmanager
+def _stdout_silenced() -> Generator[None]:
+    """HiGHS announces itself on the process's stdout, where results are printed."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _slopes(network: Network, index: int) -> FloatArray:
