@@ -97,6 +97,28 @@ def test_complete_search_decides_every_pair() -> None:
     assert tally["broken"] > 4
 
 
+def tight_graph(seed: int) -> Graph:
+    """Fully connected, with wide boxes: many steps between the ends of every staircase."""
+    return random_graph(
+        np.random.default_rng(seed),
+        shape=(1, 2),
+        depth=2,
+        operators=("FULLY_CONNECTED",),
+        channels=8,
+        classes=4,
+    )
+
+
+def test_steps_between_the_ends_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a staircase taken for its chord, or a split that loses a case, proves what is false."""
+    monkeypatch.setattr("cactus_edge.certify.linear.search.POINTS", 1)
+    tally = dict.fromkeys(("pairs", "true", "proved", "broken"), 0)
+    for seed in (*range(12), 18, 45, 49):
+        decide_all(tight_graph(seed), seed, 12, COMPLETE, tally)
+    assert tally["proved"] > 20
+    assert tally["broken"] > 0
+
+
 def test_linear_bounds_prove_more_than_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     """With boxes too large to be run, in the eyes of the search."""
     monkeypatch.setattr("cactus_edge.certify.linear.search.POINTS", 1)
