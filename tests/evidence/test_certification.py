@@ -171,8 +171,8 @@ def test_methods_on_the_mnist_models(capsys: pytest.CaptureFixture[str], data_di
         "MNIST, epsilon 0.1, all 10,000 test images, deployed integers, universal over the "
         "rounding profiles. `seconds` is the whole command, attack included, the complete search "
         "with two processes and at most 20 s a sample. `attack %` is the accuracy that the attack "
-        "leaves: no verifier can certify more. The rate of linear bounds alone is measured with the bounds "
-        "of all nine rivals of every image, intervals notwithstanding, on one core.",
+        "leaves: no verifier can certify more. The rate of linear bounds alone is measured with "
+        "the bounds of all nine rivals of every image, intervals notwithstanding, on one core.",
         rows,
     )
 
