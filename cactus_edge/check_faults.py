@@ -21,7 +21,6 @@ from cactus_edge.check_flips import (
     Values,
     all_values,
     by_channel,
-    faulty_graph,
     flipped,
     holds,
     width,
@@ -225,8 +224,8 @@ def _samples(
             if sample.verdict != "refuted" or not wrong[i]:
                 problems.append(f"{where}: no findings, yet it is not misclassified by itself")
             continue
-        if len(sample.findings) != len(deciders) or wrong[i]:
-            problems.append(f"{where}: its findings do not fit the layers or the sample")
+        if wrong[i]:
+            problems.append(f"{where}: it has findings, yet it is misclassified by itself")
             continue
         if sample.verdict != fault_report.conjunction([f.verdict for f in sample.findings]):
             problems.append(f"{where}: the verdict does not follow from its findings")
@@ -258,6 +257,8 @@ def _finding(
         return "'certified', yet sites are not covered"
     if not decider.counted and (finding.safe or finding.critical):
         return "sites are counted, yet the report is not a counted one"
+    if finding.safe < 0 or finding.critical < 0:
+        return "a number of sites is negative"
     if finding.verdict != "certified" and not decider.counted:
         return ""
     complete, safe, critical = decider.counts(position, *values, sample.label)
@@ -295,7 +296,7 @@ def _fault(decider: _Decider, fault: Fault, stored: Int64Array, box: Box, label:
     if not ((box[0] <= point) & (point <= box[1])).all():
         return "the counterexample lies outside the box"
     element = "bias" if column < 0 else "weights", fault.index
-    graph = faulty_graph(layer.graph, layer.index, element, fault.flipped)
+    graph = layer.faulty_graph(channel, element, fault.flipped)
     try:
         validate(graph)
     except InvalidGraphError as error:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 
 import numpy as np
 
 from cactus_edge import decision, fault_report, inputs, profiles, semantics, universal
-from cactus_edge.check_flips import Box, flips, largest_input, width
+from cactus_edge.check_flips import Box, flips, largest_input, offset, width
 from cactus_edge.constraints import ACCUMULATOR_LIMIT, accumulator_bounds
 from cactus_edge.datasets import Dataset
 from cactus_edge.errors import UsageError
 from cactus_edge.fault_report import Report
-from cactus_edge.graph import Graph, Int64Array, Linear, Requantization
+from cactus_edge.graph import Graph, Int64Array, Linear, Pad, Requantization
 from cactus_edge.inputs import Perturbation
 from cactus_edge.semantics import Rounding
+
+_TOOL = re.compile(r"cactus-edge [0-9A-Za-z.+-]{1,40}")
 
 
 def perturbation(report: Report) -> Perturbation:
@@ -33,13 +36,17 @@ def perturbation(report: Report) -> Perturbation:
 
 def head(report: Report, model: bytes, graph: Graph, data: Dataset) -> Iterator[str]:
     """Everything but layers and samples."""
+    if (report.format, report.version) != (fault_report.FORMAT, fault_report.VERSION):
+        yield f"format: {report.format!r} version {report.version} is none that this tool reads"
+    if not _TOOL.fullmatch(report.tool):
+        yield "tool: no name and version of a tool"
     if report.digest != fault_report.digest(report):
         yield "digest: the report was changed after it was written"
     if (report.model.sha256, report.model.bytes) != (hashlib.sha256(model).hexdigest(), len(model)):
         yield "model: the report is about another file"
     if report.model.fingerprint != graph.fingerprint():
         yield "model: the fingerprint of the arithmetic differs"
-    if report.claim != fault_report.CLAIM:
+    if report.claim != fault_report.claim(report.faults):
         yield "claim: not the text of this format"
     if report.input_map != inputs.input_map(graph).describe():
         yield "input map: differs from the model's"
@@ -86,6 +93,10 @@ def layers(report: Report, graph: Graph) -> Iterator[str]:
     if [layer.operator for layer in report.layers] != indices:
         yield "layers: not those of the fault model"
         return
+    for sample in report.samples:
+        if len(sample.findings) not in (0, len(indices)):
+            yield f"sample {sample.index}: its findings do not fit the layers"
+            return
     resolved = {name: profiles.resolve(graph, name) for name in report.profiles}
     same_everywhere = universal.is_universal(graph)
     for position, layer in enumerate(report.layers):
@@ -97,7 +108,7 @@ def layers(report: Report, graph: Graph) -> Iterator[str]:
         sites = [flips(graph, op, faults, c) for c in range(op.channels)]
         uncovered = sum(int((~s.covered).sum()) for s in sites)
         total = sum(s.covered.size for s in sites)
-        if _equal_constants(graph, op, faults.bias_bits > 0):
+        if equal_constants(graph, op, bool(bits), faults.bias_bits > 0):
             uncovered = total
         if (layer.sites, layer.uncovered) != (total, uncovered):
             yield f"{where}: {total} sites, {uncovered} of them not covered; stated otherwise"
@@ -114,15 +125,30 @@ def layers(report: Report, graph: Graph) -> Iterator[str]:
                 yield f"{where}: profiles {list(group)} differ on a faulty layer"
 
 
-def _equal_constants(graph: Graph, op: Linear, with_bias: bool) -> bool:
-    """Whether another layer holds the same bytes, which a file may store once."""
+def equal_constants(graph: Graph, op: Linear, with_weights: bool, with_bias: bool) -> bool:
+    """Whether another constant has the same bytes as one that flips; a file may store it once."""
+    found: list[bytes] = []
+    for other in graph.core:
+        if isinstance(other, Pad):
+            pairs = [extent for pair in other.paddings for extent in pair]
+            found += [b"".join(n.to_bytes(size, "little") for n in pairs) for size in (4, 8)]
+        if isinstance(other, Linear):
+            found += [_stored_weights(other), _stored_bias(other)]
+    mine = [_stored_weights(op)] if with_weights else []
+    mine += [_stored_bias(op)] if with_bias else []
+    return any(found.count(constant) > 1 for constant in mine)
 
-    def constants(layer: Linear) -> set[tuple[int, bytes]]:
-        found = {(width(layer.weights), layer.weights.values.tobytes())}
-        return found | ({(32, layer.bias.tobytes())} if with_bias else set())
 
-    others = (o for o in graph.core if isinstance(o, Linear) and o is not op)
-    return any(constants(op) & constants(other) for other in others)
+def _stored_weights(op: Linear) -> bytes:
+    values = op.weights.values.reshape(-1).tolist()
+    if width(op.weights) == 8:
+        return bytes(v % 256 for v in values)
+    values += [0] * (len(values) % 2)
+    return bytes(a % 16 + 16 * (b % 16) for a, b in zip(values[::2], values[1::2], strict=True))
+
+
+def _stored_bias(op: Linear) -> bytes:
+    return b"".join(v.to_bytes(4, "little", signed=True) for v in op.bias.tolist())
 
 
 def _agree(
@@ -136,7 +162,7 @@ def _agree(
     op = graph.operators[index]
     assert isinstance(op, Linear)
     lower, upper = accumulator_bounds(graph, op)
-    largest = largest_input(graph, op)
+    largest = largest_input(graph, op) + abs(offset(graph, op, report.faults))
     for channel in range(op.channels):
         sites = flips(graph, op, report.faults, channel)
         change = (sites.after - sites.before)[sites.covered]

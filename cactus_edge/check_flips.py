@@ -3,7 +3,8 @@
 Shares nothing with the certifier: inputs are gathered through index maps, accumulators are sums and
 radii. With ``s = lower + upper`` and ``r = upper - lower`` of what a weight reads, flipping ``w``
 into ``v`` adds ``(v - w) s`` to the sum of an accumulator's bounds and ``(|v| - |w|) r`` to their
-difference. Every flip is enumerated, and so is every bit.
+difference; where the zero point ``z`` was folded already, also ``2 (v - w) z`` to the sum. Every
+flip is enumerated, and so is every bit.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ Values = dict[int, Box]
 class Flips:
     """The sites of one output channel: int64 [sites] each, ``column`` -1 for the bias.
 
-    ``before`` and ``after``: the stored integer; ``covered``: bool [sites].
+    ``before`` and ``after``: the stored integer. ``covered``: bool [sites], where no accumulator
+    can reach the limit of all graphs and no second weight of the channel becomes -128.
     """
 
     column: Int64Array
@@ -82,6 +84,11 @@ def largest_input(graph: Graph, op: Linear) -> int:
     return max(abs(end - zero_point) for end in stored_range(graph, op.inputs[0]))
 
 
+def offset(graph: Graph, op: Linear, faults: FaultModel) -> int:
+    """What a bias gains for each unit that a weight gains (see ``FaultModel.folded``)."""
+    return graph.tensors[op.inputs[0]].zero_point if faults.folded else 0
+
+
 def flips(graph: Graph, op: Linear, faults: FaultModel, channel: int) -> Flips:
     """The sites of a channel, covered or not."""
     size = width(op.weights)
@@ -91,9 +98,11 @@ def flips(graph: Graph, op: Linear, faults: FaultModel, channel: int) -> Flips:
     for bit in (b for b in faults.bits if b < size):
         table = {w: flipped(w, bit, size) for w in np.unique(weights).tolist()}
         after = np.array([table[w] for w in weights.tolist()], np.int64)
-        reach = (total - np.abs(weights) + np.abs(after)) * largest + abs(bias)
+        moved = bias + (after - weights) * offset(graph, op, faults)
+        reach = (total - np.abs(weights) + np.abs(after)) * largest + np.abs(moved)
         columns, bits = np.arange(weights.size), np.full(weights.size, bit)
-        parts.append((columns, weights, after, bits, reach < ACCUMULATOR_LIMIT))
+        second = (after == -128) & bool((weights == -128).sum())
+        parts.append((columns, weights, after, bits, (reach < ACCUMULATOR_LIMIT) & ~second))
     if faults.bias_bits:
         bits = np.arange(faults.bias_bits)
         after = np.array([flipped(bias, bit, 32) for bit in bits.tolist()], np.int64)
@@ -150,6 +159,7 @@ class FlippedLayer:
         self.source = None if last is None else last.inputs[0]
         self.is_last = last is op
         self.flips = [flips(graph, op, faults, c) for c in range(op.channels)]
+        self.offset = offset(graph, op, faults)
 
     def stored(self, accumulators: Int64Array, channel: int) -> Int64Array:
         """Stored integers of one channel."""
@@ -168,7 +178,8 @@ class FlippedLayer:
         chosen = np.flatnonzero(sites.covered)
         column, before, after = sites.column[chosen], sites.before[chosen], sites.after[chosen]
         weight = (column >= 0)[:, None]
-        step = (after - before)[:, None] * np.where(weight, total.T[column], 2)
+        read = np.where(weight, total.T[column] + 2 * self.offset, 2)
+        step = (after - before)[:, None] * read
         wider = (np.abs(after) - np.abs(before))[:, None] * np.where(weight, spread.T[column], 0)
         twice, radius = base_sum + step, base_spread + wider
         return (twice - radius) >> 1, (twice + radius) >> 1
@@ -272,9 +283,7 @@ class FlippedLayer:
         if not self.is_last or self.source is None:
             return False
         sites = self.flips[channel]
-        graph = faulty_graph(
-            self.graph, self.index, self.element(channel, site), int(sites.after[site])
-        )
+        graph = self.faulty_graph(channel, self.element(channel, site), int(sites.after[site]))
         low, high = (end[sample].reshape(-1).copy() for end in values[self.graph.logits])
         low[channel], high[channel] = int(row[0][0]), int(row[1][0])
         hidden = tuple(end[sample].reshape(-1) for end in values[self.source])
@@ -289,22 +298,20 @@ class FlippedLayer:
             return "weights", column * self.op.channels + channel
         return "weights", channel * self.weights.shape[1] + column
 
-
-def faulty_graph(graph: Graph, index: int, element: tuple[str, int], value: int) -> Graph:
-    """The graph with one stored element of an operator replaced."""
-    op = graph.operators[index]
-    assert isinstance(op, Linear)
-    tensor, place = element
-    if tensor == "bias":
-        bias = op.bias.astype(np.int64)
-        bias[place] = value
-        changed = replace(op, bias=bias)
-    else:
+    def faulty_graph(self, channel: int, element: tuple[str, int], value: int) -> Graph:
+        """The graph with one stored element, which belongs to ``channel``, replaced."""
+        op, graph, index = self.op, self.graph, self.index
+        (tensor, place), bias = element, op.bias.astype(np.int64)
         values = op.weights.values.copy()
-        values.reshape(-1)[place] = value
-        changed = replace(op, weights=Weights(values, width(op.weights), op.weights.scale_bits))
-    operators = (*graph.operators[:index], changed, *graph.operators[index + 1 :])
-    return replace(graph, operators=operators)
+        if tensor == "bias":
+            bias[place] = value
+        else:
+            bias[channel] += (value - int(values.reshape(-1)[place])) * self.offset
+            values.reshape(-1)[place] = value
+        weights = Weights(values, width(op.weights), op.weights.scale_bits)
+        changed = replace(op, weights=weights, bias=bias)
+        operators = (*graph.operators[:index], changed, *graph.operators[index + 1 :])
+        return replace(graph, operators=operators)
 
 
 def _depends(inputs: tuple[int, ...], output: int, affected: set[int]) -> bool:

@@ -19,11 +19,15 @@ from cactus_edge.errors import DataError
 
 FORMAT = "cactus_edge faults"
 VERSION = 1
-CLAIM = (
+_CLAIM = (
     "for every input of the box and at most one flipped bit of a layer's stored tensors the "
     "decision is the label; weights of up to 4 bits are stored as 4-bit two's complement, others "
-    "as 8-bit, biases as 32-bit; the flip happens before the model is loaded"
+    "as 8-bit, biases as 32-bit; "
 )
+_MOMENT = {
+    False: "the flip happens before the model is loaded",
+    True: "the flip happens after zero points of inputs were folded into the biases",
+}
 Verdict = Literal["certified", "refuted", "unknown"]
 VERDICTS: tuple[Verdict, ...] = ("certified", "refuted", "unknown")
 
@@ -54,12 +58,17 @@ class FaultModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     positions that a weight does not have are ignored. ``bias_bits``: how many of the lowest bits of
     each bias may flip as well. ``counted``: whether every site was decided for every sample, so
     that layers state how many sites are safe and critical.
+
+    ``folded``: what a flip does. Without it, everything that a runtime derives from weights is
+    derived from the flipped ones: ``w (x - z)`` becomes ``v (x - z)`` for an input ``x`` of zero
+    point ``z``. With it, ``- w z`` is part of the bias already, and ``v x - w z`` is computed.
     """
 
     layers: tuple[int, ...]
     bits: tuple[int, ...] = tuple(range(8))
     bias_bits: int = 0
     counted: bool = False
+    folded: bool = False
 
 
 class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,8 +108,8 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One sample and one layer; ``safe`` and ``critical`` count sites in a counted report.
 
-    ``safe`` sites were proved for the whole box, ``critical`` ones change the decision on the
-    sample itself.
+    At least ``safe`` sites were proved for the whole box, and at least ``critical`` ones change the
+    decision on the sample itself.
     """
 
     verdict: Verdict
@@ -142,6 +151,11 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     verdicts: dict[str, int]
     samples: tuple[Sample, ...]
     digest: str = ""
+
+
+def claim(faults: FaultModel) -> str:
+    """What ``certified`` says under a fault model, in words."""
+    return _CLAIM + _MOMENT[faults.folded]
 
 
 def conjunction(findings: Sequence[Verdict]) -> Verdict:

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "cactus_edge"
 MAX_LINES = 450
 
 # What only steers a search: floats are its trade, and nothing it says is believed.
-STEERING = {"attack.py", "ascent.py", "finder.py", "lp.py"}
+STEERING = {"ascent.py", "branching.py", "finder.py", "lp.py"}
 CERTIFIED = sorted(
     path
     for pattern in ("semantics.py", "profiles.py", "check*.py", "certify/**/*.py")
@@ -45,6 +45,7 @@ CHECKER_MODULES = {
     "check_head",
     "check_linear",
     "check_margin",
+    "check_sample",
     "check_stairs",
     "constraints",
     "datasets",
@@ -58,7 +59,9 @@ CHECKER_MODULES = {
     "proofs",
     "scales",
     "semantics",
+    "specification",
     "universal",
+    "vnnlib",
 }
 CHECKER_FORBIDDEN_LIBRARIES = {"llvmlite", "numba", "torch"}
 

@@ -7,13 +7,11 @@ the caller verifies it with the reference executor. See ``attack_network`` for t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
 from cactus_edge.certify.attack_moves import (
     NOT_FOUND,
@@ -29,25 +27,7 @@ from cactus_edge.certify.attack_moves import (
 from cactus_edge.certify.attack_network import Network
 from cactus_edge.certify.attack_routes import Routes, routes
 from cactus_edge.errors import UsageError
-from cactus_edge.execute import windows
-from cactus_edge.graph import (
-    Add,
-    AveragePool2D,
-    Conv2D,
-    DepthwiseConv2D,
-    FullyConnected,
-    Graph,
-    Int64Array,
-    Linear,
-    MaxPool2D,
-    Operator,
-    Pad,
-    Pool2D,
-    Stored,
-)
-from cactus_edge.semantics import AddRounding, Rounding
-
-FloatArray = npt.NDArray[np.float32]
+from cactus_edge.graph import Graph, Int64Array
 
 _BLOCK = 64
 """Samples that are attacked together; it bounds memory and changes nothing else."""
@@ -114,21 +94,28 @@ def search(
         upper: see ``lower``.
         labels: int64 [samples].
         settings: strength of the search.
-        threads: as many as the process may use if None.
+        threads: among which the samples are divided; as many as the process may use if None.
+
+    Raises:
+        UsageError: less than one thread.
     """
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads; give at least 1")
+    if graph.tensors[graph.logits].size < 2:
+        return [None] * len(labels)  # without a rival nothing is wrong
     network, ways = _attacker(graph)
-    found: dict[int, Points] = {}
     workers = max(1, min(threads or network.threads, len(labels)))
     size = max(1, min(_BLOCK, -(-len(labels) // workers)))
 
-    def attack(start: int) -> None:
+    def attack(start: int) -> dict[int, Points]:
         owners = np.arange(start, min(start + size, len(labels)))
-        boxes = (array[owners].reshape(owners.size, -1) for array in (stored, lower, upper))
-        _attack(Search(network, ways, found), owners, tuple(boxes), labels[owners], settings)
+        boxes = tuple(array[owners].reshape(owners.size, -1) for array in (stored, lower, upper))
+        return _attack(Search(network, ways), owners, boxes, labels[owners], settings)
 
+    found: dict[int, Points] = {}
     with ThreadPoolExecutor(workers) as executor:
-        for _ in executor.map(attack, range(0, len(labels), size)):
-            pass
+        for part in executor.map(attack, range(0, len(labels), size)):
+            found |= part
     shape = stored.shape[1:]
     return [
         found[i].astype(np.int64).reshape(shape) if i in found else None for i in range(len(labels))
@@ -148,7 +135,8 @@ def _attack(
     boxes: tuple[Int64Array, ...],
     labels: Int64Array,
     settings: Settings,
-) -> None:
+) -> dict[int, Points]:
+    """What is found for a block of samples, by the sample's number."""
     point, lower, upper = (np.ascontiguousarray(array, np.int16) for array in boxes)
     contents = [
         b"".join(array[i].astype("<i8").tobytes() for array in (*boxes, labels[:, None]))
@@ -167,16 +155,16 @@ def _attack(
     rows = corners(attack, _enumerated(attack, rows, settings.points), settings.routes)
     rows = descend(attack, rows, rows.point.copy(), _FIRST_STEPS)
     for chain in range(settings.restarts + 1):
-        turn = chain * settings.hops
         current = rows = attack.alive(rows)
         if chain:
             current = rows.take(np.arange(rows.owner.size))
             current.deficit[:] = NOT_FOUND
             current = descend(attack, current, anywhere(current, _RESTART + chain), settings.steps)
-        for hops in range(settings.hops):
+        for step in range(settings.hops):
             if not current.owner.size:
                 break
-            current = hop(attack, current, turn + hops)
+            current = hop(attack, current, chain * settings.hops + step)
+    return attack.found
 
 
 def _enumerated(attack: Search, rows: Rows, limit: int) -> Rows:
@@ -191,85 +179,3 @@ def _enumerated(attack: Search, rows: Rows, limit: int) -> Rows:
         points = (rows.lower[row] + offsets).astype(np.int16)
         attack.look(rows.take(np.full(count, row)), points)
     return rows.take(~np.isin(np.arange(len(extents)), small))
-
-
-def backward(
-    graph: Graph, op: Operator, values: Mapping[int, Stored], outgoing: FloatArray
-) -> list[FloatArray]:
-    """Gradients with respect to the operator's inputs, one for each."""
-    shape = (len(outgoing), *graph.tensors[op.inputs[0]].shape[1:])
-    match op:
-        case FullyConnected():
-            scaled = outgoing * _factors(op)
-            return [(scaled @ op.weights.values.astype(np.float32)).reshape(shape)]
-        case Conv2D():
-            return [_convolution(op, outgoing * _factors(op), shape)]
-        case Add():
-            assert op.requantization is not None
-            m_a, s_a, m_b, s_b, m_o, s_o = op.requantization.integers
-            if op.requantization.rounding is AddRounding.FIXED_POINT:
-                return [outgoing * (m / 2.0**s_o) for m in (m_a, m_b)]
-            base = 0 if op.requantization.rounding is AddRounding.SINGLE else 31
-            out = m_o / 2.0 ** (s_o + base) * 2.0**20
-            return [outgoing * (out * m / 2.0 ** (s + base)) for m, s in ((m_a, s_a), (m_b, s_b))]
-        case Pool2D():
-            return [_pool(op, values, outgoing, shape)]
-        case Pad():
-            (top, _), (left, _) = op.paddings[1], op.paddings[2]
-            return [outgoing[:, top : top + shape[1], left : left + shape[2]]]
-        case _:
-            return [outgoing.reshape(shape)]
-
-
-def _factors(op: Linear) -> FloatArray:
-    parameters = op.requantization
-    assert parameters is not None, "graph is not resolved"
-    double = np.isin(
-        parameters.rounding, [int(Rounding.DOUBLE_HALF_AWAY), int(Rounding.DOUBLE_HALF_UP)]
-    )
-    shift = parameters.shift + np.where(double, 31, 0)
-    return (parameters.multiplier / np.exp2(shift.astype(np.float64))).astype(np.float32)
-
-
-def _taps(op: Conv2D | Pool2D, kernel: tuple[int, ...], shape: tuple[int, ...]):  # noqa: ANN202
-    """For each kernel tap: the flat input position that each output element reads, or -1."""
-    dilation = op.dilation if isinstance(op, Conv2D) else (1, 1)
-    position = np.arange(shape[1] * shape[2], dtype=np.int64).reshape(1, shape[1], shape[2], 1)
-    return windows(position, kernel, op.stride, dilation, op.padding, fill=-1)
-
-
-def _convolution(op: Conv2D, scaled: FloatArray, shape: tuple[int, ...]) -> FloatArray:
-    weights = op.weights.values.astype(np.float32)
-    incoming = np.zeros((shape[0], shape[1] * shape[2] + 1, shape[3]), np.float32)
-    for (row, column), position in _taps(op, weights.shape[1:3], shape):
-        where = position.reshape(-1)
-        if isinstance(op, DepthwiseConv2D):
-            product = scaled * weights[0, row, column]
-            product = product.reshape(*product.shape[:3], shape[3], -1).sum(axis=-1)
-        else:
-            product = scaled @ weights[:, row, column]
-        # Within one tap every output element reads another input element: += loses nothing.
-        incoming[:, where] += product.reshape(shape[0], where.size, shape[3])
-        incoming[:, -1] = 0
-    return incoming[:, :-1].reshape(shape)
-
-
-def _pool(
-    op: Pool2D, values: Mapping[int, Stored], outgoing: FloatArray, shape: tuple[int, ...]
-) -> FloatArray:
-    incoming = np.zeros((shape[0], shape[1] * shape[2] + 1, shape[3]), np.float32)
-    taps = _taps(op, op.window, shape)
-    flat = values[op.inputs[0]].reshape(shape[0], -1, shape[3])
-    count = np.sum([position >= 0 for _, position in taps], axis=0)
-    for _, position in taps:
-        where = position.reshape(-1)
-        share = outgoing
-        if isinstance(op, AveragePool2D):
-            share = outgoing / count
-        else:
-            assert isinstance(op, MaxPool2D)
-            read = flat[:, where].reshape(outgoing.shape)
-            share = outgoing * (read == values[op.output]) * (position >= 0)
-        incoming[:, where] += share.reshape(shape[0], where.size, shape[3])
-        incoming[:, -1] = 0
-    return incoming[:, :-1].reshape(shape)

@@ -13,7 +13,7 @@ what restarted gradient ascent finds.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -86,7 +86,7 @@ class Search:
 
     network: Network
     routes: Routes
-    found: dict[int, Points]
+    found: dict[int, Points] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Read what the network's input looks like."""

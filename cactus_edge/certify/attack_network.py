@@ -151,7 +151,7 @@ def transposed(network: Network, values: Values, seeds: Int32Array, leak: int = 
     Args:
         network: gives the graph.
         values: of ``Network.forward``.
-        seeds: int32 [samples, classes], weights of the scores, at most 2**15 in magnitude.
+        seeds: int32 [samples, classes], weights of the scores, below 2**30 in magnitude.
         leak: quarters of a gradient that an active clamp lets back inside, 0 to 4.
 
     Returns:
@@ -240,11 +240,9 @@ def _through_pool(
     op: Pool2D, values: Values, outgoing: Gradient, shape: tuple[int, ...]
 ) -> Gradient:
     average = isinstance(op, AveragePool2D)
-    # A maximum may pass one gradient to each element of the window: leave room for all sums.
+    # Cut to ``BITS``: a maximum may pass one gradient to each element of every window.
     outgoing = _through_factor(outgoing, 1, 0)
-    exponents = outgoing.exponents.copy()
     flat = outgoing.values.reshape(shape[0], -1, shape[3])
-    gradient.scale(flat, np.ones(shape[3], np.int32), gradient.BITS, exponents)
     position = np.arange(shape[1] * shape[2], dtype=np.int64).reshape(1, shape[1], shape[2], 1)
     taps = windows(position, op.window, op.stride, (1, 1), op.padding, fill=-1)
     count = np.sum([where >= 0 for _, where in taps], axis=0).reshape(1, -1, 1)
@@ -261,7 +259,9 @@ def _through_pool(
         incoming[:, index] += share
         incoming[:, -1] = 0
     shift = _SHARE_BITS if average else 0
-    return Gradient(np.ascontiguousarray(incoming[:, :-1]).reshape(shape), exponents - shift)
+    return Gradient(
+        np.ascontiguousarray(incoming[:, :-1]).reshape(shape), outgoing.exponents - shift
+    )
 
 
 def _sum(a: Gradient, b: Gradient) -> Gradient:

@@ -119,6 +119,8 @@ class Certifier:
         names: Sequence[str] | None = None,
         effort: Effort | None = None,
         top: int = 1,
+        *,
+        threads: int | None = None,
     ) -> None:
         """Build the twin of each group of the named profiles (None: all that cover the model).
 
@@ -127,6 +129,7 @@ class Certifier:
             names: rounding profiles.
             effort: what may be done where intervals leave a sample open; nothing if None.
             top: the label has to be among that many largest logits.
+            threads: as many as the process may use if None.
 
         Raises:
             InvalidGraphError: a model breaks a constraint under one of the profiles.
@@ -137,6 +140,7 @@ class Certifier:
         self.graph = models[0]
         self.effort = effort or Effort()
         self.top = top
+        self.threads = threads
         check_top(self.graph, top)
         self.coverages = tuple(cover(graph, names) for graph in models)
         self.coverage = self.coverages[0]
@@ -145,7 +149,7 @@ class Certifier:
             for number, coverage in enumerate(self.coverages)
             for group in coverage.groups
         )
-        self._engines = [_Engine(group.graph) for group in self.groups]
+        self._engines = [_Engine(group.graph, threads) for group in self.groups]
         self._deciders = [Decider(group.graph) for group in self.groups]
 
     def bounds(self, lower: Int64Array, upper: Int64Array) -> list[tuple[Int64Array, Int64Array]]:
@@ -226,7 +230,9 @@ class Certifier:
         if self.effort.method != "interval":
             self._decide(replace(self.effort, method="linear"), work)
         if settings is not None:
-            attack_open(self.groups, settings, work.closed, work.broken, boxes)
+            attack_open(
+                self.groups, settings, work.closed, work.broken, boxes, threads=self.threads
+            )
         if self.effort.method == "complete":
             self._decide(self.effort, work)
         stored, labels = boxes.stored[boxes.firsts], boxes.labels[boxes.firsts]
@@ -318,6 +324,8 @@ def attack_open(
     closed: BoolArray,
     broken: dict[int, Counterexample],
     boxes: Boxes,
+    *,
+    threads: int | None = None,
 ) -> None:
     """Attack the boxes that are not ``closed``, of samples not ``broken``; add what is found.
 
@@ -332,7 +340,7 @@ def attack_open(
             return
         rows = stored[rest], lower[rest], upper[rest], labels[rest]
         if top == 1:
-            found = search(group.graph, *rows, settings)
+            found = search(group.graph, *rows, settings, threads=threads)
         else:
             found = search_top(group.graph, *rows[1:], top, settings)
         for box, point in zip(rest.tolist(), found, strict=True):
@@ -376,13 +384,13 @@ def attack_boxes(
 
 
 class _Engine:
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, threads: int | None) -> None:
         self.graph = graph
         self.twin: Twin = twin(graph)
         self.layer = margin.last_layer(graph)
         wanted = [graph.logits] if self.layer is None else [self.layer.source, graph.logits]
-        self.session = Session(self.twin.graph, tensors=wanted)
-        self.plain = Session(graph)
+        self.session = Session(self.twin.graph, tensors=wanted, threads=threads)
+        self.plain = Session(graph, threads=threads)
 
     def logits(self, stored: Int64Array) -> Int64Array:
         return self.plain.run(stored).astype(np.int64)

@@ -39,7 +39,8 @@ class FaultRequest:
 
     ``layers``: names (None: all that have weights). ``bits``: positions of a weight that may flip.
     ``bias_bits``: how many of the lowest bits of each bias may flip as well. ``profiles`` restricts
-    the claim to some runtimes (None: all that cover the model).
+    the claim to some runtimes (None: all that cover the model). ``folded``: see
+    ``fault_report.FaultModel``.
     """
 
     data: Dataset
@@ -51,13 +52,17 @@ class FaultRequest:
     count: int | None = None
     profiles: tuple[str, ...] | None = None
     effort: Effort = Effort()
+    folded: bool = False
 
     def __post_init__(self) -> None:
         """Check the fault model.
 
         Raises:
-            UsageError: no bit, or positions that no stored integer has.
+            UsageError: no bit, positions that no stored integer has, or a set that is no box of one
+                radius.
         """
+        if self.perturbation.radii or self.perturbation.patch:
+            raise UsageError("weight faults are certified for one radius, without a patch or radii")
         if not self.bits and not self.bias_bits:
             raise UsageError("no bit may flip; name at least one position or bias bit")
         if any(not 0 <= bit < 8 for bit in self.bits) or len(set(self.bits)) != len(self.bits):
@@ -223,7 +228,8 @@ class FaultCertifier:
         sites = Sites(self.graph, op, self.faults)
         if reason := shared(self.graph, op, self.faults):
             return sites.count, sites.count, reason
-        reason = "the faulty accumulator may reach 2^27" if sites.uncovered else ""
+        reason = "an accumulator may reach 2^27, or a second weight of a channel becomes -128"
+        reason = reason if sites.uncovered else ""
         return sites.count, sites.uncovered, reason
 
     def samples(
@@ -361,7 +367,8 @@ def certify_faults(
     graph = read_tflite(model, file)
     effort = request.effort
     layers = linear_layers(graph, request.layers)
-    faults = FaultModel(layers, tuple(sorted(request.bits)), request.bias_bits, effort.counted)
+    bits = tuple(sorted(request.bits))
+    faults = FaultModel(layers, bits, request.bias_bits, effort.counted, request.folded)
     certifier = FaultCertifier(graph, faults, request.profiles, effort)
     data = request.data
     total = len(data.labels)
@@ -384,7 +391,7 @@ def certify_faults(
         format=fault_report.FORMAT,
         version=fault_report.VERSION,
         tool=f"cactus-edge {cactus_edge.__version__}",
-        claim=fault_report.CLAIM,
+        claim=fault_report.claim(faults),
         model=fault_report.Model(
             file, hashlib.sha256(model).hexdigest(), graph.fingerprint(), len(model)
         ),

@@ -1,11 +1,13 @@
 """Single faults in one layer of one resolved graph: hulls over flips, split where they fail.
 
 A flip of weight ``w`` into ``v`` changes the accumulators of its output channel alone: each by
-``(v - w) x`` for the input ``x`` that it reads. On a box of ``x`` the least faulty accumulator is
-the least fault-free one with ``min(w x)`` replaced by ``min(v x)``, exactly. ``min(v x)`` over the
-box is concave in ``v`` and the greatest value convex, so the extremes over the bits of a weight are
-at its least and greatest flipped value. The hull over all sites of a channel is propagated at once;
-where the label might lose, the sites are divided, down to single flips.
+``(v - w) x`` for the input ``x`` that it reads, less its zero point. On a box of ``x`` the least
+faulty accumulator is the least fault-free one with ``min(w x)`` replaced by ``min(v x)``, exactly.
+``min(v x)`` over the box is concave in ``v`` and the greatest value convex, so the extremes over
+the bits of a weight are at its least and greatest flipped value; where zero points were folded
+already, the ``(v - w) z`` that is added (see ``Sites``) is linear and changes nothing about that.
+The hull over all sites of a channel is propagated at once; where the label might lose, the sites
+are divided, down to single flips.
 """
 
 from __future__ import annotations
@@ -118,9 +120,11 @@ class Layer:
             x, y = (self.read_of(part, channel) for part in (reads.low, reads.high))
             own = sites.weights[channel]
             least, most = _product(own, x, y)
-            ends = [_product(values[channel], x, y) for values in (sites.least, sites.greatest)]
-            down = np.minimum(ends[0][0], ends[1][0]) - least
-            up = np.maximum(ends[0][1], ends[1][1]) - most
+            extremes = [values[channel] for values in (sites.least, sites.greatest)]
+            ends = [_product(v, x, y) for v in extremes]
+            shift = [(v - own) * sites.offset for v in extremes]
+            down = np.minimum(ends[0][0] + shift[0], ends[1][0] + shift[1]) - least
+            up = np.maximum(ends[0][1] + shift[0], ends[1][1] + shift[1]) - most
             low[channel] += np.minimum(down.min(axis=1), sites.bias_least[channel])
             high[channel] += np.maximum(up.max(axis=1), sites.bias_greatest[channel])
         return self.stored(low.T).T, self.stored(high.T).T
@@ -156,11 +160,12 @@ class Layer:
             low, high = ends  # a bias is a weight whose input is 1
             own, new = (v[part][:, None] for v in (sites.value, sites.flipped))
             old_ends, new_ends = _ends(own * low, own * high), _ends(new * low, new * high)
+            shift = (new - own) * np.where(weight, self.sites.offset, 0)[:, None]
             yield (
                 part,
                 (
-                    base[0][channel] + new_ends[0] - old_ends[0],
-                    base[1][channel] + new_ends[1] - old_ends[1],
+                    base[0][channel] + new_ends[0] - old_ends[0] + shift,
+                    base[1][channel] + new_ends[1] - old_ends[1] + shift,
                 ),
             )
 

@@ -14,7 +14,7 @@ from cactus_edge import decision
 from cactus_edge.certify import margin
 from cactus_edge.certify.attack import Settings, search
 from cactus_edge.certify.faults_layer import Base, Layer, Planes, Reads
-from cactus_edge.certify.faults_sites import Channel, Site, faulty
+from cactus_edge.certify.faults_sites import Channel, Site
 from cactus_edge.certify.faults_suffix import Box
 from cactus_edge.execute import execute
 from cactus_edge.graph import BoolArray, Int64Array
@@ -108,6 +108,7 @@ class _Case:
             if not sites.column.size:
                 continue
             total = self.layer.read_of(self.point_reads.low, channel).sum(axis=0)
+            total = total + self.layer.sites.offset * self.layer.positions
             read = np.where(sites.column >= 0, total[sites.column], self.layer.positions)
             effect = (sites.flipped - sites.value) * read
             rows.append((channel, sites.subset(np.unique([effect.argmin(), effect.argmax()]))))
@@ -144,7 +145,7 @@ class _Case:
     ) -> Refutation | None:
         """The fault and the input, if the reference executor misclassifies it."""
         site = self.layer.sites.site(channel, int(sites.column[position]), int(sites.bit[position]))
-        broken = faulty(self.layer.whole.graph, self.layer.op, site)
+        broken = self.layer.sites.faulty(self.layer.whole.graph, site)
         if not decision.surely_wrong(broken, execute(broken, point[None]), self.label)[0]:
             return None
         value, flipped = int(sites.value[position]), int(sites.flipped[position])
@@ -218,6 +219,7 @@ class _Case:
                     bias[channel] += change
                 else:
                     weights[channel, column] += change
+                    bias[channel] += change * self.layer.sites.offset
                 changed = replace(layer, weights=weights, bias=bias)
                 good[i] = margin.wins(changed, low, high, self.label, gaps)[1].all()
             decided += int(good.sum())
@@ -233,7 +235,7 @@ class _Case:
         batch, graph = self.batch, self.layer.whole.graph
         for channel, sites in single[: self.effort.tries]:
             site = self.layer.sites.site(channel, int(sites.column[0]), int(sites.bit[0]))
-            broken = faulty(graph, self.layer.op, site)
+            broken = self.layer.sites.faulty(graph, site)
             box = batch.stored[one], batch.lower[one], batch.upper[one], self.label
             point = search(broken, *box, settings)[0]
             if point is None:

@@ -2,8 +2,9 @@
 
 A *site* is one bit of one stored weight or bias of a layer. Weights of up to 4 bits lie in files as
 4-bit two's complement, all others as 8-bit, biases as 32-bit. A site is *covered* while the faulty
-layer keeps the side condition of every graph, |accumulator| < 2^27 for any storable input; nothing
-is certified about the others.
+layer keeps the side condition of every graph, |accumulator| < 2^27 for any storable input, and
+while it makes no second -128 of a channel: kernels for NEON add two int8 products in int16, where
+``2 * (-128) * (-128)`` wraps. Nothing is certified about the others.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from cactus_edge.constraints import ACCUMULATOR_LIMIT, stored_range
 from cactus_edge.errors import UsageError
 from cactus_edge.fault_report import FaultModel
+from cactus_edge.flatbuffer.packing import pack_int4
 from cactus_edge.graph import (
     BoolArray,
     DepthwiseConv2D,
@@ -23,11 +25,13 @@ from cactus_edge.graph import (
     Int64Array,
     Linear,
     Operator,
+    Pad,
     Weights,
 )
 
 WEIGHTS, BIAS = "weights", "bias"
 _BIAS_WIDTH = 32
+_LEAST = -128
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ class Sites:
     ``weights`` int64 [channels, columns]; ``least`` and ``greatest`` int64, like it: the extreme
     integers that a covered flip makes of each weight, or the weight itself; ``bias_least`` and
     ``bias_greatest`` int64 [channels]: likewise for biases, as changes. ``per_channel`` int64
-    [channels] counts the covered sites, ``uncovered`` all others, ``count`` both.
+    [channels] counts the covered sites, ``uncovered`` all others, ``count`` both. ``offset``: a
+    weight that changes by ``d`` changes the bias by ``d * offset``, see ``FaultModel.folded``.
     """
 
     def __init__(self, graph: Graph, op: Linear, faults: FaultModel) -> None:
@@ -98,6 +103,7 @@ class Sites:
         lower, upper = stored_range(graph, op.inputs[0])
         zero_point = graph.tensors[op.inputs[0]].zero_point
         self._largest = max(abs(lower - zero_point), abs(upper - zero_point))
+        self.offset = zero_point if faults.folded else 0
         self._sums = np.abs(self.weights).sum(axis=1)
         self.least, self.greatest = self.weights.copy(), self.weights.copy()
         self.per_channel = np.zeros(op.channels, np.int64)
@@ -118,9 +124,12 @@ class Sites:
         self.count = self.weights.size * len(self.bits) + self.bias.size * len(self.bias_bits)
         self.uncovered = self.count - int(self.per_channel.sum())
 
-    def _covered(self, flipped: Int64Array) -> BoolArray:
-        sums = self._sums[:, None] - np.abs(self.weights) + np.abs(flipped)
-        return sums * self._largest + np.abs(self.bias)[:, None] < ACCUMULATOR_LIMIT
+    def _covered(self, flipped: Int64Array, rows: slice = slice(None)) -> BoolArray:
+        weights = self.weights[rows]
+        sums = self._sums[rows, None] - np.abs(weights) + np.abs(flipped)
+        bias = self.bias[rows, None] + (flipped - weights) * self.offset
+        second = (flipped == _LEAST) & (weights == _LEAST).any(axis=1, keepdims=True)
+        return (sums * self._largest + np.abs(bias) < ACCUMULATOR_LIMIT) & ~second
 
     def _bias_covered(self, flipped: Int64Array) -> BoolArray:
         return self._sums * self._largest + np.abs(flipped) < ACCUMULATOR_LIMIT
@@ -131,12 +140,11 @@ class Sites:
         values: list[Int64Array] = []
         flips: list[Int64Array] = []
         bits: list[Int64Array] = []
-        row = self.weights[channel : channel + 1]
-        sums = self._sums[channel] - np.abs(row)
+        rows = slice(channel, channel + 1)
+        row = self.weights[rows]
         for bit in self.bits:
             flipped = flip(row, bit, self.width)
-            bound = (sums + np.abs(flipped)) * self._largest + abs(int(self.bias[channel]))
-            chosen = np.flatnonzero((bound < ACCUMULATOR_LIMIT)[0])
+            chosen = np.flatnonzero(self._covered(flipped, rows)[0])
             columns.append(chosen)
             values.append(row[0, chosen])
             flips.append(flipped[0, chosen])
@@ -163,34 +171,33 @@ class Sites:
 
     def widened(self, lower: Int64Array, upper: Int64Array) -> tuple[Int64Array, Int64Array]:
         """Accumulator bounds [channels] over all storable inputs, with any covered flip."""
-        largest = self._largest
         change = np.maximum(self.greatest - self.weights, self.weights - self.least)
-        reach = change.max(axis=1, initial=0) * largest
+        reach = change.max(axis=1, initial=0) * (self._largest + abs(self.offset))
         low = lower + np.minimum(-reach, self.bias_least)
         high = upper + np.maximum(reach, self.bias_greatest)
         return low, high
 
+    def faulty(self, graph: Graph, site: Site) -> Graph:
+        """``graph``, which holds the layer, with one flipped bit in it."""
+        own = self.op
+        return replace(
+            graph, operators=tuple(self._flipped(site) if o is own else o for o in graph.operators)
+        )
 
-def faulty(graph: Graph, op: Linear, site: Site) -> Graph:
-    """``graph`` with one flipped bit in ``op``."""
-    return replace(
-        graph, operators=tuple(_faulty(o, site) if o is op else o for o in graph.operators)
-    )
-
-
-def _faulty(op: Operator, site: Site) -> Linear:
-    assert isinstance(op, Linear)
-    if site.tensor == BIAS:
-        bias = op.bias.astype(np.int64)
+    def _flipped(self, site: Site) -> Linear:
+        op, bias = self.op, self.bias.copy()
         one = slice(site.index, site.index + 1)
-        bias[one] = flip(bias[one], site.bit, _BIAS_WIDTH)
-        return replace(op, bias=bias)
-    width = stored_width(op.weights)
-    values = op.weights.values.astype(np.int64).reshape(-1)
-    one = slice(site.index, site.index + 1)
-    values[one] = flip(values[one], site.bit, width)
-    shaped = values.astype(np.int8).reshape(op.weights.values.shape)
-    return replace(op, weights=Weights(shaped, width, op.weights.scale_bits))
+        if site.tensor == BIAS:
+            bias[one] = flip(bias[one], site.bit, _BIAS_WIDTH)
+            return replace(op, bias=bias)
+        values = op.weights.values.astype(np.int64).reshape(-1)
+        flipped = flip(values[one], site.bit, self.width)
+        columns = 1 if isinstance(op, DepthwiseConv2D) else self.weights.shape[1]
+        bias[site.index // columns % op.channels] += (flipped - values[one])[0] * self.offset
+        values[one] = flipped
+        shaped = values.astype(np.int8).reshape(op.weights.values.shape)
+        weights = Weights(shaped, self.width, op.weights.scale_bits)
+        return replace(op, weights=weights, bias=bias)
 
 
 def linear_layers(graph: Graph, names: Sequence[str] | None) -> tuple[int, ...]:
@@ -213,17 +220,28 @@ def linear_layers(graph: Graph, names: Sequence[str] | None) -> tuple[int, ...]:
 
 
 def shared(graph: Graph, op: Linear, faults: FaultModel) -> str:
-    """Why a flip in ``op`` may reach another layer too, or an empty string.
+    """Why a flip in ``op`` may reach another constant too, or an empty string.
 
-    A file may store equal constants once; then one flip changes both layers, which is not covered.
+    A file may store equal bytes once; then one flip changes both tensors, which is not covered.
     """
-
-    def stored(layer: Linear) -> list[bytes]:
-        values = [repr(stored_width(layer.weights)).encode() + layer.weights.values.tobytes()]
-        return values + ([layer.bias.tobytes()] if faults.bias_bits else [])
-
-    own = stored(op)
-    for other in graph.core:
-        if isinstance(other, Linear) and other is not op and set(own) & set(stored(other)):
-            return f"'{op.name}' and '{other.name}' hold equal constants, stored once perhaps"
+    bits = (bool(faults.bits), bool(faults.bias_bits))
+    own = _constants(op)
+    for flips, constant, place in zip(bits, own, range(len(own)), strict=True):
+        for other in graph.core if flips else ():
+            for at, bytes_ in enumerate(_constants(other)):
+                if bytes_ == constant and (other is not op or at != place):
+                    return (
+                        f"'{op.name}' and '{other.name}' hold equal constants, stored once perhaps"
+                    )
     return ""
+
+
+def _constants(op: Operator) -> list[bytes]:
+    """The constants of an operator as a file holds them; a linear layer's weights come first."""
+    if isinstance(op, Pad):
+        return [np.array(op.paddings, kind).tobytes() for kind in ("<i4", "<i8")]
+    if not isinstance(op, Linear):
+        return []
+    values = op.weights.values
+    weights = pack_int4(values) if stored_width(op.weights) == 4 else values
+    return [weights.tobytes(), op.bias.astype("<i4").tobytes()]

@@ -128,7 +128,7 @@ def exclude_enough(
     effort: Effort,
     until: Seconds,
 ) -> Decision:
-    """Exclude disjuncts until no more than ``rule.allowed`` are left, or meet a point that breaks it.
+    """Exclude disjuncts until at most ``rule.allowed`` are left, or meet a point that breaks it.
 
     Args:
         decider: of a resolved graph.

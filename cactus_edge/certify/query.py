@@ -59,8 +59,9 @@ class Answer:
 
     ``method``: interval, elided-margin, linear or complete for ``certified``; points, attack or
     complete for ``refuted``; the strongest one tried for ``unknown``. ``bounds`` are those of the
-    logits, int64 [classes], for each group. ``proofs`` name disjuncts by their index. A ``counterexample`` is stored input [*input shape] in the box ``box``, which breaks
-    the property under ``profile`` with these ``logits``.
+    logits, int64 [classes], for each group. ``proofs`` name disjuncts by their index. A
+    ``counterexample`` is stored input [*input shape] in the box ``box``, which breaks the property
+    under ``profile`` with these ``logits``.
     """
 
     verdict: Verdict
@@ -184,21 +185,8 @@ def joined(answers: Sequence[Answer]) -> Answer:
     for verdict in ("refuted", "unknown"):
         for box, answer in enumerate(answers):
             if answer.verdict == verdict:
-                return _moved(answer, box)
+                return replace(answer, box=box)
     return Answer("certified", max((a.method for a in answers), key=_STRENGTH.index))
-
-
-def _moved(answer: Answer, box: int) -> Answer:
-    return Answer(
-        answer.verdict,
-        answer.method,
-        answer.bounds,
-        answer.proofs,
-        answer.counterexample,
-        answer.profile,
-        answer.logits,
-        box,
-    )
 
 
 @dataclass(frozen=True, eq=False)

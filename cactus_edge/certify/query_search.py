@@ -1,34 +1,31 @@
 """Search for a stored input that breaks a property: signed gradient steps from many starts.
 
 A point's objective is the slack of the disjunct that has to hold next: of all disjuncts, ordered by
-their least slack over atoms, the one after those that are allowed to hold. The gradient passes
-straight through rounding (``attack.backward``). Floating point only steers; what is returned is an
-integer point of the box whose logits, as computed by the kernels, break the property.
+their least slack over atoms, the one after those that are allowed to hold. For the gradient see
+``attack_network``. What is returned is an integer point of the box whose logits, as computed by the
+kernels, break the property.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
-from cactus_edge.certify.attack import FloatArray, Settings, backward
-from cactus_edge.graph import Graph, Int64Array, Pad, Reshape, Stored
-from cactus_edge.runtime import Session
+from cactus_edge.certify.attack import Settings
+from cactus_edge.certify.attack_network import Int32Array, Network, transposed
+from cactus_edge.graph import Graph, Int64Array
 from cactus_edge.specification import Atom, Specification
 
 _STARTS = 8
 _OWN_STEPS = 4
-_LARGEST = 1 << 20  # of a coefficient that steers; larger ones are scaled down
+_LARGEST = 1 << 12  # of a coefficient that steers; larger ones are scaled down
 
 
 class Searcher:
     """Compiled once for a resolved graph."""
 
     def __init__(self, graph: Graph) -> None:
-        """Build a session that gives back every activation."""
-        self.graph = graph
-        self.session = Session(graph, tensors=[op.output for op in graph.core])
+        """Compile the kernels and transpose the layers."""
+        self.network = Network(graph)
 
     def search(
         self,
@@ -53,40 +50,23 @@ class Searcher:
         point[0] = (lower + upper) >> 1
         width = int((upper - lower).max(initial=0))
         for step in range(settings.steps + 1):
-            values = {**self.session.run_tensors(point), self.graph.core_input: point}
-            logits = values[self.graph.logits].reshape(count, -1).astype(np.int64)
+            values = self.network.forward(point)
+            logits = self.network.logits(values)
             for row, found in enumerate(logits):
                 if specification.violated(found):
                     return point[row].copy()
             if step == settings.steps:
                 break
-            seed = np.stack([_seed(specification, row, i, step) for i, row in enumerate(logits)])
-            uphill = np.sign(self._gradient(values, seed)).astype(np.int64)
+            seeds = np.stack([_seed(specification, row, i, step) for i, row in enumerate(logits)])
+            uphill = np.sign(transposed(self.network, values, seeds))
             # Half the box at first, a single level at the end.
             size = max(1, width * (settings.steps - step) // (2 * settings.steps))
             point = np.clip(point + size * uphill, lower, upper)
         return None
 
-    def _gradient(self, values: Mapping[int, Stored], seed: Int64Array) -> FloatArray:
-        shape = self.graph.tensors[self.graph.logits].shape[1:]
-        outgoing = seed.astype(np.float32).reshape(-1, *shape)  # float: steers the search only
-        gradients: dict[int, FloatArray] = {self.graph.logits: outgoing}
-        for op in reversed(self.graph.core):
-            current = gradients.pop(op.output, None)
-            if current is None:
-                continue
-            if op.output != self.graph.logits and not isinstance(op, (Pad, Reshape)):
-                lower, upper = self.graph.output_range(op)
-                output = values[op.output]
-                current = current * ((output > lower) & (output < upper))
-            incoming = backward(self.graph, op, values, current)
-            for index, part in zip(op.inputs, incoming, strict=True):
-                gradients[index] = gradients[index] + part if index in gradients else part
-        return gradients[self.graph.core_input]
 
-
-def _seed(specification: Specification, logits: Int64Array, start: int, step: int) -> Int64Array:
-    """Int64 [classes]: the weights of the logits whose sum has to grow.
+def _seed(specification: Specification, logits: Int64Array, start: int, step: int) -> Int32Array:
+    """Int32 [classes]: the weights of the logits whose sum has to grow.
 
     In its first steps every start but the first pursues a disjunct of its own.
     """
@@ -98,7 +78,7 @@ def _seed(specification: Specification, logits: Int64Array, start: int, step: in
     wanted = [index for _, index in ranked[-1 - specification.allowed :]]
     if start and step < _OWN_STEPS:
         wanted[0] = (start - 1) % len(ranked)
-    weights = np.zeros(len(exact), np.int64)
+    weights = np.zeros(len(exact), np.int32)
     for index in wanted:
         disjunct = specification.breaking[index]
         worst = min(disjunct, key=lambda atom: _slack(atom, exact), default=None)

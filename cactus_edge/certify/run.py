@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-import cactus_edge
 from cactus_edge import certificate, decision, inputs, profiles
 from cactus_edge.certificate import Head, Method, Sample, Summary
 from cactus_edge.certificate_stream import Writer
@@ -20,6 +18,7 @@ from cactus_edge.certify import partial, tasks
 from cactus_edge.certify.attack import Settings
 from cactus_edge.certify.decide import Effort
 from cactus_edge.certify.engine import CHUNK, attack_boxes, chunks, cover
+from cactus_edge.certify.heads import Claim, head_of
 from cactus_edge.certify.linear.search import Budget
 from cactus_edge.certify.parallel import pool
 from cactus_edge.certify.shards import shard
@@ -228,37 +227,16 @@ def _chunk_size(request: Request, count: int) -> int:
 
 
 def _head(request: Request, graphs: tuple[Graph, ...], count: int) -> Head:
-    models: list[certificate.Model] = []
-    arithmetic: list[certificate.Arithmetic] = []
-    for graph, (file, content) in zip(graphs, request.models, strict=True):
-        sha256 = hashlib.sha256(content).hexdigest()
-        models.append(certificate.Model(file, sha256, graph.fingerprint(), len(content)))
-        coverage = cover(graph, request.profiles)
-        names = tuple(name for group in coverage.groups for name in group.names)
-        rounding = "universal" if coverage.universal else "conjunction"
-        arithmetic.append(certificate.Arithmetic(rounding, names, coverage.uncovered))
     data = request.data
-    slow = request.method != "interval"
-    return Head(
-        format=certificate.FORMAT,
-        version=certificate.VERSION,
-        tool=f"cactus-edge {cactus_edge.__version__}",
-        models=tuple(models),
-        arithmetic=tuple(arithmetic),
-        input_map=inputs.input_map(graphs[0]).describe(),
+    claim = Claim(
         property=_property(request, graphs[0]),
         data=certificate.Data(data.name, data.split, data.sha256, request.first, count),
-        query=None,
         method=request.method,
-        search=certificate.Search(
-            attack=_settings(request.attack),
-            budget=f"{request.budget:g} s" if slow else "",
-            memory=request.memory if slow else 0,
-        ),
-        verifier=certificate.VERIFIERS[request.method],
-        side_conditions=certificate.SIDE_CONDITIONS,
-        how_to_check=certificate.how_to_check([file for file, _ in request.models], data.name),
+        attack=request.attack,
+        budget=request.budget,
+        memory=request.memory,
     )
+    return head_of(claim, graphs, request.models, request.profiles)
 
 
 def _property(request: Request, graph: Graph) -> certificate.Property:
@@ -274,14 +252,6 @@ def _property(request: Request, graph: Graph) -> certificate.Property:
         top=request.top,
         decision=decision.describe(graph, request.top),
     )
-
-
-def _settings(attack: Settings | None) -> str:
-    """All settings of an attack, so that a run is resumed with the same ones alone."""
-    if attack is None:
-        return ""
-    values = dataclasses.asdict(attack)
-    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _check_range(request: Request, count: int) -> None:

@@ -71,7 +71,7 @@ def run(task: Task) -> list[bytes]:
     else:
         lower, upper = inputs.box(graph, task.images, plan.perturbation)
         samples = certifier.verdicts(task.first, stored, lower, upper, labels, plan.attack)
-    return [_line(sample) for sample in samples]
+    return [line(sample) for sample in samples]
 
 
 def placed(
@@ -93,25 +93,21 @@ def placed(
 def built(plan: Plan) -> Certifier:
     """The compiled models of a plan, kept for its next task; the one place that compiles them."""
     graphs = [read_tflite(content, file) for file, content in plan.models]
-    certifier = Certifier(graphs, plan.profiles, plan.effort, plan.top)
-    if plan.threads is not None:
-        for engine in certifier._engines:  # pyright: ignore[reportPrivateUsage]
-            engine.session.threads = engine.plain.threads = plan.threads
-    return certifier
+    return Certifier(graphs, plan.profiles, plan.effort, plan.top, threads=plan.threads)
 
 
-def _line(sample: Sample) -> bytes:
+def line(sample: Sample) -> bytes:
     """The sample's line; a witness that is longer than a line may be is given up."""
-    line = line_of(sample)
-    if len(line) <= LINE_LIMIT:
-        return line
+    whole = line_of(sample)
+    if len(whole) <= LINE_LIMIT:
+        return whole
     short = msgspec.structs.replace(
         sample,
         verdict="unknown",
         counterexample="",
         profile="",
         model=0,
-        message=f"the witness takes {len(line)} bytes, more than a line may have",
+        message=f"the witness takes {len(whole)} bytes, more than a line may have",
         method="elided-margin",
         radius=None,
         bounds=sample.bounds if sample.radius is None else (),

@@ -7,8 +7,19 @@ from typing import Annotated
 
 import msgspec
 import typer
+from rich.table import Table
 
 from cactus_edge import fault_report, files, flatbuffer
+from cactus_edge.cli.options import (
+    EpsilonOption,
+    FirstOption,
+    LevelsOption,
+    ModelArgument,
+    ProfileOption,
+    SamplesOption,
+    SplitOption,
+    split_of,
+)
 from cactus_edge.cli.output import (
     DataOption,
     ForceOption,
@@ -19,19 +30,11 @@ from cactus_edge.cli.output import (
     percent,
     table,
 )
-from cactus_edge.cli.proving import (
-    EpsilonOption,
-    FirstOption,
-    LevelsOption,
-    ModelArgument,
-    ProfileOption,
-    SamplesOption,
-    SplitOption,
-    _split,  # pyright: ignore[reportPrivateUsage]
-)
 from cactus_edge.errors import PropertyNotMetError, UsageError
 from cactus_edge.fault_report import Report
+from cactus_edge.graph import Graph, Linear
 from cactus_edge.inputs import Perturbation
+from cactus_edge.profiles import PROFILES
 
 
 class LayerResult(msgspec.Struct, frozen=True):
@@ -47,14 +50,19 @@ class LayerResult(msgspec.Struct, frozen=True):
 
 
 class FaultsResult(msgspec.Struct, frozen=True):
-    """What ``faults --json`` prints."""
+    """What ``faults --json`` prints; ``layers_in_model`` counts those that have weights."""
 
     report: str
+    claim: str
+    first: int
     samples: int
     kind: str
     radius: str
+    profiles: tuple[str, ...]
+    layers_in_model: int
     bits: tuple[int, ...]
     bias_bits: int
+    folded: bool
     sites: int
     verdicts: dict[str, int]
     certified: float
@@ -62,11 +70,12 @@ class FaultsResult(msgspec.Struct, frozen=True):
 
 
 class FaultCheckResult(msgspec.Struct, frozen=True):
-    """What ``faults --check --json`` prints."""
+    """What ``faults --check --json`` prints; ``stated``: None unless it agrees."""
 
     agrees: bool
     samples: int
     problems: tuple[str, ...]
+    stated: FaultsResult | None
 
 
 def faults(
@@ -90,6 +99,10 @@ def faults(
     bias_bits: Annotated[
         int, typer.Option("--bias-bits", help="So many of the lowest bits of each bias, too.")
     ] = 0,
+    folded: Annotated[
+        bool,
+        typer.Option("--folded", help="Flips come after zero points were folded into biases."),
+    ] = False,
     count: Annotated[
         bool, typer.Option("--count", help="Decide every site: how many are safe and critical.")
     ] = False,
@@ -129,7 +142,7 @@ def faults(
     graph, content = flatbuffer.load(model)
     around = Perturbation.levels(levels or 0) if eps is None else Perturbation.epsilon(eps)
     request = FaultRequest(
-        data=_split(data, split, graph),
+        data=split_of(data, split, graph),
         perturbation=around,
         layers=tuple(dict.fromkeys(layer)) if layer else None,
         bits=tuple(dict.fromkeys(bit)) if bit else tuple(range(8)),
@@ -138,12 +151,13 @@ def faults(
         count=samples,
         profiles=tuple(dict.fromkeys(profile)) if profile else None,
         effort=Effort(attack=Settings() if attack else None, counted=count),
+        folded=folded,
     )
     with bar("faults") as progress:
         report = certify_faults(content, request, file=model.name, progress=progress)
     files.write(output, fault_report.encode(report), force=force)
-    shown = _shown(report, output)
-    _print(shown, as_json, f"weight faults in {model.name} on {data} {split}")
+    shown = _shown(report, output, graph)
+    emit(shown, as_json, *_tables(shown, f"weight faults in {model.name} on {data} {split}"))
     for name, reason in report.uncovered_profiles.items():
         console.print(
             f"not covered: {name}: {reason}", highlight=False, markup=False, soft_wrap=True
@@ -154,7 +168,7 @@ def faults(
         )
 
 
-def _shown(report: Report, output: Path) -> FaultsResult:
+def _shown(report: Report, output: Path, graph: Graph) -> FaultsResult:
     total = len(report.samples)
     layers: list[LayerResult] = []
     for position, layer in enumerate(report.layers):
@@ -174,11 +188,16 @@ def _shown(report: Report, output: Path) -> FaultsResult:
         )
     return FaultsResult(
         report=str(output),
+        claim=report.claim,
+        first=report.data.first,
         samples=total,
         kind=report.kind,
         radius=report.radius,
+        profiles=report.profiles,
+        layers_in_model=sum(isinstance(op, Linear) for op in graph.operators),
         bits=report.faults.bits,
         bias_bits=report.faults.bias_bits,
+        folded=report.faults.folded,
         sites=sum(layer.sites for layer in report.layers),
         verdicts=report.verdicts,
         certified=report.verdicts["certified"] / max(total, 1),
@@ -186,14 +205,17 @@ def _shown(report: Report, output: Path) -> FaultsResult:
     )
 
 
-def _print(shown: FaultsResult, as_json: bool, title: str) -> None:
+def _tables(shown: FaultsResult, title: str) -> tuple[Table, Table]:
     rows = [
-        ("samples", shown.samples),
+        ("samples", f"{shown.samples}, from {shown.first}"),
         ("box", f"{shown.kind} {shown.radius}"),
+        ("profiles", f"{len(shown.profiles)} of {len(PROFILES)}"),
+        ("layers", f"{len(shown.layers)} of {shown.layers_in_model}"),
         ("bits of a weight", ", ".join(map(str, shown.bits))),
         ("bits of a bias", shown.bias_bits),
+        ("the flip comes", "after folding" if shown.folded else "before loading"),
         ("sites", shown.sites),
-        ("certified %, all layers", percent(shown.certified)),
+        ("certified %, all these layers", percent(shown.certified)),
         ("report", shown.report),
     ]
     heads = ("layer", "sites", "not covered", *fault_report.VERDICTS, "safe %", "critical, mean")
@@ -208,7 +230,7 @@ def _print(shown: FaultsResult, as_json: bool, title: str) -> None:
         )
         for layer in shown.layers
     ]
-    emit(shown, as_json, table(title, ("", "value"), rows), table("by layer", heads, lines))
+    return table(title, ("", "value"), rows), table("by layer", heads, lines)
 
 
 def _check(path: Path, model: Path, data: str, as_json: bool) -> None:
@@ -216,13 +238,15 @@ def _check(path: Path, model: Path, data: str, as_json: bool) -> None:
 
     report = fault_report.load(path)
     graph, content = flatbuffer.load(model)
-    dataset = _split(data, report.data.split, graph)
+    dataset = split_of(data, report.data.split, graph)
     with bar("check") as progress:
         result = check_faults(report, content, dataset, progress=progress)
     verdict = "agrees" if result.agrees else "does NOT agree"
     rows = [("report", verdict), ("samples re-derived", result.samples)]
-    shown = FaultCheckResult(result.agrees, result.samples, result.problems)
-    emit(shown, as_json, table(f"{path.name} with {model.name}", ("", "value"), rows))
+    stated = _shown(report, path, graph) if result.agrees else None
+    shown = FaultCheckResult(result.agrees, result.samples, result.problems, stated)
+    outcome = table(f"{path.name} with {model.name}", ("", "value"), rows)
+    emit(shown, as_json, outcome, *(_tables(stated, "what it states") if stated else ()))
     if not result.agrees:
         for problem in result.problems:
             console.print(f"- {problem}", highlight=False, markup=False, soft_wrap=True)

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
 
-from cactus_edge import files, flatbuffer, inputs, vnnlib
+from cactus_edge import files, flatbuffer, inputs
+from cactus_edge.certificate import Sample
+from cactus_edge.certificate_stream import Reader, reading
 from cactus_edge.cli import proving
+from cactus_edge.cli.options import (
+    BudgetOption,
+    FirstOption,
+    JobsOption,
+    MemoryOption,
+    MethodOption,
+    ModelArgument,
+    ProfileOption,
+    RestartsOption,
+    SamplesOption,
+    SplitOption,
+    StepsOption,
+    bytes_of,
+    method_of,
+    split_of,
+)
 from cactus_edge.cli.output import (
     DataOption,
     ForceOption,
@@ -21,15 +40,6 @@ from cactus_edge.cli.output import (
     save_json,
     table,
 )
-from cactus_edge.cli.proving import (
-    FirstOption,
-    ModelArgument,
-    ProfileOption,
-    RestartsOption,
-    SamplesOption,
-    SplitOption,
-    StepsOption,
-)
 from cactus_edge.errors import PropertyNotMetError, UsageError
 from cactus_edge.inputs import Perturbation
 
@@ -39,7 +49,6 @@ if TYPE_CHECKING:
 
     from cactus_edge.certify.engine import Certifier
     from cactus_edge.certify.query import Answer
-    from cactus_edge.certify.radius import Radius
     from cactus_edge.graph import Graph, Int64Array
 
 AttackOption = Annotated[
@@ -48,24 +57,30 @@ AttackOption = Annotated[
 OutputOption = Annotated[
     Path | None, typer.Option("-o", "--output", help="Write the result as JSON.")
 ]
+CertificateOption = Annotated[
+    Path | None, typer.Option("-o", "--output", help="Write a certificate, see check.")
+]
 
 
 class RadiusRow(msgspec.Struct, frozen=True):
-    """One sample: see ``certify.radius.Radius``; the counterexample is stored integers, flat."""
+    """One sample; ``certified`` is -1 where not even radius 0 is.
+
+    ``refuted``: the distance of the nearest counterexample that was found, under ``profile``.
+    """
 
     index: int
     label: int
     prediction: int
     certified: int
     refuted: int | None
-    counterexample: list[int] | None
     profile: str
 
 
 class RadiusOutput(msgspec.Struct, frozen=True):
-    """What ``radius --json`` prints; ``-o`` adds ``rows``.
+    """What ``radius --json`` prints.
 
-    ``mean`` is that of the certified radii, where a sample without one counts -1.
+    ``mean`` is that of the certified radii, where a sample without one counts -1. ``certificate``
+    is the file that was asked for, or empty.
     """
 
     samples: int
@@ -75,7 +90,8 @@ class RadiusOutput(msgspec.Struct, frozen=True):
     mean: float
     at_least: dict[int, int]
     refuted: int
-    rows: list[RadiusRow] | None
+    certificate: str
+    rows: list[RadiusRow]
 
 
 class VerifyOutput(msgspec.Struct, frozen=True):
@@ -97,13 +113,14 @@ class VerifyOutput(msgspec.Struct, frozen=True):
     profile: str
     counterexample: list[int] | None
     logits: list[int] | None
+    certificate: str
 
 
 def _samples(
     graph: Graph, data: str, split: str, first: int, samples: int | None
 ) -> tuple[npt.NDArray[np.generic], Int64Array]:
     """The chosen part of a data set's split, and its labels."""
-    dataset = proving._split(data, split, graph)  # pyright: ignore[reportPrivateUsage]
+    dataset = split_of(data, split, graph)
     total = len(dataset.labels)
     count = total - first if samples is None else samples
     if not (0 <= first < total and 0 < count <= total - first):
@@ -133,50 +150,68 @@ def radius(
     first: FirstOption = 0,
     samples: SamplesOption = None,
     profile: ProfileOption = None,
+    method: MethodOption = "interval",
+    budget: BudgetOption = 60.0,
+    memory: MemoryOption = "2G",
     attack: AttackOption = False,
     steps: StepsOption = 20,
     restarts: RestartsOption = 2,
-    output: OutputOption = None,
+    jobs: JobsOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a stopped run left OUTPUT.partial.")
+    ] = False,
+    output: CertificateOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Find the largest certified radius of each sample, and the nearest counterexample.
 
-    Example: cactus-edge radius model.tflite --data mnist --samples 100 --attack
+    Example: cactus-edge radius model.tflite --data mnist --samples 100 --attack -o radii.jsonl
     """
-    from cactus_edge.certify.attack import Settings
-    from cactus_edge.certify.radius import radii
+    from cactus_edge.certify import Request, Settings
+    from cactus_edge.certify import certify as run
+    from cactus_edge.certify.partial import refuse
 
     if output is not None:
-        files.refuse_existing(output, force)
-    graph, _ = flatbuffer.load(model)
-    images, labels = _samples(graph, data, split, first, samples)
-    certifier, names = _certifier(graph, profile)
-    settings = Settings(steps=steps, restarts=restarts) if attack else None
-    with bar("radius") as progress:
-        found = radii(
-            certifier,
-            images,
-            labels,
-            largest=largest,
-            first=first,
-            settings=settings,
-            progress=progress,
-        )
-    certified = sorted(r.certified for r in found)
+        refuse(output, resume=resume, force=force)
+    elif resume:
+        raise UsageError("--resume goes on with a certificate; give it with -o")
+    graph, content = flatbuffer.load(model)
+    request = Request(
+        data=split_of(data, split, graph),
+        perturbation=Perturbation.levels(largest),
+        each_radius=True,
+        first=first,
+        count=samples,
+        profiles=tuple(dict.fromkeys(profile)) if profile else None,
+        attack=Settings(steps=steps, restarts=restarts) if attack else None,
+        models=((model.name, content),),
+        method=method_of(method),
+        budget=budget,
+        memory=bytes_of(memory),
+        jobs=jobs,
+    )
+    kept = BytesIO()
+    with proving.resumable(output), bar("radius") as progress:
+        head, summary = run(request, output or kept, resume=resume, force=force, progress=progress)
+    if output is None:
+        kept.seek(0)
+        found = [_row(sample) for sample in Reader(kept, "radius").samples()]
+    else:
+        with reading(output) as claim:
+            found = [_row(sample) for sample in claim.samples()]
+    certified = sorted(row.certified for row in found)
     shown = RadiusOutput(
         samples=len(found),
         largest=largest,
-        profiles=names,
+        profiles=head.arithmetic[0].profiles,
         median=certified[(len(found) - 1) // 2],
         mean=sum(certified) / len(found),
         at_least={level: sum(c >= level for c in certified) for level in _steps(largest)},
-        refuted=sum(r.refuted is not None for r in found),
-        rows=None,
+        refuted=sum(row.refuted is not None for row in found),
+        certificate="" if output is None else str(output),
+        rows=found,
     )
-    if output is not None:
-        whole = msgspec.structs.replace(shown, rows=[_row(r) for r in found])
-        save_json(output, whole, force=force)
     rows = [
         ("samples", shown.samples),
         ("median certified radius", shown.median),
@@ -187,6 +222,7 @@ def radius(
         ("counterexample found", shown.refuted),
     ]
     emit(shown, as_json, table(f"radii of {model.name} on {data} {split}", ("", "value"), rows))
+    proving.judge(summary, output, None)
 
 
 def _steps(largest: int) -> list[int]:
@@ -195,16 +231,20 @@ def _steps(largest: int) -> list[int]:
     return list(dict.fromkeys([0, *powers, largest]))
 
 
-def _row(found: Radius) -> RadiusRow:
-    point = found.counterexample
+def _row(sample: Sample) -> RadiusRow:
+    import numpy as np
+
+    refuted = None
+    if sample.verdict == "refuted":
+        difference = np.frombuffer(bytes.fromhex(sample.counterexample), "<i2")
+        refuted = int(np.abs(difference.astype(np.int64)).max(initial=0))
     return RadiusRow(
-        found.index,
-        found.label,
-        found.prediction,
-        found.certified,
-        found.refuted,
-        None if point is None else point.reshape(-1).tolist(),
-        found.profile,
+        sample.index,
+        sample.label,
+        sample.prediction,
+        -1 if sample.radius is None else sample.radius,
+        refuted,
+        sample.profile,
     )
 
 
@@ -275,58 +315,65 @@ def verify(
         bool, typer.Option("--stored", help="X and Y are stored integers, not real values.")
     ] = False,
     profile: ProfileOption = None,
+    method: MethodOption = "linear",
+    budget: Annotated[
+        float, typer.Option("--budget", help="Seconds a box for linear and complete.")
+    ] = 60.0,
+    memory: MemoryOption = "2G",
     steps: StepsOption = 40,
     restarts: RestartsOption = 2,
     attack: Annotated[
         bool, typer.Option("--attack/--no-attack", help="Search for a counterexample.")
     ] = True,
-    output: OutputOption = None,
+    output: CertificateOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Answer a VNN-LIB query on the deployed integers; exit 0 only where it is certified.
 
-    Example: cactus-edge verify model.tflite property.vnnlib
+    Example: cactus-edge verify model.tflite property.vnnlib -o certificate.jsonl
     """
-    from cactus_edge import profiles
     from cactus_edge.certify.attack import Settings
-    from cactus_edge.certify.query import Verifier
+    from cactus_edge.certify.query_certificate import QueryRequest, answered, certify_query
 
     if output is not None:
         files.refuse_existing(output, force)
     graph, content = flatbuffer.load(model)
     text = files.read(query, "query")
-    variables: vnnlib.Variables = "stored" if stored else "real"
-    cases = vnnlib.bind(vnnlib.parse(text, query.name), graph, variables)
-    for name in profile or ():
-        profiles.profile_of(name)
-    verifier = Verifier(graph, tuple(dict.fromkeys(profile)) if profile else None)
+    request = QueryRequest(
+        model=(model.name, content),
+        query=(query.name, text),
+        variables="stored" if stored else "real",
+        profiles=tuple(dict.fromkeys(profile)) if profile else None,
+        attack=Settings(steps=steps, restarts=restarts) if attack else None,
+        method=method_of(method),
+        budget=budget,
+        memory=bytes_of(memory),
+    )
     with bar("verify", "boxes") as progress:
-        answer = verifier.decide(
-            ((case.lower, case.upper, case.specification) for case in cases),
-            settings=Settings(steps=steps, restarts=restarts) if attack else None,
-            total=len(cases),
-            progress=progress,
-        )
-    groups = verifier.coverage.groups
+        if output is None:
+            answer, names, boxes = answered(request, progress=progress)
+        else:
+            with files.writing(output, force=force) as stream:
+                head, summary, answer = certify_query(request, stream, progress=progress)
+            names, boxes = head.arithmetic[0].profiles, sum(summary.verdicts.values())
     point = answer.counterexample
     shown = VerifyOutput(
         model=model.name,
         model_sha256=hashlib.sha256(content).hexdigest(),
         query=query.name,
         query_sha256=hashlib.sha256(text).hexdigest(),
-        variables=variables,
-        cases=len(cases),
+        variables=request.variables,
+        cases=boxes,
         verdict=answer.verdict,
         result={"certified": "unsat", "refuted": "sat", "unknown": "unknown"}[answer.verdict],
         method=answer.method,
-        profiles=tuple(name for group in groups for name in group.names),
+        profiles=names,
         profile=answer.profile,
         counterexample=None if point is None else point.reshape(-1).tolist(),
         logits=list(answer.logits) if answer.logits else None,
+        certificate="" if output is None else str(output),
     )
-    if output is not None:
-        save_json(output, shown, force=force)
     emit(shown, as_json, table(f"{query.name} on {model.name}", ("", "value"), _rows(shown, graph)))
     if answer.verdict != "certified":
         raise PropertyNotMetError(_why(query, answer))

@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
-import json
-import logging
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import msgspec
 import typer
 
 from cactus_edge import certificate as certificates
-from cactus_edge import certificate_stream, datasets, files, flatbuffer, inputs
+from cactus_edge import certificate_stream, files, flatbuffer
 from cactus_edge import check as checking
 from cactus_edge.check import Mapper
+from cactus_edge.cli.options import (
+    Around,
+    BudgetOption,
+    EpsilonOption,
+    FirstOption,
+    JobsOption,
+    LevelsOption,
+    MaskOption,
+    MemoryOption,
+    MethodOption,
+    ModelArgument,
+    ModelsArgument,
+    PatchOption,
+    ProfileOption,
+    RadiiKindOption,
+    RadiiOption,
+    RestartsOption,
+    SamplesOption,
+    SplitOption,
+    StepsOption,
+    TopOption,
+    bytes_of,
+    method_of,
+    shard_of,
+)
+from cactus_edge.cli.options import split_of as _split
 from cactus_edge.cli.output import (
     DataOption,
     ForceOption,
@@ -27,37 +52,8 @@ from cactus_edge.cli.output import (
     table,
 )
 from cactus_edge.errors import PropertyNotMetError, ToolError, UsageError
-from cactus_edge.inputs import Perturbation
 
-if TYPE_CHECKING:
-    from cactus_edge.graph import Graph
-
-logger = logging.getLogger(__name__)
 _INTERRUPTED = 130  # as shells have it
-
-ModelArgument = Annotated[Path, typer.Argument(help="A .tflite file.", metavar="MODEL")]
-ModelsArgument = Annotated[
-    list[Path], typer.Argument(help="One or more .tflite files.", metavar="MODEL...")
-]
-JobsOption = Annotated[int | None, typer.Option("--jobs", help="Work with this many processes.")]
-EpsilonOption = Annotated[
-    str | None,
-    typer.Option("--eps", help="Radius on real inputs in [0, 1], such as 0.1 or 8/255."),
-]
-LevelsOption = Annotated[
-    int | None, typer.Option("--levels", help="Radius in stored integer levels instead.")
-]
-SplitOption = Annotated[str, typer.Option("--split", help="test, validation or train.")]
-SamplesOption = Annotated[
-    int | None, typer.Option("--samples", "-n", help="How many samples; all without it.")
-]
-FirstOption = Annotated[int, typer.Option("--first", help="Index of the first sample.")]
-ProfileOption = Annotated[
-    list[str] | None,
-    typer.Option("--profile", help="Restrict the claim to this rounding profile; repeatable."),
-]
-StepsOption = Annotated[int, typer.Option("--steps", help="Gradient steps of the attack.")]
-RestartsOption = Annotated[int, typer.Option("--restarts", help="Random restarts of the attack.")]
 
 
 class CertifyResult(msgspec.Struct, frozen=True):
@@ -68,6 +64,8 @@ class CertifyResult(msgspec.Struct, frozen=True):
     samples: int
     property: str
     radius: str
+    patch: tuple[int, ...]
+    top: int
     rounding: str
     profiles: tuple[str, ...]
     verifier: str
@@ -77,70 +75,24 @@ class CertifyResult(msgspec.Struct, frozen=True):
     verdicts: dict[str, int]
 
 
-def _perturbation(epsilon: str | None, levels: int | None) -> Perturbation:
-    if (epsilon is None) == (levels is None):
-        raise UsageError("give either --eps or --levels")
-    if epsilon is not None:
-        return inputs.Perturbation.epsilon(epsilon)
-    assert levels is not None
-    return inputs.Perturbation.levels(levels)
-
-
-def _split(name: str, split: str, graph: Graph) -> datasets.Dataset:
-    """A split; what a model's training held out is known from the model's provenance."""
-    if split not in ("train", "validation", "test"):
-        raise UsageError(f"no split '{split}'; use test, validation or train")
-    fraction = datasets.VALIDATION_FRACTION
-    provenance = dict(graph.metadata).get("cactus_edge.provenance", b"{}")
-    try:
-        fraction = float(json.loads(provenance)["recipe"]["data"]["validation"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        logger.info("the model does not say what training held out; taking %g", fraction)
-    return datasets.load(name, split, fraction)  # pyright: ignore[reportArgumentType]
-
-
-def _shard(text: str) -> tuple[int, int]:
-    number, _, parts = text.partition("/")
-    if not (number.isdecimal() and parts.isdecimal()):
-        raise UsageError(f"--shard {text}: give i/n, such as 2/8")
-    return int(number), int(parts)
-
-
-def _bytes(text: str) -> int:
-    """A size such as 512M or 2G, in bytes."""
-    units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    digits, unit = (text[:-1], text[-1:].upper()) if not text.isdecimal() else (text, "")
-    if not digits.isdecimal() or unit not in units:
-        raise UsageError(f"--memory {text}: give bytes, or a number with K, M or G")
-    return int(digits) * units[unit]
-
-
-def _method(text: str) -> certificates.Method:
-    for method in certificates.VERIFIERS:
-        if text == method:
-            return method
-    raise UsageError(f"no method '{text}'; known: {', '.join(certificates.VERIFIERS)}")
-
-
 def certify(
     models: ModelsArgument,
     data: DataOption,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the certificate goes.")],
     eps: EpsilonOption = None,
     levels: LevelsOption = None,
+    radii: RadiiOption = None,
+    radii_kind: RadiiKindOption = "epsilon",
+    mask: MaskOption = None,
+    patch: PatchOption = None,
+    top: TopOption = 1,
     split: SplitOption = "test",
     first: FirstOption = 0,
     samples: SamplesOption = None,
     profile: ProfileOption = None,
-    method: Annotated[
-        str, typer.Option("--method", help="Strongest method: interval, linear or complete.")
-    ] = "interval",
-    budget: Annotated[
-        float, typer.Option("--budget", help="Seconds a sample for linear and complete.")
-    ] = 60.0,
-    memory: Annotated[
-        str, typer.Option("--memory", help="Memory of the complete search, such as 2G.")
-    ] = "2G",
+    method: MethodOption = "interval",
+    budget: BudgetOption = 60.0,
+    memory: MemoryOption = "2G",
     attack: Annotated[
         bool, typer.Option("--attack", help="Search counterexamples for what stays open.")
     ] = False,
@@ -170,40 +122,51 @@ def certify(
     """
     from cactus_edge.certify import Request, Settings
     from cactus_edge.certify import certify as run
-    from cactus_edge.certify.partial import partial_of, refuse
+    from cactus_edge.certify.partial import refuse
 
     refuse(output, resume=resume, force=force)
     if require is not None and not 0 <= require <= 1:
         raise UsageError(f"--require {require}: a fraction from 0 to 1 is needed")
-    perturbation = _perturbation(eps, levels)
     loaded = [(path.name, *flatbuffer.load(path)) for path in models]
+    around = Around(eps, levels, radii, radii_kind, mask, patch)
     request = Request(
         data=_split(data, split, loaded[0][1]),
-        perturbation=perturbation,
+        perturbation=around.of(loaded[0][1]),
+        top=top,
         first=first,
         count=samples,
         profiles=tuple(dict.fromkeys(profile)) if profile else None,
         attack=Settings(steps=steps, restarts=restarts) if attack else None,
         models=tuple((name, content) for name, _, content in loaded),
-        method=_method(method),
+        method=method_of(method),
         budget=budget,
-        memory=_bytes(memory),
-        shard=_shard(shard),
+        memory=bytes_of(memory),
+        shard=shard_of(shard),
         jobs=jobs,
         dask=dask,
     )
+    with resumable(output), bar("certify") as progress:
+        result = run(request, output, resume=resume, force=force, progress=progress)
+    title = f"{', '.join(path.name for path in models)} on {data} {split}"
+    _show(result.head, result.summary, output, as_json, title)
+    judge(result.summary, output, require)
+
+
+@contextmanager
+def resumable(output: Path | None) -> Generator[None]:
+    """Where Ctrl-C ends the block, says what is left to go on from."""
+    from cactus_edge.certify.partial import partial_of
+
     try:
-        with bar("certify") as progress:
-            result = run(request, output, resume=resume, force=force, progress=progress)
+        yield
     except KeyboardInterrupt:
+        if output is None:
+            raise
         kept = partial_of(output)
         left = f"what is done is in {kept}; --resume goes on from there"
         text = f"stopped; {left if kept.exists() else 'nothing was done yet'}"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(_INTERRUPTED) from None
-    title = f"{', '.join(path.name for path in models)} on {data} {split}"
-    _show(result.head, result.summary, output, as_json, title)
-    _judge(result.summary, output, require)
 
 
 def _show(
@@ -221,7 +184,9 @@ def _show(
         models=tuple(model.file for model in head.models),
         samples=head.data.count,
         property=head.property.kind,
-        radius=head.property.radius,
+        radius=head.property.radius or "one for each element",
+        patch=head.property.patch,
+        top=head.property.top,
         rounding=arithmetic.rounding,
         profiles=arithmetic.profiles,
         verifier=head.verifier,
@@ -233,7 +198,8 @@ def _show(
     roundings = (f"{a.rounding}, {len(a.profiles)} profiles" for a in head.arithmetic)
     rows = [
         ("samples", f"{head.data.first}..{head.data.first + head.data.count - 1}"),
-        ("perturbation", f"{shown.property} {shown.radius}"),
+        ("perturbation", f"{shown.property} {shown.radius}{_patch(shown.patch)}"),
+        ("decision", head.property.decision),
         ("rounding", "; ".join(roundings)),
         ("verifier", shown.verifier),
         ("standard accuracy %", percent(shown.standard_accuracy)),
@@ -253,7 +219,11 @@ def _show(
             )
 
 
-def _judge(summary: certificates.Summary, output: Path, require: float | None) -> None:
+def _patch(patch: tuple[int, ...]) -> str:
+    return ", in a window of {} x {}, stride {}".format(*patch) if patch else ""
+
+
+def judge(summary: certificates.Summary, output: Path | None, require: float | None) -> None:
     """Raise where the run does not deserve exit code 0."""
     errors = summary.verdicts["error"]
     if errors:
@@ -280,7 +250,7 @@ def merge(
 
     result = run(shards, output, force=force)
     _show(result.head, result.summary, output, as_json, f"{len(shards)} shards")
-    _judge(result.summary, output, None)
+    judge(result.summary, output, None)
 
 
 class CheckOutput(msgspec.Struct, frozen=True):
@@ -295,7 +265,12 @@ class CheckOutput(msgspec.Struct, frozen=True):
 def check(
     certificate: Annotated[Path, typer.Argument(help="certificate.jsonl", metavar="CERTIFICATE")],
     models: ModelsArgument,
-    data: DataOption,
+    data: Annotated[
+        str | None, typer.Option("--data", help="The data set that it is about.", metavar="NAME")
+    ] = None,
+    query: Annotated[
+        Path | None, typer.Option("--query", help="The VNN-LIB file that it is about.")
+    ] = None,
     jobs: JobsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -304,12 +279,18 @@ def check(
     Example: cactus-edge check certificate.jsonl model.tflite --data mnist
     """
     with certificate_stream.reading(certificate) as claim:
+        if (data is None) == (query is None):
+            wanted = "--data NAME" if claim.head.query is None else "--query FILE"
+            raise UsageError(f"{certificate} needs {wanted}, and nothing else, to be checked")
         loaded = [flatbuffer.load(path) for path in models]
         split = claim.head.data.split if claim.head.data else "test"
-        dataset = _split(data, split, loaded[0][0])
+        dataset = None if data is None else _split(data, split, loaded[0][0])
+        text = None if query is None else files.read(query, "query")
         contents = [content for _, content in loaded]
         with bar("check") as progress, _mapper(jobs) as mapper:
-            result = checking.check(claim, contents, dataset, progress=progress, mapper=mapper)
+            result = checking.check(
+                claim, contents, dataset, query=text, progress=progress, mapper=mapper
+            )
         accuracy = claim.tail.summary.certified_accuracy if claim.tail else None
     shown = CheckOutput(result.agrees, result.samples, accuracy, result.problems)
     verdict = "agrees" if result.agrees else "does NOT agree"
@@ -374,7 +355,7 @@ def attack(
     graph, _ = flatbuffer.load(model)
     request = Request(
         data=_split(data, split, graph),
-        perturbation=_perturbation(eps, levels),
+        perturbation=Around(eps, levels).of(graph),
         first=first,
         count=samples,
         profiles=tuple(dict.fromkeys(profile)) if profile else None,

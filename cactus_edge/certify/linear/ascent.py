@@ -157,8 +157,8 @@ class Ascent:
             first, last = self.state.ranges[index][2:4, found.index]
             tolerance = np.where(last - first > _MANY_STEPS, 0.5, 0.0)
             away = np.abs(value - stored) - tolerance
-            weights = self.weights.get(index, np.zeros(found.index.size))
-            self.gaps[index] = np.abs(weights) * np.maximum(away, 0.0)
+            weights: FloatArray = self.weights.get(index, np.zeros(found.index.size))
+            self.gaps[index] = np.asarray(np.abs(weights) * np.maximum(away, 0.0), np.float64)
 
     def codes(self, target: Target) -> dict[int, Int64Array]:
         """The best slopes as ``lower_bound`` takes them for a target of this scale."""

@@ -31,9 +31,10 @@ from cactus_edge.certify.linear.bounds import (
     lower_bound,
     propagate,
 )
+from cactus_edge.certify.linear.branching import Branching, Division
 from cactus_edge.certify.linear.goals import Aim, Goal
 from cactus_edge.certify.linear.lp import Program, Relaxation
-from cactus_edge.certify.linear.network import Network, Staircase, Stairs
+from cactus_edge.certify.linear.network import Network, Stairs
 from cactus_edge.graph import Int64Array
 from cactus_edge.proofs import Leaf, Split
 
@@ -44,8 +45,6 @@ _ROOT_STEPS = 40
 _STEPS = 12
 _RATE = 0.12  # float: steers the search
 _FEW_INPUTS = 12
-_CANDIDATES = 16
-_MANY_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class _Case:
     split: Split | None = None
     children: tuple[int, int] | None = None
     value: int = 0
-    looseness: float = 0.0  # float: steers the search
+    division: Division | None = None
 
 
 @dataclass(eq=False)
@@ -104,11 +103,11 @@ class Tree:
     counterexample: Int64Array | None = None
     hopeless: bool = False
     wanted: int = 0
-    looseness: float = 0.0  # float: steers the search
-    gains: dict[tuple[int, int], tuple[list[float], list[float]]] = field(
-        default_factory=dict
-    )  # float: steers
     held: int = 0
+
+    def __post_init__(self) -> None:
+        """Nothing has been divided yet."""
+        self.branching = Branching(self.network)
 
     def run(self, budget: Budget, deadline: Seconds) -> Outcome:
         """Search until the goal is proved or broken, or the budget is spent."""
@@ -276,7 +275,9 @@ class Tree:
         case = self.cases[index]
         chosen = self.goal.divide(state)
         if chosen is None and ascent is not None:
-            chosen = self._promising(state, ascent)
+            case.division = self.branching.choose(state, ascent)
+            if case.division is not None:
+                chosen = case.division.tensor, case.division.element, case.division.level
         entry = self.network.graph.core_input
         low, high = state.values[entry]
         loose = np.flatnonzero(high > low)
@@ -285,10 +286,10 @@ class Tree:
                 raise AssertionError("a single input is decided by running it")
             element = int(loose[(high - low)[loose].argmax()])
             chosen = entry, element, int(low[element] + high[element]) >> 1
+            case.division = None
         tensor, element, level = chosen
         zero_point = self.network.zero_points[tensor]
         case.split = Split(tensor, element, level + zero_point)
-        case.looseness = self.looseness
         if ascent is not None:
             case.slopes = {}
             for node, part in ascent.corners.items():
@@ -302,48 +303,12 @@ class Tree:
                     # In the children the element is cut: a price, no longer a slope.
                     whole[element] *= ascent.weight(node, element)
 
-    def _promising(self, state: State, ascent: Ascent) -> tuple[int, int, int] | None:
-        """(tensor, element, level) whose division should raise the bounds of both children most.
-
-        What earlier divisions of an element gained, relative to how loose it was, is remembered
-        (pseudo-costs, Benichou et al. 1971); an element without a past counts as the average.
-        """
-        best, found = 0.0, None  # float: steers the search
-        usual = [1.0, 1.0]  # float: steers the search
-        if self.gains:
-            totals = np.array(
-                [[sum(side) / len(side) for side in g] for g in self.gains.values()]
-            )  # float: steers
-            usual = totals.mean(axis=0).tolist()
-        for loose, node, index in _looseness(self.network, state, ascent):
-            for position in np.argsort(-loose, kind="stable")[:_CANDIDATES].tolist():
-                gap = float(loose[position])  # float: steers the search
-                element = int(ascent.corners[index].index[position])
-                known = self.gains.get((node.output, element))
-                gain = (
-                    [sum(side) / len(side) for side in known] if known else usual
-                )  # float: steers
-                score = gap * gap * gain[0] * gain[1]
-                if score <= best:
-                    continue
-                best = score
-                first, last = (int(state.ranges[index][row, element]) for row in (2, 3))
-                steps = node.staircase
-                reached = int(ascent.reached[index][position]) - steps.lowest
-                self.looseness = gap
-                found = node.output, element, _cut(first, last, reached, steps) + steps.lowest
-        return found
-
-    def _learn(self, index: int, before: int) -> None:
+    def _learn(self, index: int) -> None:
         """Remember what the division of a case gained."""
         case = self.cases[index]
-        if case.split is None or case.children is None or case.looseness <= 0:
-            return
-        key = case.split.tensor, case.split.element
-        sides = self.gains.setdefault(key, ([], []))
-        for side, child in zip(sides, case.children, strict=True):
-            gained = max(self.cases[child].value - before, 0) + 1
-            side.append(min(gained / case.looseness, 100.0))  # float: steers the search
+        if case.division is not None and case.children is not None:
+            first, second = (self.cases[child].value - case.value for child in case.children)
+            self.branching.learn(case.division, (first, second))
 
     def _branch(self, index: int) -> None:
         case = self.cases[index]
@@ -359,7 +324,7 @@ class Tree:
         for child in case.children:
             if self.counterexample is None and not self.hopeless:
                 self._treat(child, _STEPS)
-        self._learn(index, case.value)
+        self._learn(index)
         case.slopes = {}
         for child in case.children:
             if self.cases[child].leaf is not None:
@@ -379,29 +344,3 @@ def every_point(low: Int64Array, high: Int64Array) -> list[Int64Array]:
             number //= extent
         points.append(point)
     return points
-
-
-def _looseness(
-    network: Network, state: State, ascent: Ascent
-) -> list[tuple[FloatArray, Stairs, int]]:
-    """For each node: how much each of its open elements loosens the bound, and its index."""
-    found: list[tuple[FloatArray, Stairs, int]] = []
-    for index, gaps in ascent.gaps.items():
-        node = network.nodes[index]
-        assert isinstance(node, Stairs)
-        ranges = state.ranges[index][:, ascent.corners[index].index]
-        width = np.abs(ascent.weights[index]) * (ranges[3] - ranges[2])
-        loose = gaps + 1e-3 * width  # float: steers the search
-        found.append((np.where(ranges[2] < ranges[3], loose, 0), node, index))
-    return found
-
-
-def _cut(first: int, last: int, reached: int, steps: Staircase) -> int:
-    """The level at which a range of levels is divided: a clamp's bend, else where it is loose."""
-    if last - first > _MANY_STEPS:
-        if first == 0:
-            return first
-        if last == steps.thresholds.shape[1]:
-            return last - 1
-    quarter = (last - first) >> 2 if last - first > _MANY_STEPS else 0
-    return min(max(reached, first + quarter), last - 1 - quarter)
