@@ -150,7 +150,8 @@ def enumerate_box(lower: Int64Array, upper: Int64Array) -> Int64Array:
     extents = (upper - lower + 1).reshape(-1)
     count = int(np.prod(extents))
     assert count <= 1 << 24, f"a box of {count} points is too large to enumerate"
-    offsets = np.stack(np.unravel_index(np.arange(count), extents), axis=-1)
+    places = np.cumprod(np.append(1, extents[:0:-1]))[::-1]  # np.unravel_index has 32 axes
+    offsets = np.arange(count)[:, None] // places % extents
     return offsets.reshape(count, *lower.shape).astype(np.int64) + lower
 
 

@@ -142,7 +142,7 @@ def test_require_makes_the_exit_code(model: Path, capsys: pytest.CaptureFixture[
         (("--eps", "much"), 2, "not a number"),
         (("--eps", "1e-999999999"), 2, "not a number"),
         (("--eps", "0.1", "--require", "nan"), 2, "fraction"),
-        (("--eps", "0.1", "--attack", "--steps", "0"), 2, "at least one step"),
+        (("--eps", "0.1", "--attack", "--steps", "0"), 2, "needs a step"),
         (("--eps", "0.1", "--attack", "--restarts", "-1"), 2, "no negative"),
         (("--eps", "0.1", "--samples", "99999"), 2, "which has"),
         (("--eps", "0.1", "--first", "-1"), 2, "are not in"),

@@ -26,6 +26,7 @@ from cactus_edge.certify.attack_moves import (
 )
 from cactus_edge.certify.attack_network import Network
 from cactus_edge.certify.attack_routes import Routes, routes
+from cactus_edge.certify.boxes import every_point
 from cactus_edge.errors import UsageError
 from cactus_edge.graph import Graph, Int64Array
 
@@ -174,8 +175,6 @@ def _enumerated(attack: Search, rows: Rows, limit: int) -> Rows:
     small = np.flatnonzero(bits < 32)
     small = small[extents[small].prod(axis=1) <= limit]
     for row in small.tolist():
-        count = int(extents[row].prod())
-        offsets = np.stack(np.unravel_index(np.arange(count), tuple(extents[row])), axis=-1)
-        points = (rows.lower[row] + offsets).astype(np.int16)
-        attack.look(rows.take(np.full(count, row)), points)
+        points = every_point(rows.lower[row].astype(np.int64), rows.upper[row].astype(np.int64))
+        attack.look(rows.take(np.full(len(points), row)), points.astype(np.int16))
     return rows.take(~np.isin(np.arange(len(extents)), small))

@@ -5,6 +5,7 @@ A sample's set is the union of its boxes: one box for a ball, one for each place
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -94,3 +95,20 @@ def line_about(
 def difference(point: Int64Array, stored: Int64Array) -> str:
     """A counterexample as a certificate writes it."""
     return (point - stored).astype("<i2").tobytes().hex()
+
+
+def every_point(lower: Int64Array, upper: Int64Array) -> Int64Array:
+    """All integer points of a box that has few of them, int64 [points, elements].
+
+    Args:
+        lower: int64 [elements]; ``upper`` likewise, and nowhere below it.
+        upper: see ``lower``.
+    """
+    free = np.flatnonzero(upper > lower)  # most elements of a large input may be fixed
+    numbers = np.arange(math.prod((upper - lower + 1)[free].tolist()), dtype=np.int64)
+    points = np.tile(lower.astype(np.int64), (numbers.size, 1))
+    for element in free.tolist():
+        extent = int(upper[element] - lower[element]) + 1
+        points[:, element] += numbers % extent
+        numbers //= extent
+    return points

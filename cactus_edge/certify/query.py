@@ -28,6 +28,7 @@ import numpy as np
 
 from cactus_edge.certify import margin
 from cactus_edge.certify.attack import Settings
+from cactus_edge.certify.boxes import every_point
 from cactus_edge.certify.decide import Decider, Effort, method_of
 from cactus_edge.certify.engine import Coverage, Group, cover
 from cactus_edge.certify.prover import exclude_enough
@@ -358,9 +359,7 @@ class _Case:
 
     def _enumerated(self) -> Answer:
         lower, upper = self.box
-        extents = (upper - lower + 1).reshape(-1)
-        offsets = np.unravel_index(np.arange(int(np.prod(extents))), extents)
-        points = np.stack(offsets, axis=-1).reshape(-1, *lower.shape).astype(np.int64) + lower
+        points = every_point(lower.reshape(-1), upper.reshape(-1)).reshape(-1, *lower.shape)
         unsure = False
         for engine in self.engines:
             for point, logits in zip(points, engine.logits(points), strict=True):

@@ -469,7 +469,7 @@ def attack_unverified(shift: int) -> Callable[[Patch], None]:
     """The attack's point is believed; it lies ``shift`` levels off the sample."""
 
     def patch_it(patch: Patch) -> None:
-        def faulty(graph: Graph, stored: Any, *_: Any) -> list[Any]:
+        def faulty(graph: Graph, stored: Any, *_: Any, **__: Any) -> list[Any]:
             low, high = graph.tensors[graph.core_input].dtype.range
             return [np.clip(point + shift, low, high) for point in stored]
 
@@ -482,10 +482,12 @@ def attack_unverified(shift: int) -> Callable[[Patch], None]:
 def attack_unbounded(patch: Patch) -> None:
     """The attack looks in a box of twice the radius, and nobody asks where its point lies."""
 
-    def faulty(graph: Graph, stored: Any, lower: Any, upper: Any, *given: Any) -> list[Any]:
+    def faulty(
+        graph: Graph, stored: Any, lower: Any, upper: Any, *given: Any, **named: Any
+    ) -> list[Any]:
         low, high = graph.tensors[graph.core_input].dtype.range
         wide = np.maximum(2 * lower - stored, low), np.minimum(2 * upper - stored, high)
-        return true_search(graph, stored, *wide, *given)
+        return true_search(graph, stored, *wide, *given, **named)
 
     def wrong(group: Any, point: Any, box: Any, i: int) -> bool:
         logits = execute(group.graph, point[None])

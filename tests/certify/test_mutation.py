@@ -597,7 +597,7 @@ def points_break_an_interval() -> bool:
         for label in range(logits.shape[1]):
             gaps = decision.gaps(graph, label, logits.shape[1])[None]
             ends = lower[None], upper[None]
-            low, high, _, proved = engine._Engine(graph).prove(*ends, np.array([label]), gaps)
+            low, high, _, proved = engine._Engine(graph, None).prove(*ends, np.array([label]), gaps)
             if (logits < low).any() or (logits > high).any():
                 return True
             leads = (logits[:, label][:, None] >= logits + gaps).all(axis=0)

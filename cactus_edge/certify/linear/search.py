@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cactus_edge.certify.boxes import every_point
 from cactus_edge.certify.linear import codec
 from cactus_edge.certify.linear.ascent import Ascent, FloatArray
 from cactus_edge.certify.linear.bounds import (
@@ -329,18 +330,3 @@ class Tree:
         for child in case.children:
             if self.cases[child].leaf is not None:
                 self.cases[child].slopes = {}
-
-
-def every_point(low: Int64Array, high: Int64Array) -> list[Int64Array]:
-    """All integer points of a small box, flattened."""
-    loose = np.flatnonzero(high > low)
-    extents = (high - low + 1)[loose]
-    count = int(np.prod(extents)) if loose.size else 1
-    points: list[Int64Array] = []
-    for number in range(count):
-        point = low.copy()
-        for element, extent in zip(loose.tolist(), extents.tolist(), strict=True):
-            point[element] += number % extent
-            number //= extent
-        points.append(point)
-    return points
