@@ -13,6 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
+
 from cactus_edge import files
 from cactus_edge.certificate import Head, line_of, sample_of
 from cactus_edge.certificate_stream import TAIL, Writer, read_line
@@ -50,9 +55,14 @@ def resumable(
     partial = partial_of(output)
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        stream = partial.open("r+b" if resume and partial.exists() else "w+b")
+        stream = os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
     except OSError as error:
         raise OutputError(f"{partial}: cannot write ({error.strerror})") from None
+    if not (_own(stream) and _is_at(stream, partial)):
+        stream.close()
+        raise OutputError(f"{partial}: another process is writing it; wait for it, or stop it")
+    if not resume:
+        stream.truncate()
     writer: Writer | None = None
     try:
         with stream:
@@ -71,6 +81,27 @@ def resumable(
         if isinstance(error, OSError):
             raise OutputError(f"{partial}: cannot write ({error.strerror})") from None
         raise
+
+
+def _own(stream: BinaryIO) -> bool:
+    """Take the file for this process, until it is closed; False where another one has it."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # a file system without locks, such as some network shares
+        _log.info("%s: cannot be locked (%s)", stream.name, error.strerror)
+    return True
+
+
+def _is_at(stream: BinaryIO, path: Path) -> bool:
+    """False where the file was renamed or removed before it could be taken."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def recover(stream: BinaryIO, head: Head, name: str) -> Writer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +18,7 @@ from cactus_edge.inputs import Perturbation
 from cactus_edge.radii import read_radii
 
 if TYPE_CHECKING:
+    from cactus_edge.certify.attack import Settings
     from cactus_edge.graph import Graph
 
 logger = logging.getLogger(__name__)
@@ -69,8 +70,15 @@ BudgetOption = Annotated[
 MemoryOption = Annotated[
     str, typer.Option("--memory", help="Memory of the complete search, such as 2G.")
 ]
-StepsOption = Annotated[int, typer.Option("--steps", help="Gradient steps of the attack.")]
-RestartsOption = Annotated[int, typer.Option("--restarts", help="Random restarts of the attack.")]
+StepsOption = Annotated[
+    int | None, typer.Option("--steps", help="Gradient steps of the attack; 20 without it.")
+]
+RestartsOption = Annotated[
+    int | None, typer.Option("--restarts", help="Random restarts of the attack; 2 without it.")
+]
+StrongOption = Annotated[
+    bool, typer.Option("--strong", help="Attack with some twenty times the work.")
+]
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,15 @@ def split_of(name: str, split: str, graph: Graph) -> datasets.Dataset:
     except (ValueError, KeyError, TypeError, RecursionError):
         logger.info("the model does not say what training held out; taking %g", fraction)
     return datasets.load(name, split, fraction)  # pyright: ignore[reportArgumentType]
+
+
+def settings_of(steps: int | None, restarts: int | None, strong: bool) -> Settings:
+    """Strength of an attack; what is not given is that of an ordinary or a strong one."""
+    from cactus_edge.certify.attack import Settings
+
+    settings = Settings.strong() if strong else Settings()
+    given = {"steps": steps, "restarts": restarts}
+    return replace(settings, **{name: n for name, n in given.items() if n is not None})
 
 
 def shard_of(text: str) -> tuple[int, int]:

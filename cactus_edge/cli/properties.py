@@ -26,8 +26,10 @@ from cactus_edge.cli.options import (
     SamplesOption,
     SplitOption,
     StepsOption,
+    StrongOption,
     bytes_of,
     method_of,
+    settings_of,
     split_of,
 )
 from cactus_edge.cli.output import (
@@ -154,8 +156,9 @@ def radius(
     budget: BudgetOption = 60.0,
     memory: MemoryOption = "2G",
     attack: AttackOption = False,
-    steps: StepsOption = 20,
-    restarts: RestartsOption = 2,
+    steps: StepsOption = None,
+    restarts: RestartsOption = None,
+    strong: StrongOption = False,
     jobs: JobsOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where a stopped run left OUTPUT.partial.")
@@ -168,7 +171,7 @@ def radius(
 
     Example: cactus-edge radius model.tflite --data mnist --samples 100 --attack -o radii.jsonl
     """
-    from cactus_edge.certify import Request, Settings
+    from cactus_edge.certify import Request
     from cactus_edge.certify import certify as run
     from cactus_edge.certify.partial import refuse
 
@@ -184,7 +187,7 @@ def radius(
         first=first,
         count=samples,
         profiles=tuple(dict.fromkeys(profile)) if profile else None,
-        attack=Settings(steps=steps, restarts=restarts) if attack else None,
+        attack=settings_of(steps, restarts, strong) if attack or strong else None,
         models=((model.name, content),),
         method=method_of(method),
         budget=budget,
@@ -262,8 +265,9 @@ def sweep(
     samples: SamplesOption = None,
     profile: ProfileOption = None,
     attack: AttackOption = False,
-    steps: StepsOption = 20,
-    restarts: RestartsOption = 2,
+    steps: StepsOption = None,
+    restarts: RestartsOption = None,
+    strong: StrongOption = False,
     output: OutputOption = None,
     svg: Annotated[Path | None, typer.Option("--svg", help="Draw the curve.")] = None,
     force: ForceOption = False,
@@ -274,7 +278,6 @@ def sweep(
     Example: cactus-edge sweep model.tflite --data mnist --eps 0.05 --eps 0.1 --svg curve.svg
     """
     from cactus_edge.certify import sweep as sweeping
-    from cactus_edge.certify.attack import Settings
 
     if bool(eps) == bool(levels):
         raise UsageError("give radii either with --eps or with --levels")
@@ -286,7 +289,7 @@ def sweep(
     graph, _ = flatbuffer.load(model)
     images, labels = _samples(graph, data, split, first, samples)
     certifier, _ = _certifier(graph, profile)
-    settings = Settings(steps=steps, restarts=restarts) if attack else None
+    settings = settings_of(steps, restarts, strong) if attack or strong else None
     with bar("sweep") as progress:
         curve = sweeping.sweep(
             certifier, images, labels, perturbations, settings=settings, progress=progress
@@ -320,8 +323,9 @@ def verify(
         float, typer.Option("--budget", help="Seconds a box for linear and complete.")
     ] = 60.0,
     memory: MemoryOption = "2G",
-    steps: StepsOption = 40,
-    restarts: RestartsOption = 2,
+    steps: StepsOption = None,
+    restarts: RestartsOption = None,
+    strong: StrongOption = False,
     attack: Annotated[
         bool, typer.Option("--attack/--no-attack", help="Search for a counterexample.")
     ] = True,
@@ -333,7 +337,6 @@ def verify(
 
     Example: cactus-edge verify model.tflite property.vnnlib -o certificate.jsonl
     """
-    from cactus_edge.certify.attack import Settings
     from cactus_edge.certify.query_certificate import QueryRequest, answered, certify_query
 
     if output is not None:
@@ -345,7 +348,9 @@ def verify(
         query=(query.name, text),
         variables="stored" if stored else "real",
         profiles=tuple(dict.fromkeys(profile)) if profile else None,
-        attack=Settings(steps=steps, restarts=restarts) if attack else None,
+        attack=settings_of(40 if steps is None else steps, restarts, strong)
+        if attack or strong
+        else None,
         method=method_of(method),
         budget=budget,
         memory=bytes_of(memory),

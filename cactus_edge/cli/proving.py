@@ -34,9 +34,11 @@ from cactus_edge.cli.options import (
     SamplesOption,
     SplitOption,
     StepsOption,
+    StrongOption,
     TopOption,
     bytes_of,
     method_of,
+    settings_of,
     shard_of,
 )
 from cactus_edge.cli.options import split_of as _split
@@ -96,8 +98,9 @@ def certify(
     attack: Annotated[
         bool, typer.Option("--attack", help="Search counterexamples for what stays open.")
     ] = False,
-    steps: StepsOption = 20,
-    restarts: RestartsOption = 2,
+    steps: StepsOption = None,
+    restarts: RestartsOption = None,
+    strong: StrongOption = False,
     jobs: JobsOption = None,
     dask: Annotated[
         str | None, typer.Option("--dask", help="Work on the cluster of this Dask scheduler.")
@@ -120,7 +123,7 @@ def certify(
     Of several models, each has to decide right. Example:
     cactus-edge certify model.tflite --data mnist --eps 0.1 -o certificate.jsonl
     """
-    from cactus_edge.certify import Request, Settings
+    from cactus_edge.certify import Request
     from cactus_edge.certify import certify as run
     from cactus_edge.certify.partial import refuse
 
@@ -136,7 +139,7 @@ def certify(
         first=first,
         count=samples,
         profiles=tuple(dict.fromkeys(profile)) if profile else None,
-        attack=Settings(steps=steps, restarts=restarts) if attack else None,
+        attack=settings_of(steps, restarts, strong) if attack or strong else None,
         models=tuple((name, content) for name, _, content in loaded),
         method=method_of(method),
         budget=budget,
@@ -335,8 +338,9 @@ def attack(
     first: FirstOption = 0,
     samples: SamplesOption = None,
     profile: ProfileOption = None,
-    steps: StepsOption = 20,
-    restarts: RestartsOption = 2,
+    steps: StepsOption = None,
+    restarts: RestartsOption = None,
+    strong: StrongOption = False,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write verdicts and counterexamples.")
     ] = None,
@@ -347,7 +351,7 @@ def attack(
 
     Example: cactus-edge attack model.tflite --data mnist --eps 0.1 --samples 1000
     """
-    from cactus_edge.certify import Request, Settings
+    from cactus_edge.certify import Request
     from cactus_edge.certify import attack as run
 
     if output is not None:
@@ -359,7 +363,7 @@ def attack(
         first=first,
         count=samples,
         profiles=tuple(dict.fromkeys(profile)) if profile else None,
-        attack=Settings(steps=steps, restarts=restarts),
+        attack=settings_of(steps, restarts, strong),
     )
     with bar("attack") as progress:
         found = run(graph, request, progress=progress)

@@ -305,6 +305,25 @@ def test_nothing_is_resumed_that_is_something_else(
     assert (tmp_path / "fresh.jsonl").read_bytes() == whole
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fcntl")
+@pytest.mark.parametrize("how", ["resume", "force"])
+def test_two_processes_never_write_one_file(
+    request_: Request, whole: bytes, tmp_path: Path, how: str
+) -> None:
+    import fcntl
+
+    output = tmp_path / "certificate.jsonl"
+    half = whole[: len(whole) // 2]
+    partial_of(output).write_bytes(half)
+    with partial_of(output).open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="another process is writing it"):
+            certify(request_, output, resume=how == "resume", force=how == "force")
+    assert partial_of(output).read_bytes() == half
+    certify(request_, output, resume=how == "resume", force=how == "force")
+    assert output.read_bytes() == whole
+
+
 def test_a_run_that_never_began_leaves_nothing(request_: Request, tmp_path: Path) -> None:
     output = tmp_path / "certificate.jsonl"
     for changes in (
