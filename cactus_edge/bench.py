@@ -26,7 +26,8 @@ from cactus_edge import profiles
 from cactus_edge.errors import CactusEdgeError, MissingExtraError, ToolError, UsageError
 from cactus_edge.flatbuffer import write_tflite
 from cactus_edge.graph import Graph
-from cactus_edge.kernels.walk import prepare
+from cactus_edge.kernels.simd.tiers import choose
+from cactus_edge.kernels.walk import walker
 from cactus_edge.runtime import Session
 
 Array = npt.NDArray[np.generic]
@@ -198,7 +199,7 @@ def benchmark(
     if min(rounds, batch) < 1:
         raise UsageError(f"{rounds} rounds of batch {batch}: both must be at least 1")
     begin = time.perf_counter()
-    prepare()
+    walker(choose())
     ready = time.perf_counter()
     session = Session(graph, profile, layout=layout, threads=threads)
     loaded = time.perf_counter()

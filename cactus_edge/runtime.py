@@ -24,10 +24,11 @@ from cactus_edge.constraints import validate
 from cactus_edge.errors import UsageError
 from cactus_edge.execute import check_input, run_operator
 from cactus_edge.graph import DType, Graph, Int64Array, Operator, Tensor
-from cactus_edge.kernels.pack import Layout
+from cactus_edge.kernels.demand import Layout
 from cactus_edge.kernels.place import core_tensors, image_bytes
 from cactus_edge.kernels.program import Program, build
-from cactus_edge.kernels.walk import Worker, prepare
+from cactus_edge.kernels.simd.tiers import Tier, choose
+from cactus_edge.kernels.walk import Worker, walker
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class Session:
         tensors: Sequence[int] | None = None,
         layout: str = Layout.AUTO,
         threads: int | None = None,
+        tier: str | None = None,
     ) -> None:
         """Validate, compile and pack.
 
@@ -73,11 +75,13 @@ class Session:
             layout: "dense" or "sparse" forces the layout of all convolutions and fully connected
                 layers, "auto" chooses the faster one for each.
             threads: for batches; as many as the process may use if None.
+            tier: name of the CPU's instructions to use, see ``kernels.simd.tiers``; the fastest
+                that it has if None.
 
         Raises:
             InvalidGraphError: the graph breaks a constraint.
             UsageError: an unknown profile or layout, a tensor that is no integer activation, or
-                less than one thread.
+                less than one thread, or a tier that the CPU lacks.
         """
         validate(graph)
         self.graph = profiles.resolve(graph, profile)
@@ -87,6 +91,7 @@ class Session:
         if threads is not None and threads < 1:
             raise UsageError(f"{threads} threads; give at least 1")
         self.layout = Layout(layout)
+        self.tier = choose(tier)
         self.threads = threads or _available_threads()
         self.tensors = (self.graph.logits,) if tensors is None else tuple(tensors)
         _check_tensors(self.graph, self.tensors)
@@ -96,7 +101,7 @@ class Session:
         self._narrow, self._wide = _divide(self.graph)
         self._needed = _needed(self.graph, self._wide, (*self.tensors, self.graph.logits))
         self._forms = {t: _form(self.graph.tensors[t]) for t in self._needed}
-        _prepare()
+        _prepare(self.tier)
         self._single = _Pool(self._program(1))
         self._batch: _Pool | None = None
 
@@ -185,7 +190,7 @@ class Session:
         return results[:, begin : begin + size].view(dtype).reshape(-1, *shape)
 
     def _program(self, block: int) -> Program:
-        return build(self._narrow, self._needed, block, self.layout)
+        return build(self._narrow, self._needed, block, self.layout, self.tier)
 
     def _batched(self) -> _Pool:
         if self._batch is None:
@@ -213,9 +218,9 @@ class _Pool:
         self._free.append(worker)
 
 
-def _prepare() -> None:
+def _prepare(tier: Tier) -> None:
     begin = time.perf_counter()
-    prepare()
+    walker(tier)
     _log.debug("kernels ready after %.3f s", time.perf_counter() - begin)
 
 

@@ -64,24 +64,25 @@ _requantize_float64 = _requantize_loop(semantics.requantize_float64)
 
 
 @kernel
-def requantize_pixel(
-    step: Step, integers: Int64Array, accumulators: Int32Array, stored: ByteArray
+def requantize_channels(
+    step: Step, integers: Int64Array, accumulators: Int32Array, stored: ByteArray, first: int
 ) -> None:
-    """Bytes [channels] from the accumulators [channels] of one pixel."""
+    """Bytes [n] from the accumulators [n] of n channels of one pixel, the first of them given."""
     channels = step.channels
-    multipliers = integers[step.factors : step.factors + channels]
-    shifts = integers[step.factors + channels : step.factors + 2 * channels]
+    last = first + len(stored)
+    multipliers = integers[step.multipliers : step.multipliers + channels]
+    shifts = integers[step.multipliers + channels : step.multipliers + 2 * channels]
     zero, low, high = step.target_zero, step.lower, step.upper
-    begin = 0
+    start = 0
     for i in range(step.round_count):
         end = integers[step.rounding + 2 * i]
         code = integers[step.rounding + 2 * i + 1]
-        a, m, s, o = (
-            accumulators[begin:end],
-            multipliers[begin:end],
-            shifts[begin:end],
-            stored[begin:end],
-        )
+        begin, stop = max(start, first), min(end, last)
+        start = end
+        if begin >= stop:
+            continue
+        m, s = multipliers[begin:stop], shifts[begin:stop]
+        a, o = accumulators[begin - first : stop - first], stored[begin - first : stop - first]
         if code == _HALF_AWAY:
             _requantize_half_away(a, m, s, zero, low, high, o)
         elif code == _HALF_UP:
@@ -92,7 +93,6 @@ def requantize_pixel(
             _requantize_float32(a, m, s, zero, low, high, o)
         else:
             _requantize_float64(a, m, s, zero, low, high, o)
-        begin = end
 
 
 def _add_loop(function: Callable[..., int]) -> _AddLoop:

@@ -95,9 +95,9 @@ def register(module: ModuleType) -> None:
 
 
 def source_digest(*modules: ModuleType) -> int:
-    """A 60-bit digest of these modules and of every module in this folder."""
+    """A 60-bit digest of these modules and of every module in this folder and below."""
     files = [Path(str(module.__file__)) for module in modules]
-    files += sorted(Path(__file__).parent.glob("*.py"))
+    files += sorted(Path(__file__).parent.rglob("*.py"))
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())

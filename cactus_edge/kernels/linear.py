@@ -5,18 +5,48 @@ Requantization stands here alone, because its loops are the larger part of the c
 
 from __future__ import annotations
 
-from cactus_edge.kernels.arithmetic import requantize_pixel
+from collections.abc import Callable
+
+from numba.extending import overload
+
+from cactus_edge.kernels.arithmetic import requantize_channels
 from cactus_edge.kernels.dense import dense
 from cactus_edge.kernels.depthwise import depthwise
 from cactus_edge.kernels.jit import kernel
 from cactus_edge.kernels.rows import Tables, Workspace, target_of
+from cactus_edge.kernels.simd.layers import vector_layer
+from cactus_edge.kernels.simd.tags import Tag, TierType
+from cactus_edge.kernels.simd.tiers import Tier
 from cactus_edge.kernels.sparse import sparse
-from cactus_edge.kernels.steps import DENSE, SPARSE, Step
+from cactus_edge.kernels.steps import DENSE, DEPTHWISE, SPARSE, Step
+
+
+def linear(tag: Tag, step: Step, tables: Tables, work: Workspace, images: int) -> None:
+    """All rows of a block of images, on the kernels of a tier; for compiled code alone."""
+    raise NotImplementedError("called by compiled code alone")
+
+
+@overload(linear, strict=False, jit_options={"nogil": True, "error_model": "numpy"})
+def _linear(
+    tag: TierType, step: object, tables: object, work: object, images: object
+) -> Callable[[Tag, Step, Tables, Workspace, int], None]:
+    """What is compiled for a tier: only its own tiles."""
+
+    def plain(tag: Tag, step: Step, tables: Tables, work: Workspace, images: int) -> None:
+        plain_layer(step, tables, work, images)
+
+    def vector(tag: Tag, step: Step, tables: Tables, work: Workspace, images: int) -> None:
+        if step.opcode == DEPTHWISE:
+            depthwise_layer(step, tables, work, images)
+        else:
+            vector_layer(tag, step, tables, work, images)
+
+    return plain if tag.tier is Tier.PLAIN else vector
 
 
 @kernel
-def linear(step: Step, tables: Tables, work: Workspace, images: int) -> None:
-    """All rows of a block of images."""
+def plain_layer(step: Step, tables: Tables, work: Workspace, images: int) -> None:
+    """Without any vector tile."""
     channels = step.channels
     rows = images * step.height * step.width
     for first in range(0, rows, step.tile):
@@ -30,9 +60,26 @@ def linear(step: Step, tables: Tables, work: Workspace, images: int) -> None:
         for row in range(count):
             begin = row * channels
             target = target_of(step, first + row)
-            requantize_pixel(
+            requantize_channels(
                 step,
                 tables.integers,
                 work.accumulators[begin : begin + channels],
                 work.activations[target : target + channels],
+                0,
             )
+
+
+@kernel
+def depthwise_layer(step: Step, tables: Tables, work: Workspace, images: int) -> None:
+    """DEPTHWISE_CONV_2D, row by row."""
+    channels = step.channels
+    for row in range(images * step.height * step.width):
+        depthwise(step, tables, work, row, 1)
+        target = target_of(step, row)
+        requantize_channels(
+            step,
+            tables.integers,
+            work.accumulators[:channels],
+            work.activations[target : target + channels],
+            0,
+        )

@@ -7,21 +7,18 @@ that no weight reads and channels that have no weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from cactus_edge.graph import Conv2D, FullyConnected, Int8Array, Int64Array, Linear
+from cactus_edge.kernels.demand import Demand, Layout, TableBuilder
 from cactus_edge.kernels.dense import CHANNELS, TILE
 from cactus_edge.kernels.place import Placement
-from cactus_edge.kernels.rows import Tables
 from cactus_edge.kernels.sparse import FEW, SEGMENT, VECTOR
 from cactus_edge.kernels.steps import DENSE, SPARSE, Step
 
-_ALIGNMENT = 64
 _DENSE_DEPTH = 64
 """Dense patches are padded to a multiple of this, so that loops have no scalar rest."""
 _GAP = 8
@@ -33,75 +30,6 @@ _COLUMN_ELEMENTS = 1 << 18
 # Time of a sparse multiplication in units of a dense one, for tiles of at least so many rows.
 # Measured on one core of an AMD Zen 5 with AVX-512, layers of 64 to 3136 inputs.
 _SPARSE_COST = ((128, 1.6), (64, 2.2), (32, 3.2), (FEW, 5.0), (0, 10.0))
-
-
-class Layout(StrEnum):
-    """How the weights of linear layers are stored; ``AUTO`` chooses for each layer."""
-
-    AUTO = "auto"
-    DENSE = "dense"
-    SPARSE = "sparse"
-
-
-@dataclass(frozen=True)
-class Demand:
-    """Scratch elements that a step needs, see ``rows.Workspace``."""
-
-    patches: int = 0
-    accumulators: int = 0
-    values: int = 0
-    rows: int = 0
-
-    def union(self, other: Demand) -> Demand:
-        """What serves both."""
-        return Demand(
-            max(self.patches, other.patches),
-            max(self.accumulators, other.accumulators),
-            max(self.values, other.values),
-            max(self.rows, other.rows),
-        )
-
-
-@dataclass
-class TableBuilder:
-    """Collects the arrays of ``Tables``; each method returns the offset of what it appended."""
-
-    _weights: list[Int8Array] = field(default_factory=list)
-    _indices: list[npt.NDArray[np.uint16]] = field(default_factory=list)
-    _integers: list[Int64Array] = field(default_factory=list)
-    _sizes: list[int] = field(default_factory=lambda: [0, 0, 0])
-
-    def weights(self, values: Int8Array) -> int:
-        """Append int8 values at a cache line of their own."""
-        flat = values.reshape(-1)
-        padded = np.zeros(-(-flat.size // _ALIGNMENT) * _ALIGNMENT, np.int8)
-        padded[: flat.size] = flat
-        self._weights.append(padded)
-        return self._advance(0, padded.size)
-
-    def indices(self, values: npt.NDArray[np.uint16]) -> int:
-        """Append positions of inputs."""
-        self._indices.append(values)
-        return self._advance(1, values.size)
-
-    def integers(self, *parts: npt.ArrayLike | Iterable[int]) -> int:
-        """Append small tables, one behind the other."""
-        flat = np.concatenate([np.asarray(part, np.int64).reshape(-1) for part in parts])
-        self._integers.append(flat)
-        return self._advance(2, flat.size)
-
-    def _advance(self, which: int, size: int) -> int:
-        begin = self._sizes[which]
-        self._sizes[which] += size
-        return begin
-
-    def build(self) -> Tables:
-        """The arrays."""
-        return Tables(
-            np.concatenate([np.zeros(0, np.int8), *self._weights]),
-            np.concatenate([np.zeros(0, np.uint16), *self._indices]),
-            np.concatenate([np.zeros(0, np.int64), *self._integers]),
-        )
 
 
 def window_offsets(op: Conv2D, source: Placement, channels: int) -> Int64Array:

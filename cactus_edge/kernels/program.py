@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -23,16 +23,25 @@ from cactus_edge.graph import (
     window_geometry,
 )
 from cactus_edge.kernels import steps as opcodes
-from cactus_edge.kernels.pack import Demand, Layout, TableBuilder, pack_linear, window_offsets
+from cactus_edge.kernels.demand import Demand, Layout, TableBuilder
+from cactus_edge.kernels.pack import pack_linear, window_offsets
 from cactus_edge.kernels.place import Placement, byte_offset, padding, place
 from cactus_edge.kernels.rows import Tables, Workspace
+from cactus_edge.kernels.simd.emit import wide
+from cactus_edge.kernels.simd.pack import Matrix, pack_vector
+from cactus_edge.kernels.simd.tiers import Tier
 from cactus_edge.kernels.steps import Step, table
+
+_SLACK = 256
+"""Tiles load whole registers, behind the last activation too."""
+_EPILOGUE = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
     """What ``walk`` runs. ``results[t]`` is where tensor t begins in a row of results."""
 
+    tier: Tier
     steps: npt.NDArray[np.void]
     tables: Tables
     block: int
@@ -45,7 +54,7 @@ class Program:
 
     def workspace(self) -> Workspace:
         """Memory for one thread, borders filled with zero points."""
-        activations = np.zeros(self.arena, np.uint8)
+        activations = np.zeros(self.arena + _SLACK, np.uint8)
         for placement in self.placements:
             activations[placement.begin : placement.end] = placement.zero
         return Workspace(
@@ -55,10 +64,11 @@ class Program:
             np.zeros(self.demand.values, np.int8),
             np.zeros(self.demand.rows, np.int32),
             np.zeros(self.demand.rows, np.int64),
+            np.zeros(_EPILOGUE, np.int64),
         )
 
 
-def build(graph: Graph, wanted: Sequence[int], block: int, layout: Layout) -> Program:
+def build(graph: Graph, wanted: Sequence[int], block: int, layout: Layout, tier: Tier) -> Program:
     """Program of a valid, resolved graph.
 
     Args:
@@ -66,9 +76,10 @@ def build(graph: Graph, wanted: Sequence[int], block: int, layout: Layout) -> Pr
         wanted: tensors whose values are results.
         block: images that are computed together, layer by layer.
         layout: of the weights of CONV_2D and FULLY_CONNECTED.
+        tier: of the kernels.
     """
     placements, arena = place(graph, block)
-    context = _Context(graph, placements, block, layout, TableBuilder())
+    context = _Context(graph, placements, block, layout, TableBuilder(), tier)
     steps = [_load(context)]
     demand = Demand()
     for op in graph.core:
@@ -82,6 +93,7 @@ def build(graph: Graph, wanted: Sequence[int], block: int, layout: Layout) -> Pr
         steps.append(_store(context, tensor, size))
         size += graph.tensors[tensor].size
     return Program(
+        tier=tier,
         steps=table(steps),
         tables=context.builder.build(),
         block=block,
@@ -101,6 +113,7 @@ class _Context:
     block: int
     layout: Layout
     builder: TableBuilder
+    tier: Tier
 
 
 def _copy_runs(context: _Context, source: Int64Array, target: Int64Array) -> dict[str, int]:
@@ -180,7 +193,7 @@ def _linear(context: _Context, op: Linear) -> tuple[Step, Demand]:
         "bias": context.builder.integers(op.bias),
         "rounding": context.builder.integers(np.stack([ends, codes[ends - 1]], axis=1)),
         "round_count": ends.size,
-        "factors": context.builder.integers(requantization.multiplier, requantization.shift),
+        "multipliers": context.builder.integers(requantization.multiplier, requantization.shift),
     }
     rows = context.block
     if isinstance(op, Conv2D):
@@ -198,7 +211,34 @@ def _linear(context: _Context, op: Linear) -> tuple[Step, Demand]:
     if isinstance(op, DepthwiseConv2D):
         return _depthwise(context, op, fields)
     base = Step(opcode=opcodes.DENSE, **fields)
+    if context.tier is not Tier.PLAIN:
+        return _vector(context, op, base, rows)
     return pack_linear(context.builder, op, base, source, rows, context.layout)
+
+
+def _vector(context: _Context, op: Linear, base: Step, rows: int) -> tuple[Step, Demand]:
+    source, target = context.placements[op.inputs[0]], context.placements[op.output]
+    if isinstance(op, Conv2D):
+        offsets = window_offsets(op, source, op.weights.values.shape[3]).reshape(-1)
+    else:
+        offsets = source.offsets()
+    image, y, x = (
+        axis.reshape(-1) for axis in np.indices((context.block, base.height, base.width))
+    )
+    windows = base.source + image * source.image + y * base.down + x * base.right
+    targets = target.origin + image * target.image + y * target.row + x * base.channels
+    # A tile has more rows than there may be; those compute the last row again.
+    most = wide(context.tier).pixels
+    windows, targets = (
+        np.pad(t, (0, max(0, most - len(t))), mode="edge") for t in (windows, targets)
+    )
+    base = replace(
+        base,
+        windows=context.builder.integers(windows),
+        targets=context.builder.integers(targets),
+    )
+    matrix = Matrix(op.weights.values.reshape(op.channels, -1), offsets, op.weights.bits)
+    return pack_vector(context.builder, context.tier, op, matrix, base, rows, context.layout)
 
 
 def _depthwise(

@@ -35,7 +35,8 @@ class Tables(NamedTuple):
 class Workspace(NamedTuple):
     """Memory of one thread.
 
-    ``activations`` hold a block of images; the rest are scratch of one tile of rows.
+    ``activations`` hold a block of images; the rest are scratch of one tile of rows. ``epilogue``
+    are the few integers that vector tiles read when their sums are complete.
     """
 
     activations: npt.NDArray[np.uint8]
@@ -44,6 +45,7 @@ class Workspace(NamedTuple):
     values: npt.NDArray[np.int8]
     sums: npt.NDArray[np.int32]
     positions: npt.NDArray[np.int64]
+    epilogue: npt.NDArray[np.int64]
 
 
 @inlined

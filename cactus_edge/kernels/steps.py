@@ -18,6 +18,12 @@ MAXIMUM = 5
 LOAD = 6
 STORE = 7
 COPY = 8
+# Linear layers on vector tiles, see ``simd.layers``.
+TILED = 9
+STREAM = 10
+BLOCKS = 11
+PERMUTED = 12
+PERMUTED_STREAM = 13
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +89,23 @@ class Step:
     """Linear: runs of channels (end, code), and with ``round_count`` their number. ADD: the six
     integers of ``semantics.ADD``, and the code in ``round_count``."""
     round_count: int = 0
-    factors: int = 0
+    multipliers: int = 0
     """Multipliers of all channels, then their shifts."""
+    # Vector tiles. ``bias`` is then an offset of int32 in ``Program.weights``.
+    windows: int = 0
+    targets: int = 0
+    """For each row of a block, from the start of the arena: where its window begins, and where its
+    output."""
+    groups: int = 0
+    group_channels: int = 0
+    group_table: int = 0
+    """Six integers for each group: offset of its weights, then what the kind of tile needs."""
+    small: int = 0
+    """1 for tiles of few channels."""
+    fused: int = 0
+    """1 where all channels round as FLOAT32, and tiles requantize."""
+    factors: int = 0
+    """Where ``fused``: float32 scales of all channels, in ``Program.weights``."""
 
 
 STEP = np.dtype([(field.name, np.int64) for field in fields(Step)])

@@ -7,6 +7,8 @@ as long as a small network takes. ``Worker`` owns the arrays behind the addresse
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,23 +20,27 @@ from cactus_edge.kernels.jit import entry, pointer, source_digest
 from cactus_edge.kernels.linear import linear
 from cactus_edge.kernels.program import Program
 from cactus_edge.kernels.rows import Tables, Workspace
-from cactus_edge.kernels.steps import ADD, COPY, DEPTHWISE, LOAD, STEP, STORE
+from cactus_edge.kernels.simd.tags import Tag
+from cactus_edge.kernels.simd.tiers import Tier
+from cactus_edge.kernels.steps import ADD, COPY, DEPTHWISE, LOAD, STEP, STORE, TILED
 
 Int64Array = npt.NDArray[np.int64]
-Walk = Callable[[Int64Array, int, int, int], int]
+Walk = Callable[[Tag, int, int, int, int], int]
 
 DIGEST = source_digest(semantics)
-_FRAME = 23
+_FRAME = 25
 
 
 def _walker(digest: int) -> Walk:
     @entry
-    def run(frame: Int64Array, batch: int, results: int, images: int) -> int:
+    def run(tag: Tag, frame_: int, batch: int, results: int, images: int) -> int:
         """Run a program on images.
 
         Args:
-            frame: address and length of each array, see ``Worker``; then the bytes of an image, the
-                bytes of its results, and how many images are computed together.
+            tag: of the tier whose instructions are used.
+            frame_: address of int64 [25]: address and length of each array, see ``Worker``; then the
+                bytes of an image, the bytes of its results, and how many images are computed
+                together.
             batch: address of uint8 [images, bytes of an image], int8 as it is stored.
             results: address of uint8 [images, bytes of results], written.
             images: how many there are.
@@ -42,6 +48,7 @@ def _walker(digest: int) -> Walk:
         Returns:
             the digest of the sources that were compiled, which ties the cache to them.
         """
+        frame = carray(pointer(frame_), (_FRAME,), np.int64)
         steps = carray(pointer(frame[0]), (frame[1],), STEP)  # pyright: ignore
         tables = Tables(
             carray(pointer(frame[2]), (frame[3],), np.int8),
@@ -55,8 +62,9 @@ def _walker(digest: int) -> Walk:
             carray(pointer(frame[14]), (frame[15],), np.int8),
             carray(pointer(frame[16]), (frame[17],), np.int32),
             carray(pointer(frame[18]), (frame[19],), np.int64),
+            carray(pointer(frame[20]), (frame[21],), np.int64),
         )
-        image_bytes, result_bytes, block = frame[20], frame[21], frame[22]
+        image_bytes, result_bytes, block = frame[22], frame[23], frame[24]
         for first in range(0, images, block):
             count = min(block, images - first)
             sources = carray(pointer(batch + first * image_bytes), (count, image_bytes), np.uint8)
@@ -66,8 +74,8 @@ def _walker(digest: int) -> Walk:
             for i in range(len(steps)):
                 step = steps[i]
                 code = step.opcode
-                if code <= DEPTHWISE:
-                    linear(step, tables, work, count)
+                if code <= DEPTHWISE or code >= TILED:
+                    linear(tag, step, tables, work, count)
                 elif code == ADD:
                     add(step, tables, work, count)
                 elif code == LOAD:
@@ -86,7 +94,28 @@ def _walker(digest: int) -> Walk:
     return run
 
 
-walk = _walker(DIGEST)
+_walk = _walker(DIGEST)
+
+
+@cache
+def walker(tier: Tier) -> Walk:
+    """The function for a tier, compiled or read from Numba's cache.
+
+    It is called without Numba's dispatcher, which takes longer to look at a tag than a small
+    network takes to run.
+
+    Raises:
+        AssertionError: the cache holds code of other sources.
+    """
+    frame = np.zeros(_FRAME, np.int64)
+    frame[-1] = 1
+    dispatcher: Any = _walk
+    digest = dispatcher(Tag(tier), frame.ctypes.data, 0, 0, 0)
+    assert digest == DIGEST, "kernels in the cache are not those of this package; delete the cache"
+    for signature, compiled in dispatcher.overloads.items():
+        if signature[0].tier is tier:
+            return compiled.entry_point
+    raise AssertionError(f"a defect: nothing was compiled for {tier}")
 
 
 class Worker:
@@ -99,6 +128,8 @@ class Worker:
     def __init__(self, program: Program) -> None:
         """Allocate, and collect the addresses."""
         self.program = program
+        self._walk = walker(program.tier)
+        self._tag = Tag(program.tier)
         self.images = np.zeros((program.block, program.image_bytes), np.uint8)
         self.results = np.zeros((program.block, program.result_bytes), np.uint8)
         self._arrays = (program.steps, *program.tables, *program.workspace())
@@ -106,27 +137,16 @@ class Worker:
         sizes = (program.image_bytes, program.result_bytes, program.block)
         self._frame = np.array([*np.ravel(pairs), *sizes], np.int64)
         assert self._frame.size == _FRAME
+        self._address = self._frame.ctypes.data
         self._staging = (self.images.ctypes.data, self.results.ctypes.data)
 
     def run_staged(self, count: int) -> None:
         """Results of the first images of ``self.images`` to ``self.results``."""
-        walk(self._frame, *self._staging, count)
+        self._walk(self._tag, self._address, *self._staging, count)
 
     def run(self, batch: npt.NDArray[np.uint8], results: npt.NDArray[np.uint8]) -> None:
         """Results of any number of images; both arrays are contiguous."""
         assert batch.flags.c_contiguous and results.flags.c_contiguous
         assert batch.shape == (len(results), self.program.image_bytes)
         assert results.shape[1] == self.program.result_bytes
-        walk(self._frame, batch.ctypes.data, results.ctypes.data, len(batch))
-
-
-def prepare() -> None:
-    """Compile the kernels, or load them from Numba's cache, by running no image.
-
-    Raises:
-        AssertionError: the cache holds code of other sources.
-    """
-    frame = np.zeros(_FRAME, np.int64)
-    frame[-1] = 1
-    digest = walk(frame, 0, 0, 0)
-    assert digest == DIGEST, "kernels in the cache are not those of this package; delete the cache"
+        self._walk(self._tag, self._address, batch.ctypes.data, results.ctypes.data, len(batch))
