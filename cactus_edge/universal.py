@@ -77,7 +77,7 @@ def disagreeing_channels(graph: Graph, op: Linear) -> tuple[int, ...]:
         )
         if points is None:
             points = step_points(parameters, lower, upper, zero_point, limits)
-        values = _stored(parameters, points, zero_point, limits)
+        values = stored(parameters, points, zero_point, limits)
         expected = values if expected is None else expected
         bad |= (values != expected).any(axis=0) & (applies == 1)
     return tuple(np.flatnonzero(bad).tolist())
@@ -96,7 +96,7 @@ def step_points(
     high = np.broadcast_to(upper + 1, low.shape).copy()
     while (low < high).any():
         middle = (low + high) >> 1
-        reaches = _stored(parameters, middle, zero_point, limits) >= levels
+        reaches = stored(parameters, middle, zero_point, limits) >= levels
         high = np.where(reaches, middle, high)
         low = np.where(reaches, low, middle + 1)
         low = np.minimum(low, high)
@@ -105,9 +105,10 @@ def step_points(
     return np.clip(points, lower, upper)
 
 
-def _stored(
+def stored(
     parameters: Requantization, accumulator: Int64Array, zero_point: int, limits: tuple[int, int]
 ) -> Int64Array:
+    """Stored integers of accumulators [..., channels]; all channels round alike."""
     code = Rounding(int(parameters.rounding[0]))
     rounded = semantics.REQUANTIZE[code](accumulator, parameters.multiplier, parameters.shift)
     return semantics.clamp(rounded + zero_point, *limits)  # pyright: ignore

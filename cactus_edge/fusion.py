@@ -1,0 +1,55 @@
+"""Layers that may be requantized by one float32 multiplication, which vector units do best.
+
+A rounding profile that is not FLOAT32 may still compute what a FLOAT32 one does, on every
+accumulator that a layer can reach: universal models are made so. This is proved for each channel at
+both sides of each step, as ``universal`` proves it between profiles, and only then is the layer's
+arithmetic replaced; so the kernels still compute the integers of the profile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from cactus_edge import scales
+from cactus_edge.constraints import accumulator_bounds
+from cactus_edge.graph import Graph, Linear, Requantization
+from cactus_edge.semantics import Rounding
+from cactus_edge.universal import step_points, stored
+
+_DOUBLE = (int(Rounding.DOUBLE_HALF_AWAY), int(Rounding.DOUBLE_HALF_UP))
+
+
+def fuse(graph: Graph) -> Graph:
+    """A resolved graph, with FLOAT32 in every layer for which it was proved to be the same."""
+    operators = tuple(
+        replace(op, requantization=_float32(graph, op)) if isinstance(op, Linear) else op
+        for op in graph.operators
+    )
+    return replace(graph, operators=operators)
+
+
+def _float32(graph: Graph, op: Linear) -> Requantization:
+    """FLOAT32 parameters that equal the layer's own on every accumulator, or its own."""
+    given = op.requantization
+    assert given is not None, "graph is not resolved"
+    codes = set(given.rounding.tolist())
+    if codes == {int(Rounding.FLOAT32)} or len(codes) > 1 or (given.multiplier <= 0).any():
+        return given
+    extra = 31 if codes <= set(_DOUBLE) else 0
+    pairs = [
+        scales.nearest(multiplier, 1 << (shift + extra), 32)
+        for multiplier, shift in zip(given.multiplier.tolist(), given.shift.tolist(), strict=True)
+    ]
+    found = Requantization(
+        np.full(op.channels, int(Rounding.FLOAT32)),
+        np.array([pair.significand for pair in pairs], np.int64),
+        np.array([-pair.exponent for pair in pairs], np.int64),
+    )
+    if (found.shift < 1).any() or (found.shift > 62).any():
+        return given
+    zero_point, limits = graph.tensors[op.output].zero_point, graph.output_range(op)
+    points = step_points(given, *accumulator_bounds(graph, op), zero_point, limits)
+    same = stored(given, points, zero_point, limits) == stored(found, points, zero_point, limits)
+    return found if same.all() else given
