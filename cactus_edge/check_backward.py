@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cactus_edge import check_bounds
+from cactus_edge import check_bounds, exact
 from cactus_edge.check_bounds import Box
 from cactus_edge.check_stairs import operand
 from cactus_edge.graph import (
@@ -34,6 +34,10 @@ from cactus_edge.graph import (
 from cactus_edge.proofs import Leaf
 
 _COEFFICIENT, _PRODUCT, _MULTIPLIER, _CODE = 1 << 34, 1 << 44, 1 << 38, 1 << 27
+_SHARE = 1 << 60
+"""What one operator adds to a coefficient stays below; so no sum of coefficients wraps around."""
+_OPERAND = 1 << 50
+"""A multiplier times an operand of ADD; the line's slope times any stored value then fits too."""
 
 
 class Refused(Exception):
@@ -99,7 +103,9 @@ class Backward:
         self.coefficients: dict[int, Int64Array] = {}
         codes = self._by_operator(layer)
         operators = self.graph.core[: self.graph.core.index(layer)]
-        constant = self._through(layer, seed << shift)
+        # Scaled afterwards: it is the combination that is small, not what is combined.
+        constant = self._through(layer, seed) << shift
+        self.coefficients[layer.inputs[0]] <<= shift
         for op in reversed(operators):
             weights = self.coefficients.pop(op.output, None)
             if op.output in self.case.steps:
@@ -112,7 +118,7 @@ class Backward:
         entry = self.graph.core_input
         low, high = (end - self.graph.tensors[entry].zero_point for end in self.case.values[entry])
         weights = _small(self._into(entry))
-        constant += int(np.minimum(weights * low, weights * high).sum())
+        constant += exact.total(np.minimum(weights * low, weights * high))
         return -(-constant // (1 << shift))
 
     def _by_operator(self, layer: Linear) -> dict[int, Int64Array]:
@@ -169,23 +175,29 @@ class Backward:
             level[rows] += 1
         multipliers = np.zeros_like(weights)
         multipliers[free] = prices
-        return multipliers, int(fixed.sum()) + int(best.sum())
+        return multipliers, exact.total(fixed) + exact.total(best)
 
     def _through(self, op: Operator, multipliers: Int64Array) -> int:
         """Add the sum's share to the inputs' coefficients; its constant."""
         shape = self.graph.tensors[op.output].shape[1:]
         if isinstance(op, Add):
             return sum(self._operand(op, side, multipliers.reshape(shape)) for side in (0, 1))
+        if exact.largest(multipliers) * _fan(op) >= _SHARE:
+            raise Refused("multipliers that are too large")
         steps = self.case.steps[op.output]
         into = self._into(op.inputs[0])
         transposed(op, multipliers.reshape(shape), into)
-        return int((multipliers * steps.bias).sum())
+        _summed(into)
+        return exact.dot(multipliers, steps.bias)
 
     def _operand(self, op: Add, side: int, multipliers: Int64Array) -> int:
         """``multiplier * f(x)`` from below by a line with an exact offset, for each element."""
         tensor = op.inputs[side]
         low, high = self.case.values[tensor]
         begin, end = (operand(self.graph, op, side, edge) for edge in (low, high))
+        reach = max(exact.largest(begin), exact.largest(end))
+        if exact.largest(multipliers) * reach >= _OPERAND:
+            raise Refused("multipliers that are too large for an ADD")
         run = np.maximum(high - low, 1)
         slope = (2 * multipliers * (end - begin) + run) // (2 * run)
         best = np.full(low.shape, 1 << 62, np.int64)
@@ -196,18 +208,21 @@ class Backward:
             best = np.minimum(best, value)
         into = self._into(tensor)
         into += slope
-        return int(best.sum())
+        _summed(into)
+        return exact.total(best)
 
     def _moved(self, op: Operator, weights: Int64Array) -> int:
         """PAD, RESHAPE and MAX_POOL_2D."""
         into = self._into(op.inputs[0])
         if isinstance(op, Reshape):
             into += weights.reshape(into.shape)
+            _summed(into)
             return 0
         if isinstance(op, Pad):
             (top, _), (left, _), (before, _) = op.paddings[1:]
             height, width, channels = into.shape
             into += weights[top : top + height, left : left + width, before : before + channels]
+            _summed(into)
             return 0
         assert isinstance(op, MaxPool2D)
         return self._maximum(op, weights, into)
@@ -235,9 +250,10 @@ class Backward:
         lowest, highest = (limit - zero_point for limit in self.graph.output_range(op))
         free = (most <= highest) & ((least >= lowest) | (weights > 0)) & (dominates | (weights > 0))
         np.add.at(into.reshape(-1), source[free], weights[free])
+        _summed(into)
         out_low, out_high = (end - zero_point for end in self.case.values[op.output])
         fixed = np.minimum(weights * out_low, weights * out_high)
-        return int(fixed[~free].sum())
+        return exact.total(fixed[~free])
 
 
 def _small(weights: Int64Array) -> Int64Array:
@@ -245,6 +261,23 @@ def _small(weights: Int64Array) -> Int64Array:
     if int(np.abs(weights).max(initial=0)) >= _COEFFICIENT:
         raise Refused("coefficients that are too large")
     return weights
+
+
+def _summed(into: Int64Array) -> None:
+    """Refuse coefficients to which another share could not be added in int64."""
+    if exact.largest(into) >= 2 * _SHARE:
+        raise Refused("coefficients that are too large")
+
+
+def _fan(op: Operator) -> int:
+    """At most this many times the largest multiplier is added to an input's coefficient."""
+    if not isinstance(op, Linear):
+        assert isinstance(op, AveragePool2D)
+        return op.window[0] * op.window[1]
+    weights = np.abs(op.weights.values.astype(np.int64))
+    if isinstance(op, DepthwiseConv2D):  # one input channel serves neighbouring output channels
+        return int(weights.sum())
+    return int(weights.reshape(-1, weights.shape[-1]).sum(axis=0).max(initial=0))
 
 
 def transposed(op: Operator, multipliers: Int64Array, into: Int64Array) -> None:

@@ -29,7 +29,7 @@ def perturbation(report: Report) -> Perturbation:
     """
     if report.kind == "epsilon":
         return Perturbation.epsilon(report.radius)
-    if not report.radius.isdecimal():
+    if not re.fullmatch("[0-9]{1,4}", report.radius):
         raise UsageError(f"'{report.radius}' is not a number of levels")
     return Perturbation.levels(int(report.radius))
 

@@ -23,7 +23,7 @@ from cactus_edge.vnnlib import BoundCase
 
 _TOOL = re.compile(r"cactus-edge [0-9A-Za-z.+-]{1,40}")
 _ATTACK = re.compile(r"([a-z_]+ [0-9A-Za-z_.+-]+(, [a-z_]+ [0-9A-Za-z_.+-]+)*)?")
-_BUDGET = re.compile(r"[0-9.e+]{1,12} s")
+_BUDGET = re.compile(r"[0-9][0-9.e+-]{0,11} s")
 
 
 @dataclass(frozen=True)

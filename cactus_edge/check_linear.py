@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cactus_edge import check_bounds, check_margin, specification
+from cactus_edge import check_bounds, check_margin, exact, specification
 from cactus_edge.check_backward import Backward, Case, Refused, Steps
 from cactus_edge.check_backward import _small as small  # pyright: ignore[reportPrivateUsage]
 from cactus_edge.check_bounds import Box
@@ -132,6 +132,9 @@ class LinearChecker:
         known = node.tensor == self.graph.core_input or node.tensor in stairs
         if not known or not 0 <= node.element < self.graph.tensors[node.tensor].size:
             raise Refused(f"no element {node.element} of tensor {node.tensor} to split")
+        lowest, highest = self.graph.tensors[node.tensor].dtype.range
+        if not lowest <= node.level < highest:
+            raise Refused(f"level {node.level} of tensor {node.tensor} divides nothing")
         return node.tensor
 
     def _sum(self, case: Case, atom: Atom, leaf: Leaf) -> bool:
@@ -166,8 +169,8 @@ class LinearChecker:
         if leaf.method == "bounds":
             zero_point = graph.tensors[layer.inputs[0]].zero_point
             ends = [end.reshape(-1) - zero_point for end in case.values[layer.inputs[0]]]
-            value = int(np.minimum(combined * ends[0], combined * ends[1]).sum())
-            value += int((seed * layer.bias.astype(np.int64)).sum())
+            value = exact.total(np.minimum(combined * ends[0], combined * ends[1]))
+            value += exact.dot(seed, layer.bias.astype(np.int64))
             return check_margin.proved(graph, layer, label, rival, gap, value, *bounds)
         value = Backward(graph, case, leaf).bound(layer, seed, int(np.abs(combined).max()))
         if check_margin.proved(graph, layer, label, rival, gap, value, *bounds):
@@ -304,7 +307,7 @@ class LogitsBackward(Backward):
             raise Refused(f"{self.codes.size} multipliers, {start} more than are needed")
         low, high = (end - graph.tensors[entry].zero_point for end in self.case.values[entry])
         weights = small(self._into(entry))
-        constant += int(np.minimum(weights * low, weights * high).sum())
+        constant += exact.total(np.minimum(weights * low, weights * high))
         return -(-constant // (1 << shift))
 
 

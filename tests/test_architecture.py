@@ -51,6 +51,7 @@ CHECKER_MODULES = {
     "datasets",
     "decision",
     "errors",
+    "exact",
     "files",
     "flatbuffer",
     "graph",

@@ -9,7 +9,7 @@ counts only after the reference executor has reproduced it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -22,13 +22,13 @@ from cactus_edge.certify import margin
 from cactus_edge.certify.attack import Settings, search
 from cactus_edge.certify.boxes import Boxes, Counterexample, line_about
 from cactus_edge.certify.decide import Decider, Effort, method_of
+from cactus_edge.certify.intervals import Box, IntervalSession
 from cactus_edge.certify.linear.search import Seconds
 from cactus_edge.certify.top import check_top, search_top, several
-from cactus_edge.certify.twin import Twin, twin
 from cactus_edge.constraints import validate
 from cactus_edge.errors import CactusEdgeError, DataError, InvalidGraphError
 from cactus_edge.execute import check_input, execute
-from cactus_edge.graph import Add, BoolArray, Graph, Int64Array, Linear, Stored
+from cactus_edge.graph import Add, BoolArray, Graph, Int64Array, Linear
 from cactus_edge.proofs import Proof
 from cactus_edge.runtime import Session
 
@@ -122,7 +122,7 @@ class Certifier:
         *,
         threads: int | None = None,
     ) -> None:
-        """Build the twin of each group of the named profiles (None: all that cover the model).
+        """Load the model under each group of the named profiles (None: all that cover it).
 
         Args:
             graphs: one model, or several that a verdict has to hold for at once.
@@ -133,7 +133,6 @@ class Certifier:
 
         Raises:
             InvalidGraphError: a model breaks a constraint under one of the profiles.
-            UnsupportedModelError: a model has no twin.
             UsageError: ``top`` is below 1, or holds all logits.
         """
         models = (graphs,) if isinstance(graphs, Graph) else tuple(graphs)
@@ -160,7 +159,7 @@ class Certifier:
         """
         count = len(lower)
         self._check(Boxes(lower, lower, upper, np.zeros(count, np.int64), np.arange(count)))
-        return [engine.propagate(lower, upper)[:2] for engine in self._engines]
+        return [engine.bounds(lower, upper) for engine in self._engines]
 
     def predictions(self, stored: Int64Array) -> Int64Array:
         """Winning index under the first group, int64 [samples]."""
@@ -386,21 +385,17 @@ def attack_boxes(
 class _Engine:
     def __init__(self, graph: Graph, threads: int | None) -> None:
         self.graph = graph
-        self.twin: Twin = twin(graph)
         self.layer = margin.last_layer(graph)
         wanted = [graph.logits] if self.layer is None else [self.layer.source, graph.logits]
-        self.session = Session(self.twin.graph, tensors=wanted, threads=threads)
+        self.intervals = IntervalSession(graph, tensors=wanted, threads=threads)
         self.plain = Session(graph, threads=threads)
 
     def logits(self, stored: Int64Array) -> Int64Array:
         return self.plain.run(stored).astype(np.int64)
 
-    def propagate(
-        self, lower: Int64Array, upper: Int64Array
-    ) -> tuple[Int64Array, Int64Array, Mapping[int, Stored]]:
-        values = self.session.run_tensors(self.twin.stack(lower, upper))
-        low, high = self.twin.split(self.graph.logits, values[self.graph.logits])
-        return low, high, values
+    def bounds(self, lower: Int64Array, upper: Int64Array) -> Box:
+        """Of the logits, int64 [boxes, classes]."""
+        return self.intervals.run(lower, upper)[self.graph.logits]
 
     def prove(
         self, lower: Int64Array, upper: Int64Array, labels: Int64Array, gaps: Int64Array
@@ -409,14 +404,14 @@ class _Engine:
 
         Int64 and bool [boxes, classes].
         """
-        low, high, values = self.propagate(lower, upper)
+        bounds = self.intervals.run(lower, upper)
+        low, high = bounds[self.graph.logits]
         rows = np.arange(len(labels))
         plain = low[rows, labels][:, None] >= high + gaps
         plain[rows, labels] = True
         if self.layer is None:
             return low, high, plain, plain
-        hidden = self.twin.split(self.layer.source, values[self.layer.source])
-        _, proved = margin.wins(self.layer, *hidden, labels, gaps)
+        _, proved = margin.wins(self.layer, *bounds[self.layer.source], labels, gaps)
         return low, high, plain, proved
 
 

@@ -31,9 +31,9 @@ from cactus_edge.certify.attack import Settings
 from cactus_edge.certify.boxes import every_point
 from cactus_edge.certify.decide import Decider, Effort, method_of
 from cactus_edge.certify.engine import Coverage, Group, cover
+from cactus_edge.certify.intervals import IntervalSession
 from cactus_edge.certify.prover import exclude_enough
 from cactus_edge.certify.query_search import Searcher
-from cactus_edge.certify.twin import twin
 from cactus_edge.decision import NEVER
 from cactus_edge.errors import DataError
 from cactus_edge.execute import check_input, execute
@@ -87,7 +87,7 @@ class Verifier:
         names: Sequence[str] | None = None,
         effort: Effort | None = None,
     ) -> None:
-        """Build the twin of each group of the named profiles (None: all that cover the model).
+        """Load the model under each group of the named profiles (None: all that cover it).
 
         Args:
             graph: the model.
@@ -96,7 +96,6 @@ class Verifier:
 
         Raises:
             InvalidGraphError: the model breaks a constraint under one of the profiles.
-            UnsupportedModelError: the model has no twin.
         """
         self.graph = graph
         self.effort = effort
@@ -200,17 +199,14 @@ class _State:
 
 
 class _Engine:
-    """The twin of one group's graph."""
+    """The sessions of one group's graph."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
         self.graph = group.graph
-        self._twin = twin(group.graph)
         self._layer = margin.last_layer(group.graph)
         wanted = [self.graph.logits] if self._layer is None else [self._layer.source]
-        self._session = Session(
-            self._twin.graph, tensors=list(dict.fromkeys([*wanted, self.graph.logits]))
-        )
+        self._intervals = IntervalSession(group.graph, tensors=[*wanted, self.graph.logits])
         self._plain = Session(group.graph)
 
     @cached_property
@@ -231,18 +227,16 @@ class _Engine:
         self, lower: Int64Array, upper: Int64Array, specification: Specification
     ) -> list[_State]:
         """What intervals and margins exclude on each box."""
-        values = self._session.run_tensors(self._twin.stack(lower, upper))
-        low, high = self._twin.split(self.graph.logits, values[self.graph.logits])
+        bounds = self._intervals.run(lower, upper)
+        low, high = bounds[self.graph.logits]
         plain = [specification.holds_on_bounds(a, b) for a, b in zip(low, high, strict=True)]
         sets = [{i for i, is_out in enumerate(row) if is_out} for row in plain]
         closer = [set(known) for known in sets]
         open_ = [len(known) < specification.excluded_needed for known in sets]
         if self._layer is not None and any(open_):
             chosen = np.flatnonzero(open_)
-            low_hidden, high_hidden = self._twin.split(
-                self._layer.source, values[self._layer.source]
-            )
-            hidden = low_hidden[chosen], high_hidden[chosen]
+            hidden_low, hidden_high = bounds[self._layer.source]
+            hidden = hidden_low[chosen], hidden_high[chosen]
             for label, rivals in _rounds(specification):
                 labels = np.full(len(chosen), label)
                 gaps = np.zeros((len(chosen), low.shape[1]), np.int64)

@@ -7,6 +7,7 @@ The property holds when every line is ``certified``.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import BinaryIO, NamedTuple
@@ -141,8 +142,10 @@ def certify_query(
 
 
 def _read(request: QueryRequest) -> tuple[Graph, tuple[BoundCase, ...]]:
-    if request.budget <= 0 or request.memory < 1:
-        raise UsageError(f"budget {request.budget:g} s, memory {request.memory}: give more than 0")
+    if not 0 < request.budget < math.inf or request.memory < 1:
+        raise UsageError(
+            f"budget {request.budget:g} s, memory {request.memory}: give finite ones above 0"
+        )
     for name in request.profiles or ():
         profiles.profile_of(name)
     graph = read_tflite(request.model[1], request.model[0])

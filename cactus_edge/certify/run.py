@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -200,8 +201,10 @@ def _narrowed(request: Request) -> Request:
 
 
 def _plan(request: Request) -> tasks.Plan:
-    if request.budget <= 0 or request.memory < 1:
-        raise UsageError(f"budget {request.budget:g} s, memory {request.memory}: give more than 0")
+    if not 0 < request.budget < math.inf or request.memory < 1:
+        raise UsageError(
+            f"budget {request.budget:g} s, memory {request.memory}: give finite ones above 0"
+        )
     if request.chunk is not None and request.chunk < 1:
         raise UsageError(f"chunks of {request.chunk} samples; give at least 1")
     plain = request.perturbation.kind == "levels" and not request.perturbation.radii

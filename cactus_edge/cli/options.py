@@ -151,19 +151,19 @@ def settings_of(steps: int | None, restarts: int | None, strong: bool) -> Settin
 
 def shard_of(text: str) -> tuple[int, int]:
     """The numbers of ``i/n``."""
-    number, _, parts = text.partition("/")
-    if not (number.isdecimal() and parts.isdecimal()):
+    found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
+    if found is None:
         raise UsageError(f"--shard {text}: give i/n, such as 2/8")
-    return int(number), int(parts)
+    return int(found[1]), int(found[2])
 
 
 def bytes_of(text: str) -> int:
     """A size such as 512M or 2G, in bytes."""
     units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    digits, unit = (text[:-1], text[-1:].upper()) if not text.isdecimal() else (text, "")
-    if not digits.isdecimal() or unit not in units:
+    found = re.fullmatch("([0-9]{1,15})([KMG]?)", text.upper())
+    if found is None:
         raise UsageError(f"--memory {text}: give bytes, or a number with K, M or G")
-    return int(digits) * units[unit]
+    return int(found[1]) * units[found[2]]
 
 
 def method_of(text: str) -> certificates.Method:

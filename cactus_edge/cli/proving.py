@@ -282,8 +282,9 @@ def check(
     Example: cactus-edge check certificate.jsonl model.tflite --data mnist
     """
     with certificate_stream.reading(certificate) as claim:
-        if (data is None) == (query is None):
-            wanted = "--data NAME" if claim.head.query is None else "--query FILE"
+        asks = claim.head.query is not None
+        if (query is not None, data is not None) != (asks, not asks):
+            wanted = "--query FILE" if asks else "--data NAME"
             raise UsageError(f"{certificate} needs {wanted}, and nothing else, to be checked")
         loaded = [flatbuffer.load(path) for path in models]
         split = claim.head.data.split if claim.head.data else "test"

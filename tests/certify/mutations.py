@@ -24,6 +24,7 @@ from cactus_edge.certificate_stream import Certificate
 from cactus_edge.certify import Request, Settings, engine, margin
 from cactus_edge.certify.attack import search as true_search
 from cactus_edge.certify.decide import Decider
+from cactus_edge.certify.intervals import IntervalSession
 from cactus_edge.certify.linear import bounds, goals
 from cactus_edge.certify.linear import search as tree
 from cactus_edge.certify.linear.bounds import Line
@@ -41,7 +42,6 @@ from tests.graphs import random_graph
 
 Patch = pytest.MonkeyPatch
 # Functions of the same names hide these modules in ``cactus_edge.certify``.
-twins = import_module("cactus_edge.certify.twin")
 runs = import_module("cactus_edge.certify.run")
 networks = import_module("cactus_edge.certify.linear.network")
 decides = import_module("cactus_edge.certify.decide")
@@ -230,8 +230,13 @@ def float_as_double(graph: Graph) -> Graph:
     return replace(graph, operators=tuple(operators))
 
 
-def in_twin(change: Callable[[Graph], Graph]) -> Callable[[Patch], None]:
-    return lambda patch: patch.setattr(engine, "twin", lambda graph: twins.twin(change(graph)))
+def in_intervals(change: Callable[[Graph], Graph]) -> Callable[[Patch], None]:
+    """The propagation of intervals runs a changed graph."""
+
+    def changed(graph: Graph, **given: Any) -> IntervalSession:
+        return IntervalSession(change(graph), **given)
+
+    return lambda patch: patch.setattr(engine, "IntervalSession", changed)
 
 
 def in_network(change: Callable[[Graph], Graph]) -> Callable[[Patch], None]:
@@ -246,21 +251,14 @@ def another_profile(patch: Patch) -> None:
 
 
 def weights_unsplit(patch: Patch) -> None:
-    """The lower half of the twin reads lower ends alone, whatever the sign of the weight."""
-    true = twins._linear
+    """Lower bounds are computed from lower ends alone, whatever the sign of a weight."""
+    true = IntervalSession.run
 
-    def faulty(graph: Graph, op: Linear, source: Any) -> Linear:
-        doubled = true(graph, op, source)
-        values = doubled.weights.values.copy()
-        if values.ndim == 2:
-            low, high = source
-            for rows, same, other in ((0, low, high), (op.channels, high, low)):
-                part = slice(rows, rows + op.channels)
-                values[np.arange(part.start, part.stop)[:, None], same] = op.weights.values
-                values[np.arange(part.start, part.stop)[:, None], other] = 0
-        return replace(doubled, weights=replace(doubled.weights, values=values))
+    def faulty(self: IntervalSession, lower: Any, upper: Any) -> dict[int, Any]:
+        least, most = true(self, lower, lower), true(self, upper, upper)
+        return {tensor: (least[tensor][0], most[tensor][1]) for tensor in least}
 
-    patch.setattr(twins, "_linear", faulty)
+    patch.setattr(IntervalSession, "run", faulty)
 
 
 def smaller_box(patch: Patch) -> None:
@@ -511,12 +509,12 @@ BOUNDS = "bounds of the logits differ"
 NOT_DERIVED = "'certified' cannot be re-derived"
 NOT_CLOSED = "is not closed"
 FAULTS: dict[str, Fault] = {
-    # The twin, whose forward pass is the interval propagation.
+    # The propagation of intervals.
     "profiles are mixed up": Fault(another_profile, "images", BOUNDS),
-    "halves are rounded up, not away from zero": Fault(in_twin(halves_up), "halves", BOUNDS),
-    "the zero point of a layer is off by one": Fault(in_twin(moved_zero), "trees", BOUNDS),
-    "the bias is dropped": Fault(in_twin(no_bias), "images", BOUNDS),
-    "the clamp of an activation is dropped": Fault(in_twin(no_clamp), "images", BOUNDS),
+    "halves are rounded up, not away from zero": Fault(in_intervals(halves_up), "halves", BOUNDS),
+    "the zero point of a layer is off by one": Fault(in_intervals(moved_zero), "trees", BOUNDS),
+    "the bias is dropped": Fault(in_intervals(no_bias), "images", BOUNDS),
+    "the clamp of an activation is dropped": Fault(in_intervals(no_clamp), "images", BOUNDS),
     "negative weights read the wrong ends": Fault(weights_unsplit, "trees", BOUNDS),
     "the box is a level too small": Fault(smaller_box, "last step", BOUNDS),
     # The decision.

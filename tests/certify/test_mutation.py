@@ -58,7 +58,7 @@ from tests.certify.mutations import (
     half_of_a_split,
     hull,
     hull_of_ends,
-    in_twin,
+    in_intervals,
     margin_one_short,
     needs_less,
     no_bias,
@@ -588,7 +588,7 @@ def points_break_a_proof() -> bool:
 
 
 def points_break_an_interval() -> bool:
-    """The twin's bounds and the margins that are proved, at every point of the box."""
+    """The propagated bounds and the margins that are proved, at every point of the box."""
     for seed in range(25):
         graph = cover(tiny_graph(seed), None).groups[0].graph
         lower, upper = random_box(np.random.default_rng(seed), graph, 4)
@@ -619,7 +619,7 @@ COMPARED: dict[str, tuple[Callable[[Patch], None], Comparison]] = {
     "half of each split is not looked at": (half_of_a_split, points_break_a_proof),
     "no counterexample is a proof": (solver_is_believed, points_break_a_proof),
     "negative weights read the wrong ends": (weights_unsplit, points_break_an_interval),
-    "the bias is dropped": (in_twin(no_bias), points_break_an_interval),
+    "the bias is dropped": (in_intervals(no_bias), points_break_an_interval),
     "a margin one short is enough": (margin_one_short, points_break_an_interval),
 }
 

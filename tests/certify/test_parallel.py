@@ -397,7 +397,7 @@ def test_workers_do_not_oversubscribe(request_: Request) -> None:
     assert os.getpid() not in {process for _, process in answers}
     plan = tasks.Plan(request_.models, None, request_.perturbation, None, Effort(), threads=1)
     engines = tasks.built(plan)._engines
-    assert {s.threads for engine in engines for s in (engine.session, engine.plain)} == {1}
+    assert {s.threads for engine in engines for s in (engine.intervals, engine.plain)} == {1}
 
 
 def test_workers_end_with_the_process_they_work_for(tmp_path: Path) -> None:
@@ -560,7 +560,9 @@ def test_shards_and_several_models(
         ("--shard", "3/2", "i/n"),
         ("--method", "magic", "known: interval, linear, complete"),
         ("--memory", "much", "K, M or G"),
-        ("--budget", "0", "more than 0"),
+        ("--budget", "0", "above 0"),
+        ("--budget", "nan", "above 0"),
+        ("--budget", "inf", "finite"),
         ("--jobs", "0", "at least 1"),
     ):
         assert call(*common, option, value, "-o", tmp_path / "none.jsonl") == 2

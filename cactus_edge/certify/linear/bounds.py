@@ -18,12 +18,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cactus_edge import exact
 from cactus_edge.certify.linear.network import Maximum, Move, Network, Stairs
 from cactus_edge.graph import Int64Array
 from cactus_edge.kernels import relax
 
 CUT_BITS = 16
 LARGEST_CODE = 1 << 27
+LARGEST_SHARE = 1 << 60
+"""What one operator adds to a coefficient stays below; so no sum of coefficients wraps around."""
+LARGEST_OPERAND = 1 << 50
+"""A multiplier times an operand of ADD; the line's slope times any stored value then fits too."""
 WIDE = 1 << 40
 """A restriction that restricts nothing."""
 Interval = tuple[Int64Array, Int64Array]
@@ -213,7 +218,11 @@ def lower_bound(
         node = network.nodes[index]
         if index == target.node:
             assert isinstance(node, Stairs)
-            constant += _through(network, state, node, target.multipliers, coefficients)
+            # Scaled afterwards: it is the combination that is small, not what is combined.
+            seed = target.multipliers // target.scale
+            constant += target.scale * _through(network, state, node, seed, coefficients)
+            for weights in coefficients.values():
+                weights *= target.scale
             continue
         weights = coefficients.pop(node.output, None)
         if weights is None:
@@ -226,7 +235,7 @@ def lower_bound(
             chosen = None if codes is None else codes.get(index)
             line = _line(node, state.ranges[index], weights, chosen, target.unit)
             lines[index] = line
-            constant += int(line.offsets.sum())
+            constant += exact.total(line.offsets)
             constant += _through(network, state, node, line.multipliers, coefficients)
         elif isinstance(node, Move):
             into = coefficients.setdefault(node.inputs[0], _zeros(network, node.inputs[0]))
@@ -239,7 +248,7 @@ def lower_bound(
     if int(np.abs(weights).max()) >= relax.LARGEST_COEFFICIENT:
         raise CoefficientOverflowError
     low, high = state.values[entry]
-    constant += int(np.minimum(weights * low, weights * high).sum())
+    constant += exact.total(np.minimum(weights * low, weights * high))
     return Bound(-(-constant // target.scale), weights, lines)
 
 
@@ -273,18 +282,25 @@ def _through(
     coefficients: dict[int, Int64Array],
 ) -> int:
     """Add the linear map's share to the inputs' coefficients; its constant."""
-    constant = int((multipliers * node.bias).sum())
+    constant = exact.dot(multipliers, node.bias)
+    most = exact.largest(multipliers)
     for tensor, taps, table in zip(node.inputs, node.maps, node.tables, strict=True):
         into = coefficients.setdefault(tensor, _zeros(network, tensor))
         if taps is not None:
+            if most * taps.fan >= LARGEST_SHARE:
+                raise CoefficientOverflowError
             relax.backward(multipliers, *taps.arrays, into)
         else:
             assert table is not None
             first, entries = table
+            if most * exact.largest(entries) >= LARGEST_OPERAND:
+                raise CoefficientOverflowError
             offsets = np.empty_like(multipliers)
             low, high = state.values[tensor]
             relax.relax_table(multipliers, low, high, entries, first, into, offsets)
-            constant += int(offsets.sum())
+            constant += exact.total(offsets)
+        if exact.largest(into) >= 2 * LARGEST_SHARE:
+            raise CoefficientOverflowError
     return constant
 
 
@@ -313,7 +329,7 @@ def _maximum(
     out_low, out_high = state.values[node.output]
     np.add.at(into, chosen[free], weights[free])
     fixed = np.where(weights > 0, weights * out_low, weights * out_high)
-    return int(fixed[~free].sum())
+    return exact.total(fixed[~free])
 
 
 def codes_of(network: Network, target: Target, bound: Bound) -> dict[int, Int64Array]:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from cactus_edge import exact
 from cactus_edge.certify import margin
 from cactus_edge.certify.linear.bounds import State, Target
 from cactus_edge.certify.linear.network import Network, Stairs
@@ -82,7 +83,7 @@ class PairGoal:
         own, other = (int(layer.parts[c]) for c in (self.label, self.rival))
         combined = own * layer.weights[self.label] - other * layer.weights[self.rival]
         low, high = state.values[layer.source]
-        least = int(np.minimum(combined * low, combined * high).sum())
+        least = exact.total(np.minimum(combined * low, combined * high))
         return least + own * int(layer.bias[self.label]) - other * int(layer.bias[self.rival])
 
     def _needed(self, state: State) -> int | None:
@@ -132,12 +133,12 @@ class AtomGoal:
 
     def holds(self, logits: Int64Array) -> bool:
         """See ``Goal``."""
-        return int((self.weights * logits).sum()) < self.bound
+        return exact.dot(self.weights, logits) < self.bound
 
     def interval(self, state: State) -> int:
         """See ``Goal``."""
         low, high = state.values[self.network.graph.logits]
-        return int(np.minimum(-self.weights * low, -self.weights * high).sum())
+        return exact.total(np.minimum(-self.weights * low, -self.weights * high))
 
     def settled(self, state: State) -> bool:
         """See ``Goal``."""

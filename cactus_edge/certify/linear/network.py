@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -59,6 +60,11 @@ class Taps:
     def arrays(self) -> tuple[Int64Array, Int64Array, Int64Array, Int64Array]:
         """As the kernels take them."""
         return self.starts, self.taps, self.weights, self.geometry
+
+    @cached_property
+    def fan(self) -> int:
+        """At most this many times a multiplier is added to a coefficient, going backwards."""
+        return int(np.abs(self.weights).sum())
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,188 @@
+"""``IntervalSession``: exact bounds of every activation over boxes, without building the twin.
+
+The kernels propagate both ends of every activation through the graph itself. What they compute is
+what ``twin`` computes, element by element: for a linear layer each bound is a sum of one end or the
+other of each input, requantized as any accumulator is. A twin has four times the weights, half of
+them zeros; here each weight is read once.
+
+Logits of int16 or int32 are the reference executor's, on a twin of their layer alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from cactus_edge import profiles
+from cactus_edge.certify.twin import Twin, twin
+from cactus_edge.constraints import validate
+from cactus_edge.errors import DataError, UsageError
+from cactus_edge.execute import check_input, run_operator
+from cactus_edge.fusion import fuse
+from cactus_edge.graph import DType, Graph, Int64Array, Operator, Reshape
+from cactus_edge.kernels.intervals.walk import IntervalWorker, build_intervals, interval_walker
+from cactus_edge.kernels.place import core_tensors, image_bytes
+from cactus_edge.kernels.simd.tiers import Tier, choose
+
+_BLOCK_BYTES = 1 << 20
+"""A block of boxes is made as large as this many bytes of activations allow."""
+_SMALLEST_BLOCK = 8
+_LARGEST_BLOCK = 64
+_PIECE_BLOCKS = 4
+"""A thread takes at most this many blocks at a time, so that all of them end together."""
+
+Box = tuple[Int64Array, Int64Array]
+_Bytes = npt.NDArray[np.uint8]
+
+
+class IntervalSession:
+    """A loaded graph. Sessions are thread-safe; their results are the caller's own."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        *,
+        tensors: Sequence[int] | None = None,
+        threads: int | None = None,
+        tier: str | None = None,
+    ) -> None:
+        """Validate, compile and pack.
+
+        Args:
+            graph: resolved.
+            tensors: integer activations whose bounds ``run`` returns; the logits if None.
+            threads: as many as the process may use if None.
+            tier: name of the CPU's instructions to use, see ``kernels.simd.tiers``; the fastest
+                that it has if None.
+
+        Raises:
+            InvalidGraphError: the graph breaks a constraint.
+            UsageError: the graph is not resolved, a tensor is no integer activation, less than one
+                thread, or a tier that the CPU lacks.
+        """
+        validate(graph)
+        if not profiles.is_resolved(graph):
+            raise UsageError("bounds depend on the rounding; resolve the graph under a profile")
+        if threads is not None and threads < 1:
+            raise UsageError(f"{threads} threads; give at least 1")
+        self.tensors = (graph.logits,) if tensors is None else tuple(tensors)
+        unknown = sorted(set(self.tensors) - set(core_tensors(graph)))
+        if unknown:
+            raise UsageError(f"tensors {unknown} are no integer activations of this graph")
+        self.threads = threads or _available_threads()
+        self.tier = choose(tier)
+        wide = [op for op in graph.core if graph.tensors[op.output].dtype.is_wide]
+        self._heads = [_Head.of(graph, op) for op in wide]
+        self._tensors = graph.tensors
+        rest = tuple(op for op in graph.operators if op not in wide)
+        self.graph = replace(graph, operators=rest)
+        if self.tier is not Tier.PLAIN:
+            self.graph = fuse(self.graph)
+        needed = [*self.tensors, *(head.source for head in self._heads)]
+        needed = [t for t in dict.fromkeys(needed) if not graph.tensors[t].dtype.is_wide]
+        block = _BLOCK_BYTES // (2 * image_bytes(self.graph))
+        block = max(_SMALLEST_BLOCK, min(_LARGEST_BLOCK, block))
+        self._program = build_intervals(self.graph, needed, block, self.tier)
+        interval_walker(self.tier)
+        self._free: list[IntervalWorker] = []
+
+    def run(self, lower: Int64Array, upper: Int64Array) -> dict[int, Box]:
+        """Bounds of the tensors that were asked for.
+
+        Args:
+            lower: stored integers [boxes, *input shape without the leading 1], the lower ends.
+            upper: likewise, the upper ends.
+
+        Returns:
+            by tensor index: (lower, upper), each int64 [boxes, elements].
+
+        Raises:
+            DataError: not integers, another shape, values outside the input's type, or an empty
+                box.
+        """
+        if lower.shape != upper.shape:
+            raise DataError("the ends of the boxes differ in number")
+        count = len(lower)
+        results = np.empty((2, count, self._program.result_bytes), np.uint8)
+
+        def compute(part: slice) -> None:
+            ends = self._stored(lower[part]), self._stored(upper[part])
+            if (ends[0] > ends[1]).any():
+                raise DataError("a box is empty: a lower end lies above an upper end")
+            try:
+                worker = self._free.pop()
+            except IndexError:
+                worker = IntervalWorker(self._program)
+            worker.run(*(end.view(np.uint8) for end in ends), *results[:, part])
+            self._free.append(worker)
+
+        parts = _parts(count, self._program.block, self.threads)
+        if len(parts) < 2 or self.threads < 2:
+            for part in parts:
+                compute(part)
+        else:
+            with ThreadPoolExecutor(min(self.threads, len(parts))) as executor:
+                for _ in executor.map(compute, parts):
+                    pass
+        bounds = {tensor: self._result(results, tensor) for tensor in self._program.results}
+        for head in self._heads:
+            bounds[head.output] = head.bounds(*bounds[head.source])
+        return {tensor: bounds[tensor] for tensor in self.tensors}
+
+    def _stored(self, ends: Int64Array) -> npt.NDArray[np.int8 | np.uint8]:
+        """Contiguous [boxes, input bytes] of the input's type, checked."""
+        tensor = self._tensors[self.graph.core_input]
+        dtype = np.int8 if tensor.dtype is DType.INT8 else np.uint8
+        if ends.dtype != dtype or ends.shape[1:] != tensor.shape[1:]:
+            ends = check_input(self.graph, ends)
+        flat = ends.astype(dtype, order="C", copy=False)
+        return flat.reshape(len(flat), -1)
+
+    def _result(self, results: _Bytes, tensor: int) -> Box:
+        begin = self._program.results[tensor]
+        form = self._tensors[tensor]
+        dtype = np.int8 if form.dtype is DType.INT8 else np.uint8
+        lower, upper = results[:, :, begin : begin + form.size].view(dtype).astype(np.int64)
+        return lower, upper
+
+
+@dataclass(frozen=True, eq=False)
+class _Head:
+    """An operator whose output is wider than a byte; ``layer`` is its twin, None for a RESHAPE."""
+
+    source: int
+    output: int
+    layer: Twin | None
+
+    @staticmethod
+    def of(graph: Graph, op: Operator) -> _Head:
+        """Of a resolved graph."""
+        alone = Graph(graph.tensors, (op,), op.inputs[0], op.output)
+        return _Head(op.inputs[0], op.output, None if isinstance(op, Reshape) else twin(alone))
+
+    def bounds(self, lower: Int64Array, upper: Int64Array) -> Box:
+        """Bounds of the output from those of the source, int64 [boxes, elements]."""
+        if self.layer is None:
+            return lower, upper
+        graph = self.layer.graph
+        values = run_operator(graph, graph.operators[0], [self.layer.stack(lower, upper)])
+        return self.layer.split(self.output, values)
+
+
+def _available_threads() -> int:
+    """CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _parts(count: int, block: int, threads: int) -> list[slice]:
+    """Consecutive slices that cover ``count`` boxes, at least one for each thread if possible."""
+    size = -(-count // threads)
+    size = max(_SMALLEST_BLOCK, min(size, block * _PIECE_BLOCKS))
+    return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
