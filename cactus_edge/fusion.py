@@ -18,6 +18,8 @@ from cactus_edge.graph import Graph, Linear, Requantization
 from cactus_edge.semantics import Rounding
 from cactus_edge.universal import step_points, stored
 
+_ULPS = (0, 1, -1, 2, -2, 4, -4, 8, -8)
+"""Float32 numbers near a channel's factor, in units of the last place, that are tried in turn."""
 _DOUBLE = (int(Rounding.DOUBLE_HALF_AWAY), int(Rounding.DOUBLE_HALF_UP))
 
 
@@ -35,6 +37,8 @@ def _float32(graph: Graph, op: Linear) -> Requantization:
     given = op.requantization
     assert given is not None, "graph is not resolved"
     codes = set(given.rounding.tolist())
+    if graph.tensors[op.output].dtype.is_wide:  # the kernels store bytes alone
+        return given
     if codes == {int(Rounding.FLOAT32)} or len(codes) > 1 or (given.multiplier <= 0).any():
         return given
     extra = 31 if codes <= set(_DOUBLE) else 0
@@ -42,14 +46,20 @@ def _float32(graph: Graph, op: Linear) -> Requantization:
         scales.nearest(multiplier, 1 << (shift + extra), 32)
         for multiplier, shift in zip(given.multiplier.tolist(), given.shift.tolist(), strict=True)
     ]
-    found = Requantization(
-        np.full(op.channels, int(Rounding.FLOAT32)),
-        np.array([pair.significand for pair in pairs], np.int64),
-        np.array([-pair.exponent for pair in pairs], np.int64),
-    )
-    if (found.shift < 1).any() or (found.shift > 62).any():
+    significand = np.array([pair.significand for pair in pairs], np.int64)
+    shift = np.array([-pair.exponent for pair in pairs], np.int64)
+    if (shift < 1).any() or (shift > 62).any():
         return given
     zero_point, limits = graph.tensors[op.output].zero_point, graph.output_range(op)
     points = step_points(given, *accumulator_bounds(graph, op), zero_point, limits)
-    same = stored(given, points, zero_point, limits) == stored(found, points, zero_point, limits)
-    return found if same.all() else given
+    wanted = stored(given, points, zero_point, limits)
+    codes_ = np.full(op.channels, int(Rounding.FLOAT32))
+    chosen = np.zeros(op.channels, np.int64)
+    for ulp in _ULPS:
+        near = np.clip(significand + ulp, 1 << 23, (1 << 24) - 1)
+        found = stored(Requantization(codes_, near, shift), points, zero_point, limits)
+        same = (found == wanted).all(axis=0) & (chosen == 0)
+        chosen[same] = near[same]
+        if (chosen != 0).all():
+            return Requantization(codes_, chosen, shift)
+    return given

@@ -25,7 +25,9 @@ from cactus_edge.errors import UsageError
 from cactus_edge.execute import check_input, run_operator
 from cactus_edge.fusion import fuse
 from cactus_edge.graph import DType, Graph, Int64Array, Operator, Tensor
+from cactus_edge.kernels.choose import fastest
 from cactus_edge.kernels.demand import Layout
+from cactus_edge.kernels.explain import Explanation, explain
 from cactus_edge.kernels.place import core_tensors, image_bytes
 from cactus_edge.kernels.program import Program, build
 from cactus_edge.kernels.simd.tiers import Tier, choose
@@ -73,8 +75,8 @@ class Session:
             graph: resolved, or else resolved here under ``profile``.
             profile: name of a rounding profile, ignored by operators that are resolved already.
             tensors: integer activations that ``run_tensors`` returns; the logits if None.
-            layout: "dense" or "sparse" forces the layout of all convolutions and fully connected
-                layers, "auto" chooses the faster one for each.
+            layout: "dense", "sparse", "blocks" or "bitmask" forces the layout of all convolutions
+                and fully connected layers that have it, "auto" measures the fastest for each.
             threads: for batches; as many as the process may use if None.
             tier: name of the CPU's instructions to use, see ``kernels.simd.tiers``; the fastest
                 that it has if None.
@@ -113,6 +115,11 @@ class Session:
     def program(self) -> Program:
         """How a single image is computed; batches have a program of their own."""
         return self._single.program
+
+    def explain(self, *, batch: bool = False) -> list[Explanation]:
+        """What each layer runs as and how long it takes, for one image or in batches."""
+        program = self._batched().program if batch else self.program
+        return explain(self._narrow, program)
 
     def run(self, batch: npt.ArrayLike) -> Stored:
         """Logits of a batch of stored integers.
@@ -220,7 +227,10 @@ class Session:
         return results[:, begin : begin + size].view(dtype).reshape(-1, *shape)
 
     def _program(self, block: int) -> Program:
-        return build(self._narrow, self._needed, block, self.layout, self.tier)
+        layout = self.layout
+        if layout is Layout.AUTO and self.tier is not Tier.PLAIN:
+            layout = fastest(self._narrow, self._needed, block, self.tier)
+        return build(self._narrow, self._needed, block, layout, self.tier)
 
     def _batched(self) -> _Pool:
         if self._batch is None:

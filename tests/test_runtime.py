@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -10,9 +9,8 @@ import numpy as np
 import pytest
 from graphs import random_graph, random_inputs
 
-from cactus_edge import bench, profiles
-from cactus_edge.bench import ONNXPeer, TFLitePeer, benchmark
-from cactus_edge.errors import DataError, InvalidGraphError, MissingExtraError, UsageError
+from cactus_edge import profiles
+from cactus_edge.errors import DataError, InvalidGraphError, UsageError
 from cactus_edge.execute import execute, execute_all
 from cactus_edge.graph import DType, Graph, Linear
 from cactus_edge.runtime import Session
@@ -172,53 +170,3 @@ def test_invalid_graphs_are_refused(graph: Graph) -> None:
         operators = (*resolved.operators[:index], bad, *resolved.operators[index + 1 :])
         with pytest.raises(InvalidGraphError, match=message):
             Session(replace(resolved, operators=operators))
-
-
-# ---------------------------------------------------------------------- benchmark
-def small_network() -> Graph:
-    return random_graph(
-        np.random.default_rng(1), shape=(1, 6, 6, 1), operators=("CONV_2D",), depth=2, bits=(8,)
-    )
-
-
-def test_benchmark_measures_ours_and_lists_absent_peers() -> None:
-    missing = TFLitePeer("Nowhere", "nowhere-runtime", "nowhere_runtime.interpreter")
-    broken = ONNXPeer(b"no model")
-    result = benchmark(small_network(), peers=(missing, broken), rounds=2, batch=5)
-    (own,) = result.latencies
-    assert own.name == "cactus-edge"
-    assert own.ratio == 1
-    assert own.calls == 2 * 20
-    assert 0 < own.lower_quartile <= own.median <= own.upper_quartile
-    assert own.differing == 0 < own.compared
-    assert result.images_per_second > 0
-    assert result.machine
-    assert [peer.name for peer in result.absent] == ["Nowhere", "onnxruntime"]
-    assert "pip install 'cactus-edge[runtimes]'" in result.absent[0].reason
-    assert "onnxruntime" in result.absent[1].reason
-
-
-@pytest.mark.parametrize("edges", [(), ("QUANTIZE",)])
-def test_benchmark_runs_peers_on_the_same_images(edges: tuple[str, ...]) -> None:
-    pytest.importorskip("ai_edge_litert", reason="LiteRT is not installed")
-    graph = random_graph(
-        np.random.default_rng(1), shape=(1, 6, 6, 1), depth=2, bits=(8,), edges=edges
-    )
-    peers = bench.TFLITE_PEERS[:1]
-    result = benchmark(graph, profile="litert-xnnpack-x86", peers=peers, rounds=2, batch=3)
-    assert [latency.name for latency in result.latencies] == ["cactus-edge", "LiteRT"]
-    theirs = result.latencies[1]
-    assert theirs.version.count(".") == 2
-    assert theirs.compared == 16 * 3
-    if platform.machine() == "x86_64":
-        assert theirs.differing == 0
-
-
-def test_benchmark_wants_a_round_and_an_image() -> None:
-    with pytest.raises(UsageError, match="0 rounds of batch 4"):
-        benchmark(small_network(), rounds=0, batch=4)
-
-
-def test_missing_peers_name_the_line_that_installs_them() -> None:
-    with pytest.raises(MissingExtraError, match=r"cactus-edge\[onnx\]"):
-        bench._import("no_such_module", "onnxruntime", "onnxruntime", extra="onnx")

@@ -33,6 +33,8 @@ from cactus_edge.proofs import Proof
 from cactus_edge.runtime import Session
 
 CHUNK = 500
+_FLOAT32 = "litert-xnnpack-x86"
+"""A profile that rounds in float32, which the kernels do fastest."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,12 @@ class Coverage:
     universal: bool
     groups: tuple[Group, ...]
     uncovered: dict[str, str]
+
+    def propagated(self, graph: Graph, group: Group) -> Graph:
+        """What the intervals of a model's group run on: in float32 where all profiles agree."""
+        if self.universal and _FLOAT32 in group.names:
+            return _resolved(graph, _FLOAT32)
+        return group.graph
 
 
 def cover(graph: Graph, names: Sequence[str] | None) -> Coverage:
@@ -148,7 +156,14 @@ class Certifier:
             for number, coverage in enumerate(self.coverages)
             for group in coverage.groups
         )
-        self._engines = [_Engine(group.graph, threads) for group in self.groups]
+        self._engines = [
+            _Engine(
+                group.graph,
+                threads,
+                self.coverages[group.model].propagated(models[group.model], group),
+            )
+            for group in self.groups
+        ]
         self._deciders = [Decider(group.graph) for group in self.groups]
 
     def bounds(self, lower: Int64Array, upper: Int64Array) -> list[tuple[Int64Array, Int64Array]]:
@@ -383,11 +398,12 @@ def attack_boxes(
 
 
 class _Engine:
-    def __init__(self, graph: Graph, threads: int | None) -> None:
+    def __init__(self, graph: Graph, threads: int | None, propagated: Graph | None = None) -> None:
+        """Load a graph, and one with the same integers whose intervals are faster."""
         self.graph = graph
         self.layer = margin.last_layer(graph)
         wanted = [graph.logits] if self.layer is None else [self.layer.source, graph.logits]
-        self.intervals = IntervalSession(graph, tensors=wanted, threads=threads)
+        self.intervals = IntervalSession(propagated or graph, tensors=wanted, threads=threads)
         self.plain = Session(graph, threads=threads)
 
     def logits(self, stored: Int64Array) -> Int64Array:

@@ -37,6 +37,7 @@ _PIECE_BLOCKS = 4
 """A thread takes at most this many blocks at a time, so that all of them end together."""
 
 Box = tuple[Int64Array, Int64Array]
+_Ends = npt.NDArray[np.generic]
 _Bytes = npt.NDArray[np.uint8]
 
 
@@ -78,24 +79,24 @@ class IntervalSession:
         self.tier = choose(tier)
         wide = [op for op in graph.core if graph.tensors[op.output].dtype.is_wide]
         self._heads = [_Head.of(graph, op) for op in wide]
-        self._tensors = graph.tensors
-        rest = tuple(op for op in graph.operators if op not in wide)
-        self.graph = replace(graph, operators=rest)
+        self.graph = graph
+        narrow = replace(graph, operators=tuple(op for op in graph.operators if op not in wide))
         if self.tier is not Tier.PLAIN:
-            self.graph = fuse(self.graph)
+            narrow = fuse(narrow)
         needed = [*self.tensors, *(head.source for head in self._heads)]
         needed = [t for t in dict.fromkeys(needed) if not graph.tensors[t].dtype.is_wide]
-        block = _BLOCK_BYTES // (2 * image_bytes(self.graph))
+        block = _BLOCK_BYTES // (2 * image_bytes(narrow))
         block = max(_SMALLEST_BLOCK, min(_LARGEST_BLOCK, block))
-        self._program = build_intervals(self.graph, needed, block, self.tier)
+        self._program = build_intervals(narrow, needed, block, self.tier)
         interval_walker(self.tier)
         self._free: list[IntervalWorker] = []
 
-    def run(self, lower: Int64Array, upper: Int64Array) -> dict[int, Box]:
+    def run(self, lower: _Ends, upper: _Ends) -> dict[int, Box]:
         """Bounds of the tensors that were asked for.
 
         Args:
-            lower: stored integers [boxes, *input shape without the leading 1], the lower ends.
+            lower: stored integers [boxes, *input shape without the leading 1], the lower ends; of
+                the input's own type they need no conversion.
             upper: likewise, the upper ends.
 
         Returns:
@@ -134,9 +135,9 @@ class IntervalSession:
             bounds[head.output] = head.bounds(*bounds[head.source])
         return {tensor: bounds[tensor] for tensor in self.tensors}
 
-    def _stored(self, ends: Int64Array) -> npt.NDArray[np.int8 | np.uint8]:
+    def _stored(self, ends: _Ends) -> npt.NDArray[np.int8 | np.uint8]:
         """Contiguous [boxes, input bytes] of the input's type, checked."""
-        tensor = self._tensors[self.graph.core_input]
+        tensor = self.graph.tensors[self.graph.core_input]
         dtype = np.int8 if tensor.dtype is DType.INT8 else np.uint8
         if ends.dtype != dtype or ends.shape[1:] != tensor.shape[1:]:
             ends = check_input(self.graph, ends)
@@ -145,7 +146,7 @@ class IntervalSession:
 
     def _result(self, results: _Bytes, tensor: int) -> Box:
         begin = self._program.results[tensor]
-        form = self._tensors[tensor]
+        form = self.graph.tensors[tensor]
         dtype = np.int8 if form.dtype is DType.INT8 else np.uint8
         lower, upper = results[:, :, begin : begin + form.size].view(dtype).astype(np.int64)
         return lower, upper

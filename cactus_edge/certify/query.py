@@ -100,7 +100,9 @@ class Verifier:
         self.graph = graph
         self.effort = effort
         self.coverage: Coverage = cover(graph, names)
-        self._engines = [_Engine(group) for group in self.coverage.groups]
+        self._engines = [
+            _Engine(group, self.coverage.propagated(graph, group)) for group in self.coverage.groups
+        ]
 
     def answer(
         self,
@@ -201,12 +203,12 @@ class _State:
 class _Engine:
     """The sessions of one group's graph."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, propagated: Graph) -> None:
         self.group = group
         self.graph = group.graph
         self._layer = margin.last_layer(group.graph)
         wanted = [self.graph.logits] if self._layer is None else [self._layer.source]
-        self._intervals = IntervalSession(group.graph, tensors=[*wanted, self.graph.logits])
+        self._intervals = IntervalSession(propagated, tensors=[*wanted, self.graph.logits])
         self._plain = Session(group.graph)
 
     @cached_property

@@ -10,6 +10,7 @@ import typer
 
 from cactus_edge import datasets, files, flatbuffer, inputs, profiles
 from cactus_edge.cli.making import require_training, training_bar
+from cactus_edge.cli.measuring import bench
 from cactus_edge.cli.output import (
     DataOption,
     ForceOption,
@@ -112,49 +113,6 @@ def validate(
     if not result.agrees:
         bad = [peer.name for peer in result.peers if peer.status in ("different", "error")]
         raise RuntimesDisagreeError(f"{model}: {', '.join(bad) or 'universal outputs differ'}")
-
-
-def bench(
-    model: ModelArgument,
-    rounds: Annotated[
-        int, typer.Option("--rounds", help="Interleaved turns of each runtime.")
-    ] = 50,
-    batch: Annotated[int, typer.Option("--batch", help="Images of the throughput run.")] = 1024,
-    layout: Annotated[str, typer.Option("--layout", help="auto, dense or sparse.")] = "auto",
-    profile: Annotated[
-        str, typer.Option("--profile", help="Rounding profile of our runtime.")
-    ] = profiles.DEFAULT,
-    as_json: JsonOption = False,
-) -> None:
-    """Time single inferences beside the installed peers, interleaved in one process.
-
-    Example: cactus-edge bench model.tflite
-    """
-    from cactus_edge.bench import benchmark
-
-    graph, content = flatbuffer.load(model)
-    result = benchmark(
-        graph, model=content, profile=profile, layout=layout, rounds=rounds, batch=batch
-    )
-    rows = [
-        (
-            latency.name,
-            latency.version,
-            f"{latency.median:.1f}",
-            f"{latency.ratio:.2f}",
-            f"{latency.differing}/{latency.compared}",
-        )
-        for latency in result.latencies
-    ]
-    title = (
-        f"{model.name} on {result.machine}: compiled in {result.compile_seconds:.1f} s, loaded in "
-        f"{result.load_seconds:.2f} s; {result.images_per_second:,.0f} images/s in batches of "
-        f"{result.batch} on {result.threads} threads"
-    )
-    columns = ("runtime", "version", "median us", "ratio of medians", "outputs that differ")
-    emit(result, as_json, table(title, columns, rows))
-    for absent in result.absent:
-        console.print(f"{absent.name}: {absent.reason}", highlight=False, markup=False)
 
 
 class SimulateOutput(msgspec.Struct, frozen=True):

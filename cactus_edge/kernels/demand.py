@@ -24,6 +24,8 @@ class Layout(StrEnum):
     AUTO = "auto"
     DENSE = "dense"
     SPARSE = "sparse"
+    BLOCKS = "blocks"
+    BITMASK = "bitmask"
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,12 @@ class TableBuilder:
         begin = self._sizes[which]
         self._sizes[which] += size
         return begin
+
+    @property
+    def size(self) -> int:
+        """Bytes of all that was appended."""
+        weights, indices, integers = self._sizes
+        return weights + 2 * indices + 8 * integers
 
     def build(self) -> Tables:
         """The arrays."""

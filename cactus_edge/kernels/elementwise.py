@@ -36,46 +36,51 @@ def copy_runs(
 
 
 @kernel
-def add(step: Step, tables: Tables, work: Workspace, images: int) -> None:
-    """ADD; each image has ``height`` rows of ``channels`` bytes."""
+def add(
+    step: Step, tables: Tables, work: Workspace, images: int, part: int = 0, parts: int = 1
+) -> None:
+    """A part of an ADD; each image has ``height`` rows of ``channels`` bytes."""
     six = tables.integers[step.rounding : step.rounding + 6]
     size = step.channels
-    for image in range(images):
-        for y in range(step.height):
-            a = step.source + image * step.source_image + y * step.source_row
-            b = step.other + image * step.other_image + y * step.other_row
-            c = step.target + image * step.target_image + y * step.target_row
-            add_bytes(
-                step,
-                work.activations[a : a + size],
-                work.activations[b : b + size],
-                six,
-                work.activations[c : c + size],
-            )
+    rows = images * step.height
+    for row in range(rows * part // parts, rows * (part + 1) // parts):
+        image, y = divmod(row, step.height)
+        a = step.source + image * step.source_image + y * step.source_row
+        b = step.other + image * step.other_image + y * step.other_row
+        c = step.target + image * step.target_image + y * step.target_row
+        add_bytes(
+            step,
+            work.activations[a : a + size],
+            work.activations[b : b + size],
+            six,
+            work.activations[c : c + size],
+        )
 
 
 @kernel
-def pool(step: Step, tables: Tables, work: Workspace, images: int) -> None:
-    """AVERAGE_POOL_2D and MAX_POOL_2D over the pixels that lie inside the input."""
+def pool(
+    step: Step, tables: Tables, work: Workspace, images: int, part: int = 0, parts: int = 1
+) -> None:
+    """A part of an AVERAGE_POOL_2D or MAX_POOL_2D, over the pixels that lie inside the input."""
     geometry = tables.integers[step.pool : step.pool + 8]
     channels = step.channels
-    for image in range(images):
+    rows = images * step.height
+    for row in range(rows * part // parts, rows * (part + 1) // parts):
+        image, y = divmod(row, step.height)
         source = step.source + image * step.source_image
-        for y in range(step.height):
-            top = y * geometry[2] - geometry[4]
-            first_row, last_row = max(top, 0), min(top + geometry[0], geometry[6])
-            for x in range(step.width):
-                left = x * geometry[3] - geometry[5]
-                first, last = max(left, 0), min(left + geometry[1], geometry[7])
-                target = (
-                    step.target + image * step.target_image + y * step.target_row + x * channels
-                )
-                stored = work.activations[target : target + channels]
-                window = (first_row, last_row, first, last)
-                if step.opcode == AVERAGE:
-                    _average_window(step, work, source, window, stored)
-                else:
-                    _maximum_window(step, work, source, window, stored)
+        begin = step.target + image * step.target_image + y * step.target_row
+        top = y * geometry[2] - geometry[4]
+        first_row, last_row = max(top, 0), min(top + geometry[0], geometry[6])
+        for x in range(step.width):
+            left = x * geometry[3] - geometry[5]
+            first, last = max(left, 0), min(left + geometry[1], geometry[7])
+            target = begin + x * channels
+            stored = work.activations[target : target + channels]
+            window = (first_row, last_row, first, last)
+            if step.opcode == AVERAGE:
+                _average_window(step, work, source, window, stored)
+            else:
+                _maximum_window(step, work, source, window, stored)
 
 
 @kernel

@@ -2,7 +2,9 @@
 
 Only the function that Python calls is cached on disk. Numba notices a change in the file of a
 cached function but none in the functions that it calls, so its key also holds ``source_digest``:
-an edited kernel, or an edited line of ``semantics``, can never run from an old cache.
+an edited kernel, or an edited line of ``semantics``, can never run from an old cache. What is read
+back is checked against a digest of its own: Numba hands a damaged file to LLVM, which ends the
+process or, worse, runs other code.
 """
 
 from __future__ import annotations
@@ -11,17 +13,25 @@ import ctypes
 import hashlib
 import inspect
 import logging
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import llvmlite
 import numba
 from llvmlite import ir
 from numba import types
+from numba.core.caching import IndexDataCacheFile
+from numba.core.serialize import dumps
 from numba.extending import intrinsic, register_jitable
 
+from cactus_edge.errors import UsageError
+
 _log = logging.getLogger(__name__)
+
+_DIGEST = hashlib.sha256().digest_size
 
 Compiled = TypeVar("Compiled", bound=Callable[..., object])
 
@@ -43,15 +53,64 @@ def inlined(function: Compiled) -> Compiled:
 def entry(function: Compiled) -> Compiled:
     """Compile a function that Python calls; it runs without the interpreter's lock."""
     try:
-        return _compile(function, python=True, cache=True)
+        compiled: Any = _compile(function, python=True, cache=True)
     except RuntimeError as error:  # no folder that can be written
         _log.warning("compiled kernels are not cached, each process compiles them: %s", error)
         return _compile(function, python=True)
+    cache = compiled._cache
+    cache._cache_file = _CheckedFiles(cache._cache_file)
+    return compiled
+
+
+class _CheckedFiles(IndexDataCacheFile):
+    """Where Numba keeps a function: a file for each signature and CPU, behind its own SHA-256.
+
+    There is no index, which two processes that compile for different tiers could both write.
+    """
+
+    def __init__(self, numbas: Any) -> None:
+        """In the same folder as Numba's own files, ``numbas``."""
+        self._base = Path(numbas._index_path).with_suffix("")
+        self._origin = (numba.__version__, llvmlite.__version__, numbas._source_stamp)
+
+    def _file(self, key: Sequence[object]) -> Path:
+        # Types are pickled with numbers that are not the same in another process.
+        signature, *others = key
+        text = repr((str(signature), others, self._origin))
+        name = hashlib.sha256(text.encode()).hexdigest()[:24]
+        return self._base.with_name(f"{self._base.name}.{name}.nbc")
+
+    def load(self, key: Sequence[object]) -> object:
+        """What was saved under a key; None if there is nothing or it is damaged."""
+        file = self._file(key)
+        try:
+            content = file.read_bytes()
+        except OSError:
+            return None
+        digest, data = content[:_DIGEST], content[_DIGEST:]
+        if hashlib.sha256(data).digest() != digest:
+            _log.warning("%s is damaged, its kernels are compiled again", file)
+            return None
+        return pickle.loads(data)  # noqa: S301
+
+    def save(self, key: Sequence[object], data: object) -> None:
+        """Keep what can be pickled, for this key alone."""
+        content = dumps(data)
+        try:
+            with self._open_for_write(str(self._file(key))) as file:
+                file.write(hashlib.sha256(content).digest() + content)
+        except OSError as error:
+            _log.warning("compiled kernels are not cached: %s", error)
+
+    def flush(self) -> None:
+        """Files of other keys are never read, so there is nothing to forget."""
 
 
 def _compile(
     function: Compiled, *, python: bool = False, cache: bool = False, inline: bool = False
 ) -> Compiled:
+    if numba.config.DISABLE_JIT:  # pyright: ignore
+        raise UsageError("NUMBA_DISABLE_JIT is set, but the kernels exist as compiled code alone")
     return numba.njit(  # pyright: ignore
         nogil=True,
         cache=cache,

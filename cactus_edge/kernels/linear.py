@@ -21,35 +21,51 @@ from cactus_edge.kernels.sparse import sparse
 from cactus_edge.kernels.steps import DENSE, DEPTHWISE, SPARSE, Step
 
 
-def linear(tag: Tag, step: Step, tables: Tables, work: Workspace, images: int) -> None:
-    """All rows of a block of images, on the kernels of a tier; for compiled code alone."""
+def linear(
+    tag: Tag, step: Step, tables: Tables, work: Workspace, images: int, part: int, parts: int
+) -> None:
+    """A part of a layer for a block of images, on a tier's kernels; for compiled code alone."""
     raise NotImplementedError("called by compiled code alone")
 
 
 @overload(linear, strict=False, jit_options={"nogil": True, "error_model": "numpy"})
 def _linear(
-    tag: TierType, step: object, tables: object, work: object, images: object
-) -> Callable[[Tag, Step, Tables, Workspace, int], None]:
+    tag: TierType,
+    step: object,
+    tables: object,
+    work: object,
+    images: object,
+    part: object,
+    parts: object,
+) -> Callable[[Tag, Step, Tables, Workspace, int, int, int], None]:
     """What is compiled for a tier: only its own tiles."""
 
-    def plain(tag: Tag, step: Step, tables: Tables, work: Workspace, images: int) -> None:
-        plain_layer(step, tables, work, images)
+    def plain(
+        tag: Tag, step: Step, tables: Tables, work: Workspace, images: int, part: int, parts: int
+    ) -> None:
+        plain_layer(step, tables, work, images, part, parts)
 
-    def vector(tag: Tag, step: Step, tables: Tables, work: Workspace, images: int) -> None:
+    def vector(
+        tag: Tag, step: Step, tables: Tables, work: Workspace, images: int, part: int, parts: int
+    ) -> None:
         if step.opcode == DEPTHWISE:
-            depthwise_layer(step, tables, work, images)
+            depthwise_layer(step, tables, work, images, part, parts)
         else:
-            vector_layer(tag, step, tables, work, images)
+            vector_layer(tag, step, tables, work, images, part, parts)
 
     return plain if tag.tier is Tier.PLAIN else vector
 
 
 @kernel
-def plain_layer(step: Step, tables: Tables, work: Workspace, images: int) -> None:
-    """Without any vector tile."""
+def plain_layer(
+    step: Step, tables: Tables, work: Workspace, images: int, part: int, parts: int
+) -> None:
+    """A part of the rows, without any vector tile."""
     channels = step.channels
     rows = images * step.height * step.width
-    for first in range(0, rows, step.tile):
+    tiles = -(-rows // step.tile)
+    for number in range(tiles * part // parts, tiles * (part + 1) // parts):
+        first = number * step.tile
         count = min(step.tile, rows - first)
         if step.opcode == DENSE:
             dense(step, tables, work, first, count)
@@ -70,10 +86,13 @@ def plain_layer(step: Step, tables: Tables, work: Workspace, images: int) -> Non
 
 
 @kernel
-def depthwise_layer(step: Step, tables: Tables, work: Workspace, images: int) -> None:
-    """DEPTHWISE_CONV_2D, row by row."""
+def depthwise_layer(
+    step: Step, tables: Tables, work: Workspace, images: int, part: int, parts: int
+) -> None:
+    """A part of the rows of a DEPTHWISE_CONV_2D, one by one."""
     channels = step.channels
-    for row in range(images * step.height * step.width):
+    rows = images * step.height * step.width
+    for row in range(rows * part // parts, rows * (part + 1) // parts):
         depthwise(step, tables, work, row, 1)
         target = target_of(step, row)
         requantize_channels(

@@ -34,10 +34,13 @@ _SPARSE_COST = ((128, 1.6), (64, 2.2), (32, 3.2), (FEW, 5.0), (0, 10.0))
 
 def window_offsets(op: Conv2D, source: Placement, channels: int) -> Int64Array:
     """Byte distances [kh, kw, channels] of a window's inputs from its first one."""
+    if source.elements is not None:  # a single pixel that shares the memory of what it reshapes
+        return source.elements.reshape(1, 1, -1)
     height, width = op.weights.values.shape[1:3]
     rows = np.arange(height, dtype=np.int64)[:, None, None] * op.dilation[0] * source.row
     columns = np.arange(width, dtype=np.int64)[None, :, None] * op.dilation[1] * channels
-    return rows + columns + np.arange(channels, dtype=np.int64)
+    within = np.arange(channels, dtype=np.int64) if source.positions is None else source.positions
+    return rows + columns + within
 
 
 def pack_linear(

@@ -7,21 +7,23 @@ once, and no kernel tests whether a tap is inside the image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cactus_edge.graph import Conv2D, DType, Graph, Int64Array, Tensor, window_geometry
+from cactus_edge.graph import Conv2D, DType, Graph, Int64Array, Pad, Tensor, window_geometry
 
 _ALIGNMENT = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Placement:
     """A tensor's bytes: ``rows`` of ``row_bytes`` for each image, the first of them at ``origin``.
 
     ``image`` and ``row`` are distances in bytes; [``begin``, ``end``) is the whole buffer. The
-    stored integer x of the tensor is the byte ``x + offset``.
+    stored integer x of the tensor is the byte ``x + offset``. Where the channels of a pixel do not
+    lie in order, ``positions`` [channels] says where each lies; and where the tensor shares the
+    memory of the one that it reshapes, ``elements`` [elements] says it for each element.
     """
 
     begin: int
@@ -33,11 +35,27 @@ class Placement:
     row_bytes: int
     offset: int
     zero: int
+    positions: Int64Array | None = None
+    elements: Int64Array | None = None
 
     def offsets(self) -> Int64Array:
-        """Distance of each element from the first one, int64 [elements], ascending."""
+        """Distance in bytes of each element from ``origin``, int64 [elements]."""
+        if self.elements is not None:
+            return self.elements
+        within = np.arange(self.row_bytes, dtype=np.int64)
+        if self.positions is not None:
+            pixels = within.reshape(-1, len(self.positions))
+            within = (pixels[:, :1] + self.positions).reshape(-1)
         rows = np.arange(self.rows, dtype=np.int64)[:, None] * self.row
-        return (rows + np.arange(self.row_bytes, dtype=np.int64)).reshape(-1)
+        return (rows + within).reshape(-1)
+
+    def ordered(self, order: Int64Array) -> Placement:
+        """The same with channel ``order[p]`` at position p of each pixel."""
+        return replace(self, positions=np.argsort(order))
+
+    def reshaped(self) -> Placement:
+        """The same bytes for a tensor of another shape."""
+        return replace(self, elements=self.offsets())
 
 
 def byte_offset(tensor: Tensor) -> int:
@@ -75,7 +93,31 @@ def place(graph: Graph, block: int) -> tuple[dict[int, Placement], int]:
             zero=tensor.zero_point + offset,
         )
         begin += -(-image * block // _ALIGNMENT) * _ALIGNMENT
+    for op in reversed(graph.core):
+        if isinstance(op, Pad) and lies_inside(graph, op):
+            source, target = placements[op.inputs[0]], placements[op.output]
+            channels = graph.tensors[op.output].shape[3]
+            (top, _), (left, _) = op.paddings[1], op.paddings[2]
+            placements[op.inputs[0]] = replace(
+                source,
+                begin=target.begin,
+                end=target.end,
+                origin=target.origin + top * target.row + left * channels,
+                image=target.image,
+                row=target.row,
+            )
     return placements, begin
+
+
+def lies_inside(graph: Graph, op: Pad) -> bool:
+    """Whether a PAD's input is written to its place in the output, so that nothing is copied.
+
+    The padding around it is filled once, like the borders.
+    """
+    source = op.inputs[0]
+    readers = [other for other in graph.core if source in other.inputs]
+    channels = graph.tensors[source].shape[3] == graph.tensors[op.output].shape[3]
+    return channels and len(readers) == 1
 
 
 def _buffer(graph: Graph, index: int) -> tuple[int, int, int, int, int]:

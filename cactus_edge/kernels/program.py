@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,7 @@ from cactus_edge.graph import (
     AveragePool2D,
     Conv2D,
     DepthwiseConv2D,
+    FullyConnected,
     Graph,
     Int64Array,
     Linear,
@@ -25,7 +26,7 @@ from cactus_edge.graph import (
 from cactus_edge.kernels import steps as opcodes
 from cactus_edge.kernels.demand import Demand, Layout, TableBuilder
 from cactus_edge.kernels.pack import pack_linear, window_offsets
-from cactus_edge.kernels.place import Placement, byte_offset, padding, place
+from cactus_edge.kernels.place import Placement, byte_offset, lies_inside, padding, place
 from cactus_edge.kernels.rows import Tables, Workspace
 from cactus_edge.kernels.simd.emit import wide
 from cactus_edge.kernels.simd.pack import Matrix, pack_vector
@@ -39,10 +40,17 @@ _EPILOGUE = 8
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """What ``walk`` runs. ``results[t]`` is where tensor t begins in a row of results."""
+    """What ``walk`` runs.
+
+    ``operators`` are positions in the graph's core for the first steps, -1 for copying the input;
+    the steps behind them copy results. ``sizes`` are the bytes of their packed tables.
+    ``results[t]`` is where tensor t begins in a row of results.
+    """
 
     tier: Tier
     steps: npt.NDArray[np.void]
+    operators: tuple[int, ...]
+    sizes: tuple[int, ...]
     tables: Tables
     block: int
     arena: int
@@ -51,6 +59,10 @@ class Program:
     results: dict[int, int]
     image_bytes: int
     result_bytes: int
+
+    def opcode(self, number: int) -> int:
+        """Which kernel computes an operator, by its position in the core."""
+        return int(self.steps[self.operators.index(number)]["opcode"])
 
     def workspace(self) -> Workspace:
         """Memory for one thread, borders filled with zero points."""
@@ -68,23 +80,38 @@ class Program:
         )
 
 
-def build(graph: Graph, wanted: Sequence[int], block: int, layout: Layout, tier: Tier) -> Program:
+def build(
+    graph: Graph,
+    wanted: Sequence[int],
+    block: int,
+    layout: Layout | Mapping[int, Layout],
+    tier: Tier,
+) -> Program:
     """Program of a valid, resolved graph.
 
     Args:
         graph: resolved and validated.
         wanted: tensors whose values are results.
         block: images that are computed together, layer by layer.
-        layout: of the weights of CONV_2D and FULLY_CONNECTED.
+        layout: of the weights of CONV_2D and FULLY_CONNECTED; of all, or by position in the core.
         tier: of the kernels.
     """
     placements, arena = place(graph, block)
-    context = _Context(graph, placements, block, layout, TableBuilder(), tier)
-    steps = [_load(context)]
+    context = _Context(graph, placements, block, TableBuilder(), tier, frozenset(wanted))
+    steps, operators, sizes = [_load(context)], [-1], [0]
     demand = Demand()
-    for op in graph.core:
-        step, needed = _step(context, op)
+    for number, op in enumerate(graph.core):
+        if isinstance(op, Reshape) and _shares(graph, op.output):
+            placements[op.output] = placements[op.inputs[0]].reshaped()
+            continue
+        if isinstance(op, Pad) and lies_inside(graph, op):
+            continue
+        chosen = layout if isinstance(layout, Layout) else layout.get(number, Layout.DENSE)
+        before = context.builder.size
+        step, needed = _step(context, op, chosen)
         steps.append(step)
+        operators.append(number)
+        sizes.append(context.builder.size - before)
         demand = demand.union(needed)
     results: dict[int, int] = {}
     size = 0
@@ -95,6 +122,8 @@ def build(graph: Graph, wanted: Sequence[int], block: int, layout: Layout, tier:
     return Program(
         tier=tier,
         steps=table(steps),
+        operators=tuple(operators),
+        sizes=tuple(sizes),
         tables=context.builder.build(),
         block=block,
         arena=arena,
@@ -106,14 +135,46 @@ def build(graph: Graph, wanted: Sequence[int], block: int, layout: Layout, tier:
     )
 
 
+def _readers(graph: Graph, tensor: int) -> list[Operator]:
+    return [op for op in graph.core if tensor in op.inputs]
+
+
+def _shares(graph: Graph, tensor: int) -> bool:
+    """Whether a reshaped tensor needs no bytes of its own: its readers take any element apart."""
+    return all(
+        isinstance(op, FullyConnected)
+        or _reads_a_pixel(graph, op)
+        or (isinstance(op, Reshape) and _shares(graph, op.output))
+        for op in _readers(graph, tensor)
+    )
+
+
+def _reads_a_pixel(graph: Graph, op: Operator) -> bool:
+    """Whether a convolution is a matrix product of one pixel, as int4 models have them."""
+    return (
+        isinstance(op, Conv2D)
+        and not isinstance(op, DepthwiseConv2D)
+        and graph.tensors[op.inputs[0]].shape[1:3] == op.weights.values.shape[1:3] == (1, 1)
+    )
+
+
+def _any_order(graph: Graph, tensor: int, wanted: Collection[int]) -> bool:
+    """Whether the channels of a tensor may lie in any order: its readers all look them up."""
+    return tensor not in wanted and all(
+        (isinstance(op, Linear) and not isinstance(op, DepthwiseConv2D))
+        or (isinstance(op, Reshape) and _shares(graph, op.output) and op.output not in wanted)
+        for op in _readers(graph, tensor)
+    )
+
+
 @dataclass(frozen=True)
 class _Context:
     graph: Graph
     placements: dict[int, Placement]
     block: int
-    layout: Layout
     builder: TableBuilder
     tier: Tier
+    wanted: frozenset[int]
 
 
 def _copy_runs(context: _Context, source: Int64Array, target: Int64Array) -> dict[str, int]:
@@ -149,10 +210,10 @@ def _store(context: _Context, index: int, begin: int) -> Step:
     )
 
 
-def _step(context: _Context, op: Operator) -> tuple[Step, Demand]:
+def _step(context: _Context, op: Operator, layout: Layout) -> tuple[Step, Demand]:
     match op:
         case Linear():
-            return _linear(context, op)
+            return _linear(context, op, layout)
         case Add():
             return _add(context, op), Demand()
         case Pool2D():
@@ -181,7 +242,7 @@ def _common(context: _Context, op: Operator) -> dict[str, int]:
     }
 
 
-def _linear(context: _Context, op: Linear) -> tuple[Step, Demand]:
+def _linear(context: _Context, op: Linear, layout: Layout) -> tuple[Step, Demand]:
     fields = _common(context, op)
     source = context.placements[op.inputs[0]]
     requantization = op.requantization
@@ -212,11 +273,14 @@ def _linear(context: _Context, op: Linear) -> tuple[Step, Demand]:
         return _depthwise(context, op, fields)
     base = Step(opcode=opcodes.DENSE, **fields)
     if context.tier is not Tier.PLAIN:
-        return _vector(context, op, base, rows)
-    return pack_linear(context.builder, op, base, source, rows, context.layout)
+        return _vector(context, op, base, rows, layout)
+    return pack_linear(context.builder, op, base, source, rows, layout)
 
 
-def _vector(context: _Context, op: Linear, base: Step, rows: int) -> tuple[Step, Demand]:
+def _vector(
+    context: _Context, op: Linear, base: Step, rows: int, layout: Layout
+) -> tuple[Step, Demand]:
+    """A linear layer on vector tiles; may change the order of the output's channels."""
     source, target = context.placements[op.inputs[0]], context.placements[op.output]
     if isinstance(op, Conv2D):
         offsets = window_offsets(op, source, op.weights.values.shape[3]).reshape(-1)
@@ -227,18 +291,27 @@ def _vector(context: _Context, op: Linear, base: Step, rows: int) -> tuple[Step,
     )
     windows = base.source + image * source.image + y * base.down + x * base.right
     targets = target.origin + image * target.image + y * target.row + x * base.channels
-    # A tile has more rows than there may be; those compute the last row again.
-    most = wide(context.tier).pixels
-    windows, targets = (
-        np.pad(t, (0, max(0, most - len(t))), mode="edge") for t in (windows, targets)
-    )
+    many = rows >= wide(context.tier).pixels
     base = replace(
         base,
+        tile=wide(context.tier).pixels if many else 1,
         windows=context.builder.integers(windows),
         targets=context.builder.integers(targets),
     )
-    matrix = Matrix(op.weights.values.reshape(op.channels, -1), offsets, op.weights.bits)
-    return pack_vector(context.builder, context.tier, op, matrix, base, rows, context.layout)
+    ascending = np.argsort(offsets, kind="stable")
+    values = op.weights.values.reshape(op.channels, -1)[:, ascending]
+    packed = pack_vector(
+        context.builder,
+        context.tier,
+        op,
+        Matrix(values, offsets[ascending], op.weights.bits),
+        base,
+        layout,
+        any_order=_any_order(context.graph, op.output, context.wanted),
+    )
+    if packed.order is not None:
+        context.placements[op.output] = target.ordered(packed.order)
+    return packed.step, packed.demand
 
 
 def _depthwise(

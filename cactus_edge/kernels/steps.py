@@ -24,6 +24,7 @@ STREAM = 10
 BLOCKS = 11
 PERMUTED = 12
 PERMUTED_STREAM = 13
+MASKED_STREAM = 14
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,12 @@ from __future__ import annotations
 from cactus_edge.kernels.arithmetic import requantize_channels
 from cactus_edge.kernels.jit import kernel
 from cactus_edge.kernels.rows import Tables, Workspace
+from cactus_edge.kernels.simd.bitmask import bitmask_stream
 from cactus_edge.kernels.simd.dense import block_tile, dense_tile, stream_tile
 from cactus_edge.kernels.simd.emit import narrow, streaming, thin, wide
 from cactus_edge.kernels.simd.permuted import permuted_stream, permuted_tile
 from cactus_edge.kernels.simd.tags import Tag
-from cactus_edge.kernels.steps import BLOCKS, PERMUTED, STREAM, TILED, Step
+from cactus_edge.kernels.steps import BLOCKS, MASKED_STREAM, PERMUTED, STREAM, TILED, Step
 
 _dense_wide, _dense_narrow = dense_tile(wide), dense_tile(narrow)
 _stream, _stream_nibbles = (stream_tile(streaming, nibbles=n) for n in (False, True))
@@ -21,13 +22,24 @@ _thin, _thin_nibbles = (stream_tile(thin, nibbles=n) for n in (False, True))
 _blocks = block_tile(wide)
 _permuted_wide, _permuted_narrow = permuted_tile(wide), permuted_tile(narrow)
 _permuted_stream = permuted_stream(thin)
+_masked_stream = bitmask_stream()
 
 _GROUP_FIELDS = 6
+_LEAST_TILES = 4
+"""A layer is divided by rows if each part has so many tiles, by which its weights are reused."""
 
 
 @kernel
-def vector_layer(tag: Tag, step: Step, tables: Tables, work: Workspace, images: int) -> None:
-    """All rows of a block of images."""
+def vector_layer(
+    tag: Tag,
+    step: Step,
+    tables: Tables,
+    work: Workspace,
+    images: int,
+    part: int = 0,
+    parts: int = 1,
+) -> None:
+    """One of so many parts of all rows of a block of images."""
     rows = max(images * step.height * step.width, step.tile)
     integers = tables.integers.ctypes.data
     bytes_ = tables.weights.ctypes.data
@@ -38,7 +50,14 @@ def vector_layer(tag: Tag, step: Step, tables: Tables, work: Workspace, images: 
     epilogue[0], epilogue[1], epilogue[2] = step.target_zero, step.lower, step.upper
     epilogue[3], epilogue[4], epilogue[5] = step.channels, 0, step.group_channels
     finish = epilogue.ctypes.data
-    for group in range(step.groups):
+    tiles = -(-rows // step.tile)
+    first_group, last_group, first_tile, last_tile = 0, step.groups, 0, tiles
+    if tiles >= _LEAST_TILES * parts or step.groups < parts:
+        first_tile, last_tile = tiles * part // parts, tiles * (part + 1) // parts
+    else:
+        first_group = step.groups * part // parts
+        last_group = step.groups * (part + 1) // parts
+    for group in range(first_group, last_group):
         channel = group * step.group_channels
         entry = step.group_table + group * _GROUP_FIELDS
         weights = bytes_ + tables.integers[entry]
@@ -46,8 +65,8 @@ def vector_layer(tag: Tag, step: Step, tables: Tables, work: Workspace, images: 
         scales = bytes_ + step.factors + 4 * channel if fused else 0
         if not fused:
             epilogue[4] = work.accumulators.ctypes.data - 4 * channel
-        for first in range(0, rows, step.tile):
-            row = min(first, rows - step.tile)
+        for number in range(first_tile, last_tile):
+            row = min(number * step.tile, rows - step.tile)
             window, target = windows + 8 * row, targets + 8 * row
             _tile(
                 tag, step, tables, entry, weights, arena, window, target, bias, scales, channel,
@@ -102,6 +121,13 @@ def _tile(
             )
         else:
             _stream(tag, arena, window, target, runs, count, weights, bias, scales, channel, finish)
+    elif code == MASKED_STREAM:
+        runs = integers.ctypes.data + 8 * step.runs
+        values = tables.weights.ctypes.data + integers[entry + 1]
+        _masked_stream(
+            tag, arena, window, target, runs, step.run_count, weights, values, bias, scales,
+            channel, finish,
+        )  # fmt: skip
     elif code == BLOCKS:
         offsets = tables.weights.ctypes.data + integers[entry + 1]
         _blocks(

@@ -5,18 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
-from cactus_edge.graph import FullyConnected, Int8Array, Int64Array, Linear
+from cactus_edge.graph import Int8Array, Int64Array, Linear
 from cactus_edge.kernels.demand import Demand, Layout, TableBuilder
+from cactus_edge.kernels.formats import permuted
+from cactus_edge.kernels.formats.bitmask import pack_bitmask
+from cactus_edge.kernels.formats.blocks import STEP, pack_blocks
 from cactus_edge.kernels.simd import emit
 from cactus_edge.kernels.simd.emit import Shape
 from cactus_edge.kernels.simd.tiers import Tier
-from cactus_edge.kernels.steps import STREAM, TILED, Step
+from cactus_edge.kernels.steps import (
+    BLOCKS,
+    MASKED_STREAM,
+    PERMUTED,
+    PERMUTED_STREAM,
+    STREAM,
+    TILED,
+    Step,
+)
 from cactus_edge.semantics import Rounding
 
 _SMALLEST_GROUP_SHARE = 0.9
 """Tiles of many channels are taken unless more than a tenth of their channels would be empty."""
+_SINGLE_SHARED, _SINGLE_ALONE = 0.72, 0.6
+"""Time of a sparse step of one chunk in that of one of two, if registers share chunks or not."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,15 +52,25 @@ class Matrix:
         return [(a, b - a) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
 
 
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A step, the scratch memory that it demands, and in which order it writes the channels."""
+
+    step: Step
+    demand: Demand
+    order: Int64Array | None = None
+
+
 def pack_vector(
     builder: TableBuilder,
     tier: Tier,
     op: Linear,
     matrix: Matrix,
     base: Step,
-    rows: int,
     layout: Layout,
-) -> tuple[Step, Demand]:
+    *,
+    any_order: bool,
+) -> Packed:
     """The step of a CONV_2D or FULLY_CONNECTED.
 
     Args:
@@ -56,67 +78,146 @@ def pack_vector(
         tier: of the kernels.
         op: the layer, resolved.
         matrix: its weights.
-        base: its step, with ``windows`` and ``targets``.
-        rows: output pixels of a block of images.
-        layout: dense, sparse, or the one that should be faster.
+        base: its step, with ``windows`` and ``targets`` of ``tile`` rows or more.
+        layout: dense, sparse, in blocks or with masks. What a layer or a tier does not have is
+            dense: blocks need many rows, masks few and AVX512.
+        any_order: whether channels may be written in another order than the layer's.
     """
-    shape, small = _shape(tier, rows, matrix.values.shape[0])
+    many = base.tile >= emit.wide(tier).pixels
+    count = matrix.values.shape[0]
+    shape, small = _shape(tier, many, count)
+    if layout is Layout.BLOCKS and many:
+        shape, small = emit.wide(tier), False
+    masked = layout is Layout.BITMASK and not many and tier is Tier.AVX512
+    if masked or (layout is Layout.SPARSE and not many):
+        shape, small = emit.thin(tier), True
     channels = shape.channels(tier)
-    groups = -(-matrix.values.shape[0] // channels)
+    groups = -(-count // channels)
     step = replace(
-        base,
-        tile=shape.pixels,
-        groups=groups,
-        group_channels=channels,
-        small=int(small),
-        **_epilogue(builder, tier, op, matrix, base.source_zero, groups * channels),
+        base, tile=shape.pixels, groups=groups, group_channels=channels, small=int(small)
     )
-    streamed = shape.pixels == 1
+    order: Int64Array | None = None
+    if layout is Layout.BLOCKS and many:
+        step = replace(step, opcode=BLOCKS, **_blocks(builder, matrix, channels))
+    elif masked:
+        step = replace(step, opcode=MASKED_STREAM, **_masked(builder, matrix))
+    elif layout is Layout.SPARSE:
+        fields, order = _permuted(builder, matrix, tier, shape, many, any_order)
+        step = replace(step, opcode=PERMUTED if many else PERMUTED_STREAM, **fields)
+    else:
+        nibbles = not many and matrix.bits <= 4  # weights are read once: bytes are what counts
+        step = replace(step, opcode=TILED if many else STREAM, nibbles=int(nibbles))
+        step = replace(step, **_dense(builder, matrix, shape, groups * channels, step, tier))
     step = replace(
-        step,
-        opcode=STREAM if streamed else TILED,
-        nibbles=int(streamed and matrix.bits <= 4 and isinstance(op, FullyConnected)),
+        step, **_epilogue(builder, tier, op, matrix, base.source_zero, groups * channels, order)
     )
-    step = replace(step, **_dense(builder, matrix, shape, groups * channels, step, tier))
-    return step, Demand(accumulators=shape.pixels * channels)
+    return Packed(step, Demand(accumulators=shape.pixels * channels), order)
 
 
-def _shape(tier: Tier, rows: int, channels: int) -> tuple[Shape, bool]:
-    """The tile for so many rows and channels, and whether it is one of few channels."""
-    many, few = (
-        (emit.streaming(tier), emit.thin(tier))
-        if rows < emit.wide(tier).pixels
-        else (emit.wide(tier), emit.narrow(tier))
+def _permuted(
+    builder: TableBuilder,
+    matrix: Matrix,
+    tier: Tier,
+    shape: Shape,
+    many: bool,
+    any_order: bool,
+) -> tuple[dict[str, int], Int64Array | None]:
+    """No zeros; four weights of a channel at a time. Also the channels' order, if it changed."""
+    wide = tier is Tier.AVX512
+    registers = shape.channels(tier) // emit.channels_of(tier)
+    steps = permuted.Shape(
+        lanes=emit.channels_of(tier),
+        registers=registers,
+        window=emit.chunk_of(tier),
+        alignment=1 if registers > 1 or not wide else emit.chunk_of(tier),
+        dual=wide,
+        single_cost=_SINGLE_SHARED if registers > 1 else _SINGLE_ALONE,
     )
-    padded = [-(-channels // s.channels(tier)) * s.channels(tier) for s in (many, few)]
+    packed = permuted.pack_permuted(matrix.values, matrix.offsets, steps, keep_order=not any_order)
+    stream, offsets = builder.bytes(packed.stream), builder.bytes(packed.offsets)
+    table: list[list[int]] = []
+    size = 2 * permuted.SLOTS * steps.channels
+    for singles, duals in packed.counts.tolist():
+        behind, after = stream + singles * size, offsets + 4 * singles
+        table.append([stream, offsets, singles, after, duals, behind])
+        stream, offsets = behind + duals * size, after + 8 * duals
+    changed = (packed.order != np.arange(len(packed.order))).any()
+    return {"group_table": builder.integers(table)}, packed.order if changed else None
+
+
+def _blocks(builder: TableBuilder, matrix: Matrix, channels: int) -> dict[str, int]:
+    """Only the blocks of a group's channels times four inputs that have a weight."""
+    packed = pack_blocks(matrix.values, matrix.offsets, channels)
+    weights, offsets = builder.bytes(packed.weights), builder.bytes(packed.offsets)
+    begins = np.cumsum(packed.counts) - packed.counts
+    size = STEP * channels
+    return {
+        "group_table": builder.integers(
+            [
+                [weights + begin * size, offsets + 4 * begin, count, 0, 0, 0]
+                for begin, count in zip(begins.tolist(), packed.counts.tolist(), strict=True)
+            ]
+        )
+    }
+
+
+def _masked(builder: TableBuilder, matrix: Matrix) -> dict[str, int]:
+    """All steps, with the zeros left out of the stream."""
+    packed = pack_bitmask(matrix.values, matrix.offsets)
+    masks, values = builder.bytes(packed.masks), builder.bytes(packed.values)
+    size = 8 * packed.masks.shape[1]
+    return {
+        "runs": builder.integers(packed.runs),
+        "run_count": len(packed.runs),
+        "group_table": builder.integers(
+            [
+                [masks + group * size, values + start, 0, 0, 0, 0]
+                for group, start in enumerate(packed.starts.tolist())
+            ]
+        ),
+    }
+
+
+def _shape(tier: Tier, many: bool, channels: int) -> tuple[Shape, bool]:
+    """The tile for many rows or one and so many channels, and whether it is one of few channels."""
+    large, few = (
+        (emit.wide(tier), emit.narrow(tier)) if many else (emit.streaming(tier), emit.thin(tier))
+    )
+    padded = [-(-channels // s.channels(tier)) * s.channels(tier) for s in (large, few)]
     small = padded[1] < _SMALLEST_GROUP_SHARE * padded[0]
-    return (few, True) if small else (many, False)
+    return (few, True) if small else (large, False)
 
 
 def _epilogue(
-    builder: TableBuilder, tier: Tier, op: Linear, matrix: Matrix, zero: int, count: int
+    builder: TableBuilder,
+    tier: Tier,
+    op: Linear,
+    matrix: Matrix,
+    zero: int,
+    count: int,
+    order: Int64Array | None,
 ) -> dict[str, int]:
-    """Biases with zero points folded in, and scales where tiles requantize."""
-    requantization = op.requantization
-    assert requantization is not None, "graph is not resolved"
+    """Biases with zero points folded in, and how sums are requantized, in the order of writing."""
+    given = op.requantization
+    assert given is not None, "graph is not resolved"
+    order = np.arange(op.channels) if order is None else order
     shift = zero - emit.activation_shift(tier)
     bias = np.zeros(count, np.int64)
-    bias[: op.channels] = op.bias - shift * matrix.values.astype(np.int64).sum(axis=1)
-    fields = {"bias": builder.bytes(bias.astype(np.int32))}  # sums are exact modulo 2**32
-    if (requantization.rounding == int(Rounding.FLOAT32)).all():
-        fields |= {"fused": 1, "factors": builder.bytes(_scales(op, count))}
+    sums = matrix.values.astype(np.int64).sum(axis=1)
+    bias[: op.channels] = (op.bias - shift * sums)[order]
+    codes, multiplier, shifts = (v[order] for v in (given.rounding, given.multiplier, given.shift))
+    ends = np.flatnonzero(np.concatenate([np.diff(codes) != 0, [True]])) + 1
+    fields = {
+        "bias": builder.bytes(bias.astype(np.int32)),  # sums are exact modulo 2**32
+        "rounding": builder.integers(np.stack([ends, codes[ends - 1]], axis=1)),
+        "round_count": ends.size,
+        "multipliers": builder.integers(multiplier, shifts),
+    }
+    if (codes == int(Rounding.FLOAT32)).all():
+        scales = np.zeros(count, np.float32)  # exact: a FLOAT32 multiplier has 24 bits
+        scales[: op.channels] = np.ldexp(multiplier.astype(np.float32), -shifts)
+        fields |= {"fused": 1, "factors": builder.bytes(scales)}
     return fields
-
-
-def _scales(op: Linear, count: int) -> npt.NDArray[np.float32]:
-    """Float32 factors; a FLOAT32 multiplier has 24 bits, so they are exact."""
-    requantization = op.requantization
-    assert requantization is not None
-    scales = np.zeros(count, np.float32)
-    scales[: op.channels] = np.ldexp(
-        requantization.multiplier.astype(np.float32), -requantization.shift
-    )
-    return scales
 
 
 def _dense(

@@ -1,0 +1,89 @@
+"""What each layer of a program runs as, how large it is and how long it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cactus_edge.graph import DepthwiseConv2D, FullyConnected, Graph, Linear
+from cactus_edge.kernels import steps
+from cactus_edge.kernels.choose import seconds
+from cactus_edge.kernels.program import Program
+
+KERNELS = {
+    steps.DENSE: "plain dense",
+    steps.SPARSE: "plain sparse",
+    steps.DEPTHWISE: "depthwise",
+    steps.ADD: "add",
+    steps.AVERAGE: "average pool",
+    steps.MAXIMUM: "max pool",
+    steps.COPY: "copy",
+    steps.TILED: "dense tile",
+    steps.STREAM: "dense stream",
+    steps.BLOCKS: "blocks",
+    steps.PERMUTED: "gather-permute tile",
+    steps.PERMUTED_STREAM: "gather-permute stream",
+    steps.MASKED_STREAM: "bit mask stream",
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One operator of a program for a block of images.
+
+    ``sparsity`` is the share of zero weights, ``packed_bytes`` the size of its tables,
+    ``multiplications`` those of a dense layer for one image; ``microseconds`` for one image.
+    """
+
+    name: str
+    kind: str
+    kernel: str
+    sparsity: float
+    packed_bytes: int
+    multiplications: int
+    microseconds: float
+
+
+def explain(graph: Graph, program: Program) -> list[Explanation]:
+    """Time every operator by itself.
+
+    Args:
+        graph: the resolved graph that the program was built from.
+        program: see ``program``.
+    """
+    found: list[Explanation] = []
+    for number, op in enumerate(graph.core):
+        if number not in program.operators:
+            continue
+        position = program.operators.index(number)
+        kernel = KERNELS[program.opcode(number)]
+        if program.steps[position]["nibbles"]:
+            kernel += ", int4"
+        if program.steps[position]["fused"]:
+            kernel += ", fused"
+        zeros = 0.0  # float: a share
+        if isinstance(op, Linear):
+            zeros = 1 - np.count_nonzero(op.weights.values) / op.weights.values.size
+        found.append(
+            Explanation(
+                name=op.name,
+                kind=op.kind,
+                kernel=kernel,
+                sparsity=zeros,
+                packed_bytes=program.sizes[position],
+                multiplications=_multiplications(graph, op) if isinstance(op, Linear) else 0,
+                microseconds=1e6 * seconds(program, number, program.block) / program.block,
+            )
+        )
+    return found
+
+
+def _multiplications(graph: Graph, op: Linear) -> int:
+    if isinstance(op, FullyConnected):
+        return op.weights.values.size
+    _, height, width, channels = graph.tensors[op.output].shape
+    per_output = op.weights.values.size // channels
+    if isinstance(op, DepthwiseConv2D):
+        per_output = int(np.prod(op.weights.values.shape[1:3]))
+    return height * width * channels * per_output

@@ -1,0 +1,1 @@
+"""Interval propagation on the kernels: both ends of every activation, layer by layer."""

@@ -1,0 +1,32 @@
+"""A small model for all that needs a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from graphs import random_graph
+
+from cactus_edge import flatbuffer
+from cactus_edge.graph import Graph
+
+
+@pytest.fixture(scope="session")
+def small_graph() -> Graph:
+    return random_graph(
+        np.random.default_rng(7),
+        shape=(1, 6, 6, 1),
+        operators=("CONV_2D",),
+        depth=2,
+        bits=(8,),
+        sparsity=0.5,
+        universal=True,
+    )
+
+
+@pytest.fixture
+def small_model(tmp_path: Path, small_graph: Graph) -> Path:
+    path = tmp_path / "small.tflite"
+    flatbuffer.save(small_graph, path)
+    return path

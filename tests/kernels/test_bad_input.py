@@ -1,0 +1,353 @@
+"""What could make compiled code read past an array, run for another CPU, or end the process.
+
+Each case runs in a process of its own, because what goes wrong here is not an exception: it is a
+signal. All of them end either with the right result or with an error that says what is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+OLD_CPU = {"NUMBA_CPU_NAME": "core2", "NUMBA_CPU_FEATURES": "+sse2,+ssse3"}
+
+PRELUDE = """
+import numpy as np
+from tests.graphs import random_graph, random_inputs
+from cactus_edge.errors import CactusEdgeError
+from cactus_edge.execute import execute
+from cactus_edge.kernels import walk
+from cactus_edge.runtime import Session
+graph = random_graph(np.random.default_rng(3), shape=(1, 6, 6, 4), channels=20)
+x = random_inputs(np.random.default_rng(4), graph, 9)
+expected = execute(graph, x)
+"""
+
+
+def run(text: str, *, prelude: str = PRELUDE, **environment: str) -> tuple[str, str]:
+    """Run a program; gives what it prints and reports. It must not be ended by a signal."""
+    result = subprocess.run(
+        [sys.executable, "-c", prelude + text],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode >= 0, f"signal {-result.returncode}\n{result.stderr}"
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip(), result.stderr
+
+
+# ---------------------------------------------------------------------- arrays
+def test_arrays_of_any_memory_layout() -> None:
+    """Misaligned, reversed, strided, broadcast, read-only, of foreign byte order."""
+    run(
+        """
+def misaligned(a):
+    buffer = np.zeros(a.nbytes + 1, np.uint8)
+    view = buffer[1:].view(a.dtype).reshape(a.shape)
+    view[...] = a
+    return view
+
+same = np.broadcast_to(x[0], x.shape)
+padded = np.zeros((9, 7, 12, 4), np.int8)
+padded[:, :6, ::2] = x
+forms = [
+    (misaligned(x), expected),
+    (misaligned(x.astype(np.int16)), expected),
+    (misaligned(x.astype(np.int8)), expected),
+    (x.astype(np.int8)[::-1], expected[::-1]),
+    (np.asfortranarray(x.astype(np.int8)), expected),
+    (padded[:, :6, ::2], expected),
+    (same, np.broadcast_to(expected[0], expected.shape)),
+    (same.astype(np.int8)[:, :, :, :], np.broadcast_to(expected[0], expected.shape)),
+    (x.astype(">i4"), expected),
+    (x.astype(">i2")[::-1], expected[::-1]),
+    (x.astype(object).astype(np.int64), expected),
+]
+session = Session(graph)
+for number, (form, result) in enumerate(forms):
+    for count in (1, 9):
+        got = session.run(form[:count])
+        assert (got == result[:count]).all(), (number, count)
+"""
+    )
+
+
+def test_wrong_types_and_shapes() -> None:
+    printed, _ = run(
+        """
+wrong = [
+    x.astype(float), x.astype(np.float16), x.astype(complex), x > 0, x.astype(str),
+    x.astype(object), x.astype("timedelta64[s]"), x[..., :3], x[:, :5], x[0], x[None],
+    x.reshape(9, -1), x.transpose(0, 2, 3, 1), None, "x", b"x", {}, 5, [[1, 2], [3, 4]],
+    x + 300, x - 300, x.astype(np.uint8) | 128, np.full(x.shape, 2**63, np.uint64),
+    np.full(x.shape, -2**63), np.zeros((1, 0, 6, 4), np.int8), np.zeros((2**40, 0), np.int8),
+]
+session = Session(graph)
+for value in wrong:
+    for part in (value, value[:1] if isinstance(value, np.ndarray) else value):
+        try:
+            session.run(part)
+        except CactusEdgeError as error:
+            assert str(error)
+        else:
+            raise AssertionError(f"accepted: {part!r}")
+assert session.run(np.zeros((0, 6, 6, 4), np.int8)).shape == (0, *expected.shape[1:])
+assert (session.run(x) == expected).all()
+print("usable")
+"""
+    )
+    assert printed == "usable"
+
+
+# ---------------------------------------------------------------------- graphs
+ONE_LAYER = """
+import numpy as np
+from dataclasses import replace
+from cactus_edge.constraints import ACCUMULATOR_LIMIT
+from cactus_edge.errors import InvalidGraphError
+from cactus_edge.execute import execute
+from cactus_edge.graph import *
+from cactus_edge.runtime import Session
+from cactus_edge.kernels.simd.tiers import available
+from cactus_edge.semantics import Rounding
+
+def layer(zero, sign, bias, depth=448):
+    source = Tensor("x", (1, 4, 4, depth), quantization=Quantization.of(1.0, zero))
+    target = Tensor("y", (1, 4, 4, 2))
+    op = Conv2D(
+        name="layer", inputs=(0,), output=1, padding=Padding.SAME,
+        weights=Weights(np.full((2, 3, 3, depth), sign, np.int8)),
+        bias=np.array([bias, -bias], np.int32),
+        requantization=Requantization.uniform(Rounding.FLOAT32, (1 << 23) + 1, 43, 2),
+    )
+    return Graph((source, target), (op,), 0, 1)
+"""
+
+
+def test_padding_never_overflows_an_accumulator() -> None:
+    """Borders hold the zero point: products of its byte cancel in the bias, and may wrap before.
+
+    The bias is as large as the proof of the limit permits; one more is refused.
+    """
+    run(
+        """
+for zero in (-128, 127):
+    for sign in (-128, 127):
+        room = ACCUMULATOR_LIMIT - 1 - 255 * abs(sign) * 9 * 448
+        graph = layer(zero, sign, room)
+        for x in (np.full((3, 4, 4, 448), v) for v in (-128, 127)):
+            for tier in available():
+                for count in (1, 3):
+                    got = Session(graph, tier=tier).run(x[:count])
+                    assert (got == execute(graph, x[:count])).all(), (zero, sign, tier)
+        try:
+            Session(layer(zero, sign, room + 1))
+        except InvalidGraphError as error:
+            assert "2^27" in str(error)
+        else:
+            raise AssertionError("an accumulator may overflow")
+""",
+        prelude=ONE_LAYER,
+    )
+
+
+def test_graphs_that_break_a_constraint() -> None:
+    """What would make a table point outside its arrays never reaches the kernels."""
+    run(
+        """
+graph = layer(-128, 1, 0, depth=4)
+op, (source, target) = graph.operators[0], graph.tensors
+broken = [
+    replace(graph, tensors=(source, replace(target, shape=(1, 4, 4, 3)))),
+    replace(graph, tensors=(source, replace(target, shape=(1, 5, 4, 2)))),
+    replace(graph, tensors=(replace(source, shape=(1, 4, 4, 5)), target)),
+    replace(graph, operators=(replace(op, bias=np.zeros(3, np.int32)),)),
+    replace(graph, operators=(replace(op, stride=(0, 1)),)),
+    replace(graph, operators=(replace(op, inputs=(7,)),)),
+    replace(graph, operators=(replace(op, output=-1),)),
+    replace(graph, operators=(replace(op, requantization=Requantization.uniform(
+        Rounding.FLOAT32, (1 << 23) + 1, 43, 1)),)),
+    replace(graph, operators=()),
+]
+for number, bad in enumerate(broken):
+    try:
+        Session(bad)
+    except InvalidGraphError as error:
+        assert str(error)
+    else:
+        raise AssertionError(f"accepted: {number}")
+""",
+        prelude=ONE_LAYER,
+    )
+
+
+# ---------------------------------------------------------------------- CPUs
+COUNTS = """
+for function in (walk._walk,):
+    print(sum(function.stats.cache_hits.values()), sum(function.stats.cache_misses.values()))
+"""
+
+
+@pytest.fixture(scope="module")
+def filled_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that holds the fastest tier of this machine, and a CPU without any vector tier."""
+    folder = tmp_path_factory.mktemp("cache")
+    for environment in ({}, OLD_CPU):
+        text = f"assert (Session(graph).run(x) == expected).all(){COUNTS}"
+        printed, _ = run(text, NUMBA_CACHE_DIR=str(folder), **environment)
+        assert printed == "0 1"
+    return folder
+
+
+def test_a_cache_serves_several_cpus(filled_cache: Path) -> None:
+    """Each finds its own code and not the other's."""
+    for environment, tier in ({}, ""), (OLD_CPU, "plain"):
+        printed, _ = run(
+            f"""
+session = Session(graph)
+assert (session.run(x) == expected).all()
+assert session.tier == {tier!r} or {not tier}
+{COUNTS}""",
+            NUMBA_CACHE_DIR=str(filled_cache),
+            **environment,
+        )
+        assert printed == "1 0"
+
+
+def test_a_tier_that_the_cpu_lacks(filled_cache: Path) -> None:
+    """Code for it is in the cache, and would end the process."""
+    printed, _ = run(
+        """
+from cactus_edge.kernels.simd.tiers import Tier, available
+for tier in Tier:
+    if tier in available():
+        continue
+    try:
+        Session(graph, tier=tier)
+    except CactusEdgeError as error:
+        assert f"this CPU cannot run tier '{tier}'; it can run plain" in str(error)
+        print(tier)
+try:
+    Session(graph, tier="sse9")
+except CactusEdgeError as error:
+    assert "no tier 'sse9'; known: avx512" in str(error)
+""",
+        NUMBA_CACHE_DIR=str(filled_cache),
+        **OLD_CPU,
+    )
+    assert printed.split() == ["avx512", "avxvnni", "avx2", "neon-dotprod", "neon"]
+
+
+def test_without_compilation() -> None:
+    text = """
+from cactus_edge.errors import UsageError
+try:
+    import cactus_edge.runtime
+except UsageError as error:
+    print(error)
+"""
+    printed, _ = run(text, prelude="", NUMBA_DISABLE_JIT="1")
+    assert printed == "NUMBA_DISABLE_JIT is set, but the kernels exist as compiled code alone"
+
+
+# ---------------------------------------------------------------------- damaged caches
+SMALL = """
+import logging
+from cactus_edge.kernels.jit import entry
+logging.basicConfig(format="%(message)s")
+
+def made(factor: int):
+    @entry
+    def multiplied(x: int) -> int:
+        return factor * x
+    return multiplied
+
+function = made({factor})
+assert function(21) == {factor} * 21
+print(sum(function.stats.cache_hits.values()), sum(function.stats.cache_misses.values()))
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A module with one cached function, run once."""
+    module = tmp_path / "small.py"
+    module.write_text(SMALL.format(factor=2))
+    assert counts(module)[0] == "0 1"
+    assert counts(module)[0] == "1 0"
+    yield module
+
+
+def counts(module: Path) -> tuple[str, str]:
+    """Hits and misses of the cache when the module runs, and what it reports."""
+    text = f"import runpy\nrunpy.run_path({str(module)!r}, run_name='__main__')"
+    cache = str(module.parent / "cache")
+    return run(text, prelude="", NUMBA_CACHE_DIR=cache)
+
+
+def cached(module: Path) -> Path:
+    (file,) = (module.parent / "cache").rglob("*.nbc")
+    return file
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "short", "long", "noise", "zeros"])
+def test_damaged_files_are_compiled_again(small: Path, damage: str) -> None:
+    file = cached(small)
+    whole = file.read_bytes()
+    noise = random.Random(0).randbytes(len(whole))
+    file.write_bytes(
+        {
+            "empty": b"",
+            "cut": whole[: len(whole) // 2],
+            "short": whole[:-1],
+            "long": whole + b"\0",
+            "noise": noise,
+            "zeros": bytes(len(whole)),
+        }[damage]
+    )
+    hits, report = counts(small)
+    assert hits == "0 1"
+    assert "is damaged, its kernels are compiled again" in report
+    assert counts(small)[0] == "1 0", "and the file is whole again"
+
+
+def test_a_single_wrong_bit_is_noticed(small: Path) -> None:
+    """In the machine code it would change results, elsewhere end the process."""
+    file = cached(small)
+    whole = file.read_bytes()
+    generator = random.Random(1)
+    for _ in range(4):
+        damaged = bytearray(whole)
+        damaged[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        file.write_bytes(damaged)
+        assert counts(small)[0] == "0 1"
+
+
+def test_other_sources_have_other_files(small: Path) -> None:
+    """A captured value stands for sources that Numba does not look at, as the digest does."""
+    stat = small.stat()
+    small.write_text(SMALL.format(factor=3))
+    os.utime(small, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert counts(small)[0] == "0 1"
+
+
+def test_a_cache_that_cannot_be_written(small: Path) -> None:
+    """A folder stands where the file should be; a full disk fails at the same place."""
+    file = cached(small)
+    file.unlink()
+    file.mkdir()
+    hits, report = counts(small)
+    assert hits == "0 1"
+    assert "not cached" in report
+    assert [other.name for other in file.parent.iterdir()] == [file.name], "nothing is left behind"
