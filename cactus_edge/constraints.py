@@ -294,8 +294,8 @@ def accumulator_fits(graph: Graph, op: Operator) -> str:
     source = graph.tensors[op.inputs[0]]
     lower, upper = stored_range(graph, op.inputs[0])
     largest = max(abs(lower - source.zero_point), abs(upper - source.zero_point))
-    weights = _by_channel(linear)
-    bound = np.abs(weights).sum(axis=1) * largest + np.abs(linear.bias.astype(np.int64))
+    positive, negative = _signed_sums(linear)
+    bound = (positive - negative) * largest + np.abs(linear.bias.astype(np.int64))
     worst = int(bound.argmax())
     if int(bound[worst]) < ACCUMULATOR_LIMIT:
         return ""
@@ -428,12 +428,13 @@ def stored_range(graph: Graph, tensor: int) -> tuple[int, int]:
     return lower, upper
 
 
-def _by_channel(op: Linear) -> Int64Array:
-    """Weights as int64 [out, everything else]."""
-    values = op.weights.values.astype(np.int64)
-    if isinstance(op, DepthwiseConv2D):
-        values = np.moveaxis(values, 3, 0)
-    return values.reshape(op.channels, -1)
+def _signed_sums(op: Linear) -> tuple[Int64Array, Int64Array]:
+    """Sums of the positive and of the negative weights of each channel, int64 [out] each."""
+    depthwise, values = isinstance(op, DepthwiseConv2D), op.weights.values
+    values = (np.moveaxis(values, 3, 0) if depthwise else values).reshape(op.channels, -1)
+    total = values.sum(axis=1, dtype=np.int64)
+    positive = np.maximum(values, 0).sum(axis=1, dtype=np.int64)
+    return positive, total - positive
 
 
 def accumulator_bounds(graph: Graph, op: Linear) -> tuple[Int64Array, Int64Array]:
@@ -443,7 +444,7 @@ def accumulator_bounds(graph: Graph, op: Linear) -> tuple[Int64Array, Int64Array
     """
     source = graph.tensors[op.inputs[0]]
     lower, upper = (v - source.zero_point for v in stored_range(graph, op.inputs[0]))
-    weights = _by_channel(op)
-    ends = np.stack([weights * lower, weights * upper, np.zeros_like(weights)])
+    low, high = min(lower, 0), max(upper, 0)
+    positive, negative = _signed_sums(op)
     bias = op.bias.astype(np.int64)
-    return ends.min(axis=0).sum(axis=1) + bias, ends.max(axis=0).sum(axis=1) + bias
+    return positive * low + negative * high + bias, positive * high + negative * low + bias

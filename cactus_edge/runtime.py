@@ -31,6 +31,7 @@ from cactus_edge.kernels.explain import Explanation, explain
 from cactus_edge.kernels.place import core_tensors, image_bytes
 from cactus_edge.kernels.program import Program, build
 from cactus_edge.kernels.simd.tiers import Tier, choose
+from cactus_edge.kernels.threads import ParallelWorker
 from cactus_edge.kernels.walk import Worker, walker
 
 _log = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ _GRAIN = 16
 
 IntegerArray = npt.NDArray[np.generic]
 Stored = npt.NDArray[np.int8 | np.uint8 | np.int16 | np.int32]
+_Stage = tuple["Worker | ParallelWorker", npt.NDArray[np.generic], Stored]
+"""A worker, and views of its memory with the types and shapes of the graph."""
 StoredType = type[np.int8] | type[np.uint8] | type[np.int16] | type[np.int32]
 
 _STORED: dict[DType, StoredType] = {
@@ -77,7 +80,8 @@ class Session:
             tensors: integer activations that ``run_tensors`` returns; the logits if None.
             layout: "dense", "sparse", "blocks" or "bitmask" forces the layout of all convolutions
                 and fully connected layers that have it, "auto" measures the fastest for each.
-            threads: for batches; as many as the process may use if None.
+            threads: that share a batch, or a single image if it is large enough. If None, as many
+                as the process may use for batches, and one for an image.
             tier: name of the CPU's instructions to use, see ``kernels.simd.tiers``; the fastest
                 that it has if None.
 
@@ -97,6 +101,7 @@ class Session:
             raise UsageError(f"{threads} threads; give at least 1")
         self.layout = Layout(layout)
         self.threads = threads or _available_threads()
+        self._together = threads or 1
         self.tensors = (self.graph.logits,) if tensors is None else tuple(tensors)
         _check_tensors(self.graph, self.tensors)
         source = self.graph.tensors[self.graph.core_input]
@@ -109,7 +114,7 @@ class Session:
         _prepare(self.tier)
         self._single = _Pool(self._program(1))
         self._batch: _Pool | None = None
-        self._stages: list[tuple[Worker, npt.NDArray[np.generic], Stored]] = []
+        self._stages: list[_Stage] = []
 
     @property
     def program(self) -> Program:
@@ -197,9 +202,14 @@ class Session:
         self._stages.append(stage)
         return result
 
-    def _stage(self) -> tuple[Worker, npt.NDArray[np.generic], Stored]:
+    def _stage(self) -> _Stage:
         """A worker, and views of its memory that have the types and shapes of the graph."""
-        worker = self._single.take()
+        worker: Worker | ParallelWorker
+        if self._together > 1:
+            worker = ParallelWorker(self.program, self._together)
+            self._together = 1  # whoever comes while that one works takes a thread of its own
+        else:
+            worker = self._single.take()
         source = worker.images.view(self._input_type).reshape(self._one)
         return worker, source, self._result(worker.program, worker.results, self.graph.logits)
 

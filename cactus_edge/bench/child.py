@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from typing import IO
@@ -43,7 +44,9 @@ class Start:
     peak_kib: int | None
 
 
-def start(name: str, model: Model, stored: bytes, threads: int, ours: Ours) -> Start:
+def start(
+    name: str, model: Model, stored: bytes, threads: int, ours: Ours, *, compiled: bool = True
+) -> Start:
     """Start ``cactus-edge`` (as ``ours`` says) or the peer of that name.
 
     Args:
@@ -52,6 +55,7 @@ def start(name: str, model: Model, stored: bytes, threads: int, ours: Ours) -> S
         stored: bytes of one stored image.
         threads: of the runtime.
         ours: profile and layout of our runtime.
+        compiled: whether kernels that were compiled before may be read from Numba's cache.
 
     Raises:
         ToolError: the process failed.
@@ -63,16 +67,18 @@ def start(name: str, model: Model, stored: bytes, threads: int, ours: Ours) -> S
         "layout": ours.layout,
         "image": len(stored),
     }
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "cactus_edge.bench.child"],
-            input=json.dumps(head).encode() + b"\n" + stored + model.content,
-            capture_output=True,
-            timeout=_TIMEOUT,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise ToolError(f"{name}: no answer within {_TIMEOUT:.0f} s") from None
+    with tempfile.TemporaryDirectory() as empty:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "cactus_edge.bench.child"],
+                input=json.dumps(head).encode() + b"\n" + stored + model.content,
+                capture_output=True,
+                timeout=_TIMEOUT,
+                check=False,
+                env=None if compiled else {**os.environ, "NUMBA_CACHE_DIR": empty},
+            )
+        except subprocess.TimeoutExpired:
+            raise ToolError(f"{name}: no answer within {_TIMEOUT:.0f} s") from None
     if done.returncode:
         lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or [""]
         reason = lines[-1] if done.returncode > 0 else f"killed by signal {-done.returncode}"

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import cactus_edge
-from cactus_edge.cli import faults, inspecting, making, properties, proving, running
+from cactus_edge.cli import faults, inspecting, kernels, making, properties, proving, running
 from cactus_edge.cli.output import console
 from cactus_edge.errors import CactusEdgeError, ToolError
 
@@ -25,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (making, inspecting, proving, properties, faults, running):
+for module in (making, inspecting, proving, properties, faults, running, kernels):
     module.register(app)
 
 

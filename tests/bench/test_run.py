@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,6 +114,27 @@ def test_a_process_that_fails_says_why(small_graph: Graph) -> None:
         start("nobody", model, bytes(36), 1, Ours())
     with pytest.raises(ToolError, match="cactus-edge: no rounding profile 'round'"):
         start("cactus-edge", model, bytes(36), 1, Ours(profile="round"))
+
+
+def test_a_first_start_reads_no_cache(small_graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    environments: list[dict[str, str] | None] = []
+
+    def answer(
+        _: list[str], *, env: dict[str, str] | None, **options: object
+    ) -> subprocess.CompletedProcess[bytes]:
+        environments.append(env)
+        if env is not None:
+            assert list(Path(env["NUMBA_CACHE_DIR"]).iterdir()) == []
+        text = b'{"load_seconds": 1, "first_call_us": 2, "memory_kib": null, "peak_kib": null}'
+        return subprocess.CompletedProcess([], 0, text, b"")
+
+    monkeypatch.setattr("cactus_edge.bench.child.subprocess.run", answer)
+    model = Model(small_graph, b"")
+    assert start("cactus-edge", model, b"", 1, Ours()).load_seconds == 1
+    start("cactus-edge", model, b"", 1, Ours(), compiled=False)
+    assert environments[0] is None
+    assert environments[1] is not None
+    assert not Path(environments[1]["NUMBA_CACHE_DIR"]).exists()
 
 
 # ---------------------------------------------------------------------- figures

@@ -13,9 +13,9 @@ import pytest
 from cactus_edge import datasets, flatbuffer, inputs
 from cactus_edge.bench import Benchmark, Figures, benchmark, ceilings
 from cactus_edge.bench.ceilings import Ceilings
+from cactus_edge.bench.child import Start, start
 from cactus_edge.bench.machine import State
-from cactus_edge.bench.peers import usual_profile
-from cactus_edge.bench.run import Start
+from cactus_edge.bench.peers import Model, Ours, usual_profile
 from cactus_edge.bench.work import Work
 from cactus_edge.errors import ToolError
 from cactus_edge.runtime import Session
@@ -40,7 +40,15 @@ def measure(
         best = ceilings.measure()
     except ToolError:
         best = None
-    return Record(rows, tuple(trained), best, rounds)
+    return Record(rows, tuple(trained), best, rounds, _compile_seconds(entries[0]))
+
+
+def _compile_seconds(entry: Entry) -> float:
+    """The first load of all on a machine."""
+    graph, content = flatbuffer.load(entry.path)
+    image = bytes(graph.tensors[graph.core_input].size)
+    own = Ours(usual_profile(graph))
+    return start(own.name, Model(graph, content), image, 1, own, compiled=False).load_seconds
 
 
 def _row(entry: Entry, rounds: int, threads: Sequence[int]) -> Row:
@@ -57,7 +65,7 @@ def _row(entry: Entry, rounds: int, threads: Sequence[int]) -> Row:
             rounds=rounds,
             batch=BATCH[entry.network],
             threads=number,
-            starts=number == 1,
+            starts=number == 1 and entry.bits == 8 and entry.sparsity in (0, 0.9),
         )
         for number in threads
     }
@@ -71,7 +79,10 @@ def test_performance(data_dir: Path) -> None:
     for row in record.rows:
         for result in row.results.values():
             for name, figures in result.peers.items():
-                assert figures.differing == 0, (row.name, name)
+                # Profiles cover TensorFlow Lite's runtimes; the others round in their own way.
+                covered = name.startswith(("litert", "tflite"))
+                limit = 0 if covered else figures.compared // 20
+                assert figures.differing <= limit, (row.name, name)
 
 
 # ---------------------------------------------------------------------- the page itself
@@ -107,7 +118,7 @@ def record() -> Record:
     limits = Ceilings("avx512", 500.0, {"L1": 400.0, "DRAM": 20.0}, {"L1": 32 << 10})
     made = (Trained("cnn-7", "unstructured", 0.5, 61.0, 0.5),)
     rows = (Row(entry, 0.4321, 1000, {1: one, 2: two}), Row(blocks, 0.3, 1000, {1: one, 2: two}))
-    return Record(rows, made, limits, 30)
+    return Record(rows, made, limits, 30, 21.4)
 
 
 def test_page_says_what_was_measured(tmp_path: Path) -> None:
@@ -120,10 +131,22 @@ def test_page_says_what_was_measured(tmp_path: Path) -> None:
     assert "| cnn-7 int8 50 % | L1 | 250.0 | 125.0 | 50 % | 25 % |" in text
     assert "| cnn-7 int8 50 % | litert-xnnpack | 0.50 | 100 | 2.0 |" in text
     assert "onnxruntime absent (not installed)" in text
+    assert "our first load takes 21 s" in text
     assert "no counter" in text
     for name in ("performance-cnn-7-int8.svg", "performance-roofline.svg"):
         assert f"({name})" in text
         assert (tmp_path / name).read_text().startswith("<?xml")
+
+
+def test_page_counts_the_outputs_that_differ() -> None:
+    page = bench_page.page(record(), [])
+    assert "All runtimes gave the same integers." in page
+    same = record()
+    result = same.rows[0].results[1]
+    peer = replace(result.peers["litert-xnnpack"], differing=3)
+    row = replace(same.rows[0], results={1: replace(result, peers={"litert-xnnpack": peer})})
+    page = bench_page.page(replace(same, rows=(row,)), [])
+    assert "single logits: litert-xnnpack in 3 of 160." in page
 
 
 def test_json_has_ours_and_peers_by_threads(tmp_path: Path) -> None:
