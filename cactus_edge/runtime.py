@@ -108,6 +108,7 @@ class Session:
         self._input_type = _STORED[source.dtype]
         self._input_shape = source.shape[1:]
         self._one = (1, *self._input_shape)
+        self._native = np.dtype(self._input_type)  # one object for the type, in every array of it
         self._narrow, self._wide = _divide(self.graph)
         self._needed = _needed(self.graph, self._wide, (*self.tensors, self.graph.logits))
         self._forms = {t: _form(self.graph.tensors[t]) for t in self._needed}
@@ -141,7 +142,7 @@ class Session:
         if (
             type(batch) is np.ndarray
             and batch.shape == self._one
-            and batch.dtype == self._input_type
+            and batch.dtype is self._native
             and not self._wide
         ):
             return self._run_one(batch)

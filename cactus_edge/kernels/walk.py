@@ -7,7 +7,7 @@ as long as a small network takes. ``Worker`` owns the arrays behind the addresse
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -228,9 +228,9 @@ class Frame:
         assert self._frame.size == _FRAME
         self._address = self._frame.ctypes.data
 
-    def run(self, batch: int, results: int, count: int) -> None:
-        """Run images between two addresses; a helper returns when there was no work for a while."""
-        self._walk(self._tag, self._address, batch, results, count)
+        self.run = partial(self._walk, self._tag, self._address)
+        """(batch, results, count): run images between two addresses; a helper returns when there
+        was no work for a while. Not a method: that alone would take as long as a small layer."""
 
 
 def check_batch(
@@ -255,11 +255,9 @@ class Worker:
         self.images = np.zeros((program.block, program.image_bytes), np.uint8)
         self.results = np.zeros((program.block, program.result_bytes), np.uint8)
         self._thread = Frame(program, program.workspace())
-        self._staging = (self.images.ctypes.data, self.results.ctypes.data)
-
-    def run_staged(self, count: int) -> None:
-        """Results of the first images of ``self.images`` to ``self.results``."""
-        self._thread.run(*self._staging, count)
+        staging = self.images.ctypes.data, self.results.ctypes.data
+        self.run_staged: Callable[[int], object] = partial(self._thread.run, *staging)
+        """Results of the first images, so many, of ``images`` to ``results``."""
 
     def run(self, batch: npt.NDArray[np.uint8], results: npt.NDArray[np.uint8]) -> None:
         """Results of any number of images; both arrays are contiguous."""
