@@ -13,7 +13,7 @@ import pytest
 from cactus_edge.bench import benchmark, drawing
 from cactus_edge.bench.ceilings import Ceilings
 from cactus_edge.bench.child import start
-from cactus_edge.bench.peers import Model, Ours, TFLitePeer, peer_named, usual_profile
+from cactus_edge.bench.peers import PIECE, Model, Ours, TFLitePeer, peer_named, usual_profile
 from cactus_edge.bench.roofline import roof
 from cactus_edge.bench.work import work
 from cactus_edge.cli import run
@@ -34,7 +34,7 @@ def test_benchmark_measures_ours_and_lists_absent_peers(small_graph: Graph) -> N
     assert own.images_per_second > 0
     assert own.differing == 0 < own.compared
     assert own.start is None
-    assert result.batch == 32
+    assert result.batch == PIECE
     assert result.peers == {}
     assert list(result.absent) == ["nowhere"]
     assert "pip install 'cactus-edge[runtimes]'" in result.absent["nowhere"]

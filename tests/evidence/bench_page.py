@@ -13,6 +13,7 @@ from cactus_edge import files
 from cactus_edge.bench import Benchmark, Figures
 from cactus_edge.bench.ceilings import Ceilings
 from cactus_edge.bench.drawing import draw_roofline, draw_sparsity
+from cactus_edge.bench.peers import PIECE
 from cactus_edge.bench.roofline import Roof, roof
 from tests.evidence.bench_networks import Entry, Trained
 
@@ -127,7 +128,7 @@ def page(record: Record, drawn: Sequence[str]) -> str:
         f"# {TITLE}",
         "Every runtime computes the same images on the same integers, in turn, in one process; "
         f"`x` is the other's median over ours. {record.rounds} rounds of 20 counted calls each, "
-        "uniform random images. Batches: ours and torch, ONNX Runtime and LiteRT in pieces of 32. "
+        f"uniform random images. Batches: ours whole, all others in pieces of {PIECE}. "
         "int4 weights are int8 of the same value where a runtime has no int4. Our rounding is that "
         f"of LiteRT on this CPU. {_agreement(record)}",
         f"Machine: {first.machine} ({caches or 'caches unknown'}), Python {first.python}. "

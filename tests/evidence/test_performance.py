@@ -25,7 +25,7 @@ from tests.evidence.bench_page import Record, Row
 
 ROUNDS = 30
 THREADS = (1, 2)
-BATCH = {"mlp": 1024, "cnn-small": 1024, "cnn-7": 64}
+BATCH = {"mlp": 1024, "cnn-small": 1024, "cnn-7": 128}
 SAMPLES = {"mlp": 10_000, "cnn-small": 10_000, "cnn-7": 1000}
 
 
@@ -79,9 +79,8 @@ def test_performance(data_dir: Path) -> None:
     for row in record.rows:
         for result in row.results.values():
             for name, figures in result.peers.items():
-                # Profiles cover TensorFlow Lite's runtimes; the others round in their own way.
-                covered = name.startswith(("litert", "tflite"))
-                limit = 0 if covered else figures.compared // 20
+                # torch has no profile: it rounds biases in its own way.
+                limit = figures.compared // 5 if name.startswith("torch") else 0
                 assert figures.differing <= limit, (row.name, name)
 
 

@@ -185,28 +185,39 @@ def test_bounds_of_a_point_are_its_values(seed: int, count: int, profile: str) -
 
 
 # ---------------------------------------------------------------------- forms
-def pruned(sparsity: float) -> Graph:
-    """Layers with so many zeros."""
+def layer(sparsity: float) -> Graph:
+    """512 inputs, 16 channels, so many zeros."""
     rng = np.random.default_rng(7)
-    graph = random_graph(
-        rng, operators=("CONV_2D",), depth=2, channels=40, bits=(8,), sparsity=sparsity
-    )
+    graph = random_graph(rng, shape=(1, 512), depth=0, classes=16, bits=(8,), sparsity=sparsity)
     return profiles.resolve(graph)
+
+
+def opcodes(graph: Graph, tier: Tier) -> set[int]:
+    program = build_intervals(graph, [graph.logits], 1, tier)
+    return set(program.steps["opcode"][1 : 1 + len(graph.core)].tolist())
 
 
 @pytest.mark.parametrize("tier", VECTOR, ids=str)
 @pytest.mark.parametrize(("sparsity", "opcode"), [(0.0, TILED), (0.3, TILED), (0.8, PERMUTED)])
 def test_sparse_layers_use_the_sparse_form(tier: Tier, sparsity: float, opcode: int) -> None:
-    graph = pruned(sparsity)
-    program = build_intervals(graph, [graph.logits], 1, tier)
-    layers = program.steps["opcode"][1 : 1 + len(graph.core)]
-    assert set(layers.tolist()) == {opcode}
+    assert opcodes(layer(sparsity), tier) == {opcode}
+
+
+@pytest.mark.parametrize("tier", VECTOR, ids=str)
+def test_zeros_that_spare_no_step_are_multiplied(tier: Tier) -> None:
+    """One channel has all its weights, and the others of its group wait for it."""
+    graph = layer(0.0)
+    (op,) = graph.core
+    assert isinstance(op, Linear)
+    values = op.weights.values.copy()
+    values[1:] = 0
+    values[0] |= 1
+    changed = replace(op, weights=replace(op.weights, values=values))
+    assert opcodes(replace(graph, operators=(changed,)), tier) == {TILED}
 
 
 def test_plain_loops_are_dense() -> None:
-    graph = pruned(0.8)
-    program = build_intervals(graph, [graph.logits], 1, Tier.PLAIN)
-    assert set(program.steps["opcode"][1 : 1 + len(graph.core)].tolist()) == {DENSE}
+    assert opcodes(layer(0.8), Tier.PLAIN) == {DENSE}
 
 
 # ---------------------------------------------------------------------- refusals

@@ -43,7 +43,8 @@ _wide, _narrow = interval_tile(wide_interval), interval_tile(narrow_interval)
 _permuted_wide = interval_permuted_tile(wide_interval)
 _permuted_narrow = interval_permuted_tile(narrow_interval)
 
-_GROUP_FIELDS = 6
+GROUP_FIELDS = 6
+"""Integers of a group, see ``Step.group_table``."""
 
 
 def linear_interval(
@@ -124,8 +125,8 @@ def _tile(
     arena, upper_arena = low.activations.ctypes.data, high.activations.ctypes.data
     finish, upper_finish = low.epilogue.ctypes.data, high.epilogue.ctypes.data
     channel = group * step.group_channels
-    entry = step.group_table + group * _GROUP_FIELDS
-    fields = tables.integers[entry : entry + _GROUP_FIELDS]
+    entry = step.group_table + group * GROUP_FIELDS
+    fields = tables.integers[entry : entry + GROUP_FIELDS]
     stream = base + fields[0]
     if step.opcode == TILED:
         runs = integers + 8 * step.runs

@@ -255,7 +255,8 @@ class Emitter:
         elif self.tier is Tier.AVX2:
             found = self.call("llvm.x86.ssse3.pshuf.b.128", sixteen, [values, indices])
         else:
-            found = self.call("llvm.aarch64.neon.tbl1.v16i8", sixteen, [values, indices])
+            name = f"llvm.aarch64.neon.tbl1.v{self.bytes.count}i8"
+            found = self.call(name, self.bytes, [values, indices])
         return self.activations(found)
 
     def permute_two(self, chunks: Sequence[Value], indices: Value) -> Value:
