@@ -50,7 +50,7 @@ evidence: $(STAMP)
 	$(BIN)/pytest -m evidence -s
 
 bench: $(STAMP)
-	$(BIN)/python tools/benchmark.py
+	$(BIN)/pytest -m evidence -s tests/evidence/test_performance.py
 
 docs: $(STAMP)
 	$(BIN)/cactus-edge supported-ops --write docs/operators.md

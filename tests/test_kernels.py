@@ -346,8 +346,8 @@ def test_layouts_drop_zeros_and_dead_channels() -> None:
     weights[2:] = 0
     factors = Requantization.uniform(Rounding.SINGLE, 1 << 30, 40, 8)
     graph = fully_connected(weights, factors)
-    dense = Session(graph, layout="dense").program
-    sparse = Session(graph, layout="sparse").program
+    dense = Session(graph, layout="dense", tier="plain").program
+    sparse = Session(graph, layout="sparse", tier="plain").program
     assert dense.tables.weights.size == 2 * 128
     assert sparse.tables.indices.size == 2 * 128
     assert [int(step["opcode"]) for step in dense.steps] == [steps.LOAD, steps.DENSE, steps.STORE]
