@@ -348,7 +348,8 @@ def test_layouts_drop_zeros_and_dead_channels() -> None:
     graph = fully_connected(weights, factors)
     dense = Session(graph, layout="dense", tier="plain").program
     sparse = Session(graph, layout="sparse", tier="plain").program
-    assert dense.tables.weights.size == 2 * 128
+    slack = 256  # registers are loaded whole, behind the last weight too
+    assert dense.tables.weights.size == 2 * 128 + slack
     assert sparse.tables.indices.size == 2 * 128
     assert [int(step["opcode"]) for step in dense.steps] == [steps.LOAD, steps.DENSE, steps.STORE]
     assert int(sparse.steps[1]["opcode"]) == steps.SPARSE
