@@ -199,8 +199,7 @@ def claim(team: int, steps: int, step: int, member: int, generation: int) -> int
         word = words + 8 * _LINE * (owner + 1)
         while True:
             claims = load(word)
-            if claims >= base + _CLAIMS:
-                return -1  # of a later generation: this thread came too late
+            # Of a later generation there are more than parts: this thread came too late.
             claimed = max(claims - base, 0)
             if first + claimed >= last:
                 break

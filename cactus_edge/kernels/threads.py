@@ -15,7 +15,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ import numpy.typing as npt
 from cactus_edge.kernels import team as words
 from cactus_edge.kernels.program import Program
 from cactus_edge.kernels.rows import Workspace
-from cactus_edge.kernels.steps import COPY, LOAD, STORE
+from cactus_edge.kernels.steps import ADD, AVERAGE, COPY, LOAD, MAXIMUM, STORE
 from cactus_edge.kernels.walk import Frame, check_batch
 
 _log = logging.getLogger(__name__)
@@ -73,16 +74,15 @@ class ParallelWorker:
         self._team.start()
         if grain:
             self._team.judge(*self._staging)
+        run = self._team.run if self._team.helpers else self._team.alone.run
+        self.run_staged: Callable[[int], object] = partial(run, *self._staging)
+        """Results of the first images, so many, of ``images`` to ``results``."""
         weakref.finalize(self, self._team.stop)
 
     @property
     def threads(self) -> int:
         """How many take part."""
         return 1 + len(self._team.helpers)
-
-    def run_staged(self, count: int) -> None:
-        """Results of the first images of ``self.images`` to ``self.results``."""
-        self._team.run(*self._staging, count)
 
     def run(self, batch: npt.NDArray[np.uint8], results: npt.NDArray[np.uint8]) -> None:
         """Results of any number of images; both arrays are contiguous."""
@@ -120,9 +120,23 @@ def divide(program: Program, seconds: Sequence[float], threads: int, grain: floa
     if grain and sum(seconds) < _SMALLEST:
         return [1] * len(seconds)
     return [
-        1 if code in _INDIVISIBLE else _parts(duration, threads, grain)
-        for code, duration in zip(program.steps["opcode"].tolist(), seconds, strict=True)
+        min(_most_parts(step, program.block), _parts(duration, threads, grain))
+        for step, duration in zip(program.steps, seconds, strict=True)
     ]
+
+
+def _most_parts(step: np.void, block: int) -> int:
+    """How many parts of a step have something to do: groups of channels, tiles or rows of images.
+
+    What divides it so is ``vector_layer`` in ``simd.layers``, and the loops of other operators.
+    """
+    code, height, width = (int(step[name]) for name in ("opcode", "height", "width"))
+    if code in _INDIVISIBLE:
+        return 1
+    if code in (ADD, AVERAGE, MAXIMUM):
+        return block * height
+    tiles = -(-block * height * width // max(int(step["tile"]), 1))
+    return max(tiles, int(step["groups"]), 1)
 
 
 def _parts(seconds: float, threads: int, grain: float) -> int:
@@ -140,7 +154,7 @@ class _Team:
     ) -> None:
         self._words = words.words(parts, threads)
         self._leader = Frame(program, work, self._words)
-        self._alone = Frame(program, work)
+        self.alone = Frame(program, work)
         frames = [
             Frame(program, _beside(program, work), self._words, member)
             for member in range(1, threads)
@@ -172,7 +186,7 @@ class _Team:
         """
         if not self.helpers:
             return
-        self._seconds = _fastest(self._alone, images, results, _TRIALS)
+        self._seconds = _fastest(self.alone, images, results, _TRIALS)
         for helper in self.helpers:
             helper.wake()
         together = _fastest(self._leader, images, results, _TRIALS)
@@ -184,7 +198,7 @@ class _Team:
         """Lead, unless runs take no less time with helpers, as where other programs run."""
         if not self.helpers or self._rest:
             self._rest = max(self._rest - 1, 0)
-            self._alone.run(batch, results, count)
+            self.alone.run(batch, results, count)
             return
         woken = [helper.wake() for helper in self.helpers]
         begin = time.perf_counter()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cactus_edge import profiles
-from cactus_edge.constraints import validate
+from cactus_edge.constraints import ACCUMULATOR_LIMIT, validate
 from cactus_edge.execute import execute_all
 from cactus_edge.graph import (
     Conv2D,
@@ -42,6 +42,7 @@ CHANNELS = (3, 9, 20, 40, 72)
 BITS = tuple(range(2, 9))
 PATTERNS = ("scattered", "channels", "inputs", "blocks", "two of four", "single")
 WINDOWS = ("CONV_2D", "CONV_2D", "DEPTHWISE_CONV_2D", "MAX_POOL_2D", "PAD")
+_LARGEST_BIAS = 5000
 FILLS = ("random", "lowest", "highest", "ends", "zero")
 
 
@@ -140,7 +141,7 @@ def extreme_case(rng: np.random.Generator, profile_rounding: Rounding, count: in
     least = -(1 << (bits - 1))
     zero = int(rng.choice((-128, 127, rng.integers(-128, 128))))
     reach = max(127 - zero, zero + 128)
-    limit = (1 << 27) // (reach * -least) - 1
+    limit = (ACCUMULATOR_LIMIT - _LARGEST_BIAS - 1) // (reach * -least)
     channels = int(rng.choice((1, 3, 16, 33))) if limit < 1 << 14 else 3
     signs = rng.choice((0, 1), (channels, 1))
     window = int(rng.choice((1, 3)))
@@ -154,7 +155,7 @@ def extreme_case(rng: np.random.Generator, profile_rounding: Rounding, count: in
         "name": "layer",
         "inputs": (0,),
         "output": 1,
-        "bias": rng.integers(-5000, 5000, channels).astype(np.int32),
+        "bias": rng.integers(-_LARGEST_BIAS, _LARGEST_BIAS, channels).astype(np.int32),
         "requantization": _unit_factors(profile_rounding, channels),
     }
     if window == 1:

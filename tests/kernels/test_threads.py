@@ -82,6 +82,28 @@ def test_random_graphs(seed: int, profile: str, count: int, block: int) -> None:
         worker.close()
 
 
+@pytest.mark.parametrize("shape", [(1, 70), (1, 3, 3, 40)])
+@pytest.mark.parametrize("count", [2, 3])
+def test_many_channels_of_few_windows(shape: tuple[int, ...], count: int) -> None:
+    """Layers that are divided by channels, which do not come out even."""
+    flat = len(shape) == 2
+    graph = random_graph(
+        np.random.default_rng(2),
+        shape=shape,
+        operators=("FULLY_CONNECTED",) if flat else ("CONV_2D",),
+        channels=700,
+        depth=3,
+        classes=611 if flat else 5,
+        bits=(8,),
+    )
+    for tier in available():
+        program = program_of(profiles.resolve(graph, "litert-xnnpack-x86"), 1, tier)
+        batch = images(program, 5)
+        worker = ParallelWorker(program, count, grain=0)
+        np.testing.assert_array_equal(run(worker, batch), by_one_thread(program, batch), tier)
+        worker.close()
+
+
 def test_staged_images() -> None:
     program = program_of(middling())
     batch = images(program, 1)
