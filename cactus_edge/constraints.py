@@ -314,15 +314,10 @@ def multiplier_fits(graph: Graph, op: Operator) -> str:
         return ""
     if parameters.rounding.shape != (linear.channels,):
         return f"{parameters.rounding.size} multipliers, {linear.channels} channels"
-    rows = zip(
-        parameters.rounding.tolist(),
-        parameters.multiplier.tolist(),
-        parameters.shift.tolist(),
-        strict=True,
-    )
+    columns = (v.tolist() for v in (parameters.rounding, parameters.multiplier, parameters.shift))
     wide = graph.tensors[op.output].dtype.is_wide
-    for channel, (rounding, multiplier, shift) in enumerate(rows):
-        if not _parameters_fit(rounding, multiplier, shift, wide):
+    for channel, (rounding, multiplier, shift) in enumerate(zip(*columns, strict=True)):
+        if not parameters_fit(rounding, multiplier, shift, wide):
             return f"channel {channel}: rounding {rounding}, {multiplier}, shift {shift}"
     return ""
 
@@ -336,7 +331,8 @@ _PARAMETER_RANGES = {
 }
 
 
-def _parameters_fit(rounding: int, multiplier: int, shift: int, wide: bool) -> bool:
+def parameters_fit(rounding: int, multiplier: int, shift: int, wide: bool) -> bool:
+    """Whether a factor may be used; ``wide`` for int16 and int32 outputs."""
     if rounding not in _PARAMETER_RANGES:
         return False
     low, high, least, most = _PARAMETER_RANGES[Rounding(rounding)]

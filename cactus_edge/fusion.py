@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from cactus_edge import scales
-from cactus_edge.constraints import accumulator_bounds
+from cactus_edge.constraints import accumulator_bounds, parameters_fit
 from cactus_edge.graph import Graph, Linear, Requantization
 from cactus_edge.semantics import Rounding
 from cactus_edge.universal import step_points, stored
@@ -48,7 +48,7 @@ def _float32(graph: Graph, op: Linear) -> Requantization:
     ]
     significand = np.array([pair.significand for pair in pairs], np.int64)
     shift = np.array([-pair.exponent for pair in pairs], np.int64)
-    if (shift < 1).any() or (shift > 62).any():
+    if not all(parameters_fit(Rounding.FLOAT32, 1 << 23, s, False) for s in shift.tolist()):
         return given
     zero_point, limits = graph.tensors[op.output].zero_point, graph.output_range(op)
     points = step_points(given, *accumulator_bounds(graph, op), zero_point, limits)

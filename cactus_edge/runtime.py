@@ -10,7 +10,6 @@ the kernels leave, so they equal it by construction.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from cactus_edge.errors import UsageError
 from cactus_edge.execute import check_input, run_operator
 from cactus_edge.fusion import fuse
 from cactus_edge.graph import DType, Graph, Int64Array, Operator, Tensor
+from cactus_edge.kernels.batches import available_threads, block_of, pieces
 from cactus_edge.kernels.choose import fastest
 from cactus_edge.kernels.demand import Layout
 from cactus_edge.kernels.explain import Explanation, explain
@@ -35,15 +35,6 @@ from cactus_edge.kernels.threads import ParallelWorker
 from cactus_edge.kernels.walk import Worker, walker
 
 _log = logging.getLogger(__name__)
-
-_BLOCK_BYTES = 1 << 20
-"""A block of images is made as large as this many bytes of activations allow."""
-_SMALLEST_BLOCK = 8
-_LARGEST_BLOCK = 64
-_PIECE_BLOCKS = 4
-"""A thread takes at most this many blocks at a time, so that all of them end together."""
-_GRAIN = 16
-"""Images below which a batch is not divided among threads."""
 
 IntegerArray = npt.NDArray[np.generic]
 Stored = npt.NDArray[np.int8 | np.uint8 | np.int16 | np.int32]
@@ -100,7 +91,7 @@ class Session:
         if threads is not None and threads < 1:
             raise UsageError(f"{threads} threads; give at least 1")
         self.layout = Layout(layout)
-        self.threads = threads or _available_threads()
+        self.threads = threads or available_threads()
         self._together = threads or 1
         self.tensors = (self.graph.logits,) if tensors is None else tuple(tensors)
         _check_tensors(self.graph, self.tensors)
@@ -180,7 +171,7 @@ class Session:
             worker.run(self._bytes(array[part]), results[part])
             pool.give_back(worker)
 
-        parts = _parts(len(array), pool.program.block, self.threads)
+        parts = pieces(len(array), pool.program.block, self.threads)
         if len(parts) < 2 or self.threads < 2:
             for part in parts:
                 compute(part)
@@ -245,8 +236,7 @@ class Session:
 
     def _batched(self) -> _Pool:
         if self._batch is None:
-            block = _BLOCK_BYTES // image_bytes(self._narrow)
-            self._batch = _Pool(self._program(max(_SMALLEST_BLOCK, min(_LARGEST_BLOCK, block))))
+            self._batch = _Pool(self._program(block_of(image_bytes(self._narrow))))
         return self._batch
 
 
@@ -273,24 +263,6 @@ def _prepare(tier: Tier) -> None:
     begin = time.perf_counter()
     walker(tier)
     _log.debug("kernels ready after %.3f s", time.perf_counter() - begin)
-
-
-def _available_threads() -> int:
-    """CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _parts(count: int, block: int, threads: int) -> list[slice]:
-    """Consecutive slices that cover ``count`` images, at least one for each thread if possible.
-
-    Their size is a multiple of ``_GRAIN``, because fewer rows make slower tiles.
-    """
-    grain = min(_GRAIN, block)
-    size = -(-count // (threads * grain)) * grain
-    size = max(grain, min(size, block * _PIECE_BLOCKS))
-    return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
 
 def _check_tensors(graph: Graph, tensors: Sequence[int]) -> None:

@@ -10,7 +10,6 @@ Logits of int16 or int32 are the reference executor's, on a twin of their layer 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,16 +24,10 @@ from cactus_edge.errors import DataError, UsageError
 from cactus_edge.execute import check_input, run_operator
 from cactus_edge.fusion import fuse
 from cactus_edge.graph import DType, Graph, Int64Array, Operator, Reshape
+from cactus_edge.kernels.batches import available_threads, block_of, pieces
 from cactus_edge.kernels.intervals.walk import IntervalWorker, build_intervals, interval_walker
 from cactus_edge.kernels.place import core_tensors, image_bytes
 from cactus_edge.kernels.simd.tiers import Tier, choose
-
-_BLOCK_BYTES = 1 << 20
-"""A block of boxes is made as large as this many bytes of activations allow."""
-_SMALLEST_BLOCK = 8
-_LARGEST_BLOCK = 64
-_PIECE_BLOCKS = 4
-"""A thread takes at most this many blocks at a time, so that all of them end together."""
 
 Box = tuple[Int64Array, Int64Array]
 _Ends = npt.NDArray[np.generic]
@@ -75,7 +68,7 @@ class IntervalSession:
         unknown = sorted(set(self.tensors) - set(core_tensors(graph)))
         if unknown:
             raise UsageError(f"tensors {unknown} are no integer activations of this graph")
-        self.threads = threads or _available_threads()
+        self.threads = threads or available_threads()
         self.tier = choose(tier)
         wide = [op for op in graph.core if graph.tensors[op.output].dtype.is_wide]
         self._heads = [_Head.of(graph, op) for op in wide]
@@ -85,8 +78,7 @@ class IntervalSession:
             narrow = fuse(narrow)
         needed = [*self.tensors, *(head.source for head in self._heads)]
         needed = [t for t in dict.fromkeys(needed) if not graph.tensors[t].dtype.is_wide]
-        block = _BLOCK_BYTES // (2 * image_bytes(narrow))
-        block = max(_SMALLEST_BLOCK, min(_LARGEST_BLOCK, block))
+        block = block_of(2 * image_bytes(narrow))
         self._program = build_intervals(narrow, needed, block, self.tier)
         interval_walker(self.tier)
         self._free: list[IntervalWorker] = []
@@ -122,7 +114,7 @@ class IntervalSession:
             worker.run(*(end.view(np.uint8) for end in ends), *results[:, part])
             self._free.append(worker)
 
-        parts = _parts(count, self._program.block, self.threads)
+        parts = pieces(count, self._program.block, self.threads)
         if len(parts) < 2 or self.threads < 2:
             for part in parts:
                 compute(part)
@@ -173,17 +165,3 @@ class _Head:
         graph = self.layer.graph
         values = run_operator(graph, graph.operators[0], [self.layer.stack(lower, upper)])
         return self.layer.split(self.output, values)
-
-
-def _available_threads() -> int:
-    """CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _parts(count: int, block: int, threads: int) -> list[slice]:
-    """Consecutive slices that cover ``count`` boxes, at least one for each thread if possible."""
-    size = -(-count // threads)
-    size = max(_SMALLEST_BLOCK, min(size, block * _PIECE_BLOCKS))
-    return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]

@@ -13,7 +13,6 @@ import ctypes
 import hashlib
 import inspect
 import logging
-import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +23,6 @@ import numba
 from llvmlite import ir
 from numba import types
 from numba.core.caching import IndexDataCacheFile
-from numba.core.serialize import dumps
 from numba.extending import intrinsic, register_jitable
 
 from cactus_edge.errors import UsageError
@@ -63,14 +61,15 @@ def entry(function: Compiled) -> Compiled:
 
 
 class _CheckedFiles(IndexDataCacheFile):
-    """Where Numba keeps a function: a file for each signature and CPU, behind its own SHA-256.
+    """Where Numba keeps a function: a file for each signature and CPU, before its own SHA-256.
 
     There is no index, which two processes that compile for different tiers could both write.
     """
 
     def __init__(self, numbas: Any) -> None:
         """In the same folder as Numba's own files, ``numbas``."""
-        self._base = Path(numbas._index_path).with_suffix("")
+        base = Path(numbas._index_path).with_suffix("")
+        super().__init__(str(base.parent), base.name, numbas._source_stamp)
         self._origin = (numba.__version__, llvmlite.__version__, numbas._source_stamp)
 
     def _file(self, key: Sequence[object]) -> Path:
@@ -78,29 +77,32 @@ class _CheckedFiles(IndexDataCacheFile):
         signature, *others = key
         text = repr((str(signature), others, self._origin))
         name = hashlib.sha256(text.encode()).hexdigest()[:24]
-        return self._base.with_name(f"{self._base.name}.{name}.nbc")
+        return Path(self._data_path(f"{Path(self._index_name).stem}.{name}.nbc"))
 
     def load(self, key: Sequence[object]) -> object:
         """What was saved under a key; None if there is nothing or it is damaged."""
         file = self._file(key)
         try:
             content = file.read_bytes()
+            data, digest = content[:-_DIGEST], content[-_DIGEST:]
+            if hashlib.sha256(data).digest() == digest:
+                return self._load_data(file.name)
         except OSError:
             return None
-        digest, data = content[:_DIGEST], content[_DIGEST:]
-        if hashlib.sha256(data).digest() != digest:
-            _log.warning("%s is damaged, its kernels are compiled again", file)
-            return None
-        return pickle.loads(data)  # noqa: S301
+        _log.warning("%s is damaged, its kernels are compiled again", file)
+        return None
 
     def save(self, key: Sequence[object], data: object) -> None:
-        """Keep what can be pickled, for this key alone."""
-        content = dumps(data)
+        """Keep what Numba can write down, for this key alone."""
         try:
-            with self._open_for_write(str(self._file(key))) as file:
-                file.write(hashlib.sha256(content).digest() + content)
+            self._save_data(self._file(key).name, data)
         except OSError as error:
             _log.warning("compiled kernels are not cached: %s", error)
+
+    def _dump(self, obj: object) -> bytes:
+        # Numba reads up to the end of what it wrote, so the digest may stand behind it.
+        content = super()._dump(obj)
+        return content + hashlib.sha256(content).digest()
 
     def flush(self) -> None:
         """Files of other keys are never read, so there is nothing to forget."""

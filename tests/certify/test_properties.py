@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import combinations, product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cactus_edge import decision, flatbuffer, inputs, profiles, scales, specification
+from cactus_edge import decision, inputs, profiles, scales, specification
 from cactus_edge.certify import sweep as sweeping
 from cactus_edge.certify.attack import Settings
 from cactus_edge.certify.engine import Certifier
 from cactus_edge.certify.query import POINTS, Answer, Verifier
 from cactus_edge.certify.radius import radii
-from cactus_edge.cli import properties
-from cactus_edge.errors import DataError, OutputError, PropertyNotMetError, UsageError
+from cactus_edge.errors import DataError, OutputError, UsageError
 from cactus_edge.execute import execute
 from cactus_edge.graph import Graph, Int64Array, Quantization
 from cactus_edge.inputs import Perturbation
@@ -533,93 +529,3 @@ def test_sweep_counts_what_the_certifier_says_and_draws_it(tmp_path: Path) -> No
     assert b"<svg" in first.read_bytes()
     with pytest.raises(OutputError, match="exists already"):
         sweeping.draw(curve, first, "a model")
-
-
-# ---------------------------------------------------------------- the command line
-VERBS = typer.Typer()
-properties.register(VERBS)
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
-    """The JSON that a verb prints; its errors are raised."""
-    VERBS([str(a) for a in (*arguments, "--json")], standalone_mode=False)
-    return json.loads(capsys.readouterr().out)
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A file with pixels for input."""
-    rng = np.random.default_rng(11)
-    pixel = json.dumps({"kind": "pixel", "levels_per_unit": 255, "offset": -128}).encode()
-    while True:
-        graph = random_graph(rng, shape=(1, 2, 2, 1), depth=1, classes=3)
-        if graph.tensors[graph.core_input].quantization == Quantization.of(1 / 255, -128):
-            break
-    graph = replace(graph, metadata=((inputs.METADATA, pixel),))
-    flatbuffer.save(graph, tmp_path / "m.tflite")
-    images, labels = data(graph, 1, 20)
-    np.savez(tmp_path / "d.npz", x_test=images, y_test=labels, x_train=images, y_train=labels)
-    return tmp_path / "m.tflite"
-
-
-def test_verb_radius(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = model.with_name("r.json")
-    arguments = ("radius", model, "--data", model.with_name("d.npz"), "--largest", 9, "-n", 6)
-    shown = call(capsys, *arguments, "--attack", "-o", output)
-    graph, _ = flatbuffer.load(model)
-    images, labels = data(graph, 1, 20)
-    found = radii(Certifier(graph), images[:6], labels[:6], largest=9, settings=Settings())
-    rows = shown["rows"]
-    assert shown["certificate"] == str(output)
-    assert [row["certified"] for row in rows] == [r.certified for r in found]
-    assert [row["refuted"] for row in rows] == [r.refuted for r in found]
-    assert shown["at_least"] == {
-        str(k): sum(r.certified >= k for r in found) for k in (0, 1, 2, 4, 8, 9)
-    }
-    with pytest.raises(OutputError, match="exists already"):
-        call(capsys, *arguments, "-o", output)
-    with pytest.raises(UsageError, match="are not in"):
-        call(capsys, *arguments[:-1], 21)
-
-
-def test_verb_sweep(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    svg = model.with_name("c.svg")
-    arguments = ("sweep", model, "--data", model.with_name("d.npz"))
-    shown = call(capsys, *arguments, "--eps", "2/255", "--eps", "0", "--svg", svg)
-    assert [point["radius"] for point in shown["points"]] == ["2/255", "0"]
-    assert shown["points"][0]["certified"] <= shown["points"][1]["certified"] == 16
-    assert svg.read_bytes().startswith(b"<?xml")
-    for bad in ((), ("--eps", "0.1", "--levels", "1")):
-        with pytest.raises(UsageError, match="either with --eps or with --levels"):
-            call(capsys, *arguments, *bad)
-
-
-def test_verb_verify(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A query whose answer is known from every point of its box."""
-    graph, _ = flatbuffer.load(model)
-    lower = np.full((1, 2, 2, 1), 20, np.int64)
-    truth = Truth.of(graph, lower[0], lower[0] + 3)
-    most = int(truth.logits[:, 0].max())
-    query = model.with_name("q.vnnlib")
-    names = "".join(f"(declare-const X_{i} Real)" for i in range(4))
-    names += "".join(f"(declare-const Y_{i} Real)" for i in range(3))
-    box = "".join(f"(assert (<= 20 X_{i} 23))" for i in range(4))
-    query.write_text(f"{names}{box}(assert (> Y_0 {most}))")
-    output = model.with_name("v.json")
-    shown = call(capsys, "verify", model, query, "--stored", "-o", output)
-    assert (shown["verdict"], shown["result"], shown["cases"]) == ("certified", "unsat", 1)
-    lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert lines[0]["query"]["sha256"] == shown["query_sha256"]
-    assert [line["verdict"] for line in lines[1:-1]] == ["certified"]
-    query.write_text(f"{names}{box}(assert (>= Y_0 {most}))")
-    with pytest.raises(PropertyNotMetError, match="breaks the property under"):
-        call(capsys, "verify", model, query, "--stored")
-    shown = json.loads(capsys.readouterr().out)
-    point = np.array(shown["counterexample"]).reshape(1, 2, 2, 1)
-    logits = execute(graph, point, shown["profile"]).reshape(-1)
-    assert shown["result"] == "sat" and logits.tolist() == shown["logits"] and logits[0] == most
-    with pytest.raises(UsageError, match="no such query"):
-        call(capsys, "verify", model, query.with_name("none.vnnlib"))
-    with pytest.raises(DataError, match="q.vnnlib"):
-        query.write_text("(")
-        call(capsys, "verify", model, query)

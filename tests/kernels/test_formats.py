@@ -21,7 +21,6 @@ from cactus_edge.kernels.formats.blocks import Blocks, block_share, pack_blocks
 from cactus_edge.kernels.formats.dense import Dense, pack_dense
 from cactus_edge.kernels.formats.layout import LINE, cover, nonzero_rows
 from cactus_edge.kernels.formats.permuted import Permuted, Shape, pack_permuted
-from cactus_edge.kernels.formats.sliding import Sliding, pack_sliding
 
 START = 37
 """Where the window lies in memory: no load is aligned by luck."""
@@ -169,26 +168,6 @@ def run_permuted(packed: Permuted, layer: Layer) -> np.ndarray:
     return sums.reshape(-1)
 
 
-def run_sliding(packed: Sliding, layer: Layer) -> np.ndarray:
-    memory = Memory(layer, packed.reach)
-    size = 4 * packed.lanes
-    sums = np.zeros((packed.counts.size, packed.lanes), np.int32)
-    at = step = 0
-    for group, count in enumerate(packed.counts.tolist()):
-        for _ in range(count // 2 if packed.nibbles else count):
-            together = 2 if packed.nibbles else 1
-            values = take(packed.stream, at + together * size, size)
-            for i, part in enumerate(halves(values) if packed.nibbles else (values,)):
-                base, half = int(packed.bases[step + i]), packed.window // 2
-                indices = take(packed.stream, at + i * size, size)
-                sums[group] += dot(gather(memory, [base, base + half], half, indices), part)
-            at += (together + 1) * size
-            step += together
-    assert step == packed.bases.size
-    assert packed.stream.size == -(-at // LINE) * LINE
-    return sums.reshape(-1)
-
-
 def run_bitmask(packed: Bitmask, layer: Layer) -> np.ndarray:
     memory = Memory(layer, packed.reach)
     sums = np.zeros((len(packed.masks), CHANNELS), np.int32)
@@ -259,36 +238,6 @@ def test_permuted_sums(layer: Layer, shape: Shape, keep_order: bool, effort: int
     assert packed.fill * slots == pytest.approx(np.count_nonzero(layer.matrix))
 
 
-@settings(deadline=None)
-@given(
-    layers(),
-    st.sampled_from(((16, 128, 64), (16, 128, 1), (8, 16, 16), (4, 32, 1), (4, 64, 16))),
-    st.booleans(),
-)
-def test_sliding_sums(layer: Layer, form: tuple[int, int, int], keep_order: bool) -> None:
-    lanes, window, alignment = form
-    packed = pack_sliding(
-        layer.matrix,
-        layer.offsets,
-        lanes=lanes,
-        window=window,
-        alignment=alignment,
-        keep_order=keep_order,
-    )
-    assert_ordered(run_sliding(packed, layer), layer, packed.order)
-    assert not (packed.bases % alignment).any()
-
-
-@settings(deadline=None)
-@given(layers(bits=4), st.sampled_from((16, 4)))
-def test_sliding_nibble_sums(layer: Layer, lanes: int) -> None:
-    packed = pack_sliding(layer.matrix, layer.offsets, lanes=lanes, nibble=True)
-    assert not (packed.counts % 2).any()
-    assert_ordered(run_sliding(packed, layer), layer, packed.order, 16)
-    slots = packed.bases.size * 4 * lanes
-    assert packed.fill * slots == pytest.approx(np.count_nonzero(layer.matrix))
-
-
 @given(layers())
 def test_bitmask_sums(layer: Layer) -> None:
     packed = pack_bitmask(layer.matrix, layer.offsets)
@@ -313,7 +262,6 @@ def test_extreme_sums_wrap_in_no_format(weight: int) -> None:
     for sums in (
         run_dense(pack_dense(matrix, layer.offsets, 32), layer),
         run_permuted(pack_permuted(matrix, layer.offsets, Shape(), keep_order=True), layer),
-        run_sliding(pack_sliding(matrix, layer.offsets, keep_order=True), layer),
         run_bitmask(pack_bitmask(matrix, layer.offsets), layer),
         run_blocks(pack_blocks(matrix, layer.offsets, 16), layer),
     ):

@@ -29,13 +29,11 @@ bytes of the window and adds the four products of each lane to its sum. ::
                indices            iiii iiii iiii iiii ...
                weights            wwww wwww wwww wwww ...
 
-    sliding    permuted, one register, from 128 consecutive bytes: for a single row
-
-``dense`` and ``sliding`` also exist with two int4 weights in a byte, as it pays where weights
-stream from memory: for FULLY_CONNECTED. Their sums are 16 times too large, exactly.
+``dense`` also exists with two int4 weights in a byte, as it pays where weights stream from memory:
+for FULLY_CONNECTED. Its sums are 16 times too large, exactly.
 
 All arrays are contiguous, and as long as whole registers that are loaded from them, see ``closed``
 in ``layout``. ``reach`` tells how many bytes from a window's start a kernel reads, past the last
 input and in the gaps too: what lies there is multiplied with zero, but has to be memory.
-``permuted`` and ``sliding`` may change the order of channels and say how.
+``permuted`` may change the order of channels and says how.
 """

@@ -42,7 +42,7 @@ class Dense:
         groups: how many; the channels that fill up the last one have zero weights.
         channels: output channels of a group.
         steps: of all runs.
-        step_bytes: input bytes of a step, 4 or, if ``nibbles``, 8.
+        step_bytes: input bytes of a step: 4, 8 for nibbles, or four for each phase.
         nibbles: whether a byte holds two weights.
         reach: bytes from the start of a window that a kernel reads.
     """
@@ -58,7 +58,12 @@ class Dense:
 
 
 def pack_dense(
-    matrix: Int8Array, offsets: Int64Array, channels: int, *, nibble: bool = False
+    matrix: Int8Array,
+    offsets: Int64Array,
+    channels: int,
+    *,
+    nibble: bool = False,
+    phases: int = 1,
 ) -> Dense:
     """Pack a matrix.
 
@@ -67,17 +72,19 @@ def pack_dense(
         offsets: int64 [inputs], ascending byte offsets from the window's start.
         channels: of a group, the lanes of a register times the registers of a tile.
         nibble: two weights in a byte.
+        phases: four bytes each, so many of which a kernel takes in a turn; even for nibbles, where
+            1 stands for 2.
     """
-    step = 2 * STEP if nibble else STEP
+    phases = max(phases, 2 if nibble else 1)
+    step = STEP * phases
     places = cover(offsets, step)
     groups = groups_of(len(matrix), channels)
-    parts = spread(matrix, places, groups * channels)
-    parts = parts.reshape(groups, channels, places.slots, step // STEP, STEP)
+    parts = spread(matrix, places, groups * channels).reshape(groups, channels, -1, phases, STEP)
     # Transposed as int32: four weights at a time.
     ordered = np.ascontiguousarray(parts).view(np.int32)[..., 0].transpose(0, 2, 3, 1)
     words = np.ascontiguousarray(ordered).view(np.int8)
     if nibble:
-        words = nibbles(words[:, :, 0], words[:, :, 1])
+        words = nibbles(words[:, :, 0::2], words[:, :, 1::2])
     return Dense(
         weights=closed(words),
         runs=places.runs,

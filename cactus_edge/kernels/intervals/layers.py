@@ -30,6 +30,7 @@ from cactus_edge.kernels.simd.interval import (
     narrow_interval,
     wide_interval,
 )
+from cactus_edge.kernels.simd.layers import GROUP_FIELDS, requantize_tile
 from cactus_edge.kernels.simd.tags import Tag, TierType
 from cactus_edge.kernels.simd.tiers import Tier
 from cactus_edge.kernels.steps import DEPTHWISE, TILED, Step
@@ -42,9 +43,6 @@ Int32Array = npt.NDArray[np.int32]
 _wide, _narrow = interval_tile(wide_interval), interval_tile(narrow_interval)
 _permuted_wide = interval_permuted_tile(wide_interval)
 _permuted_narrow = interval_permuted_tile(narrow_interval)
-
-GROUP_FIELDS = 6
-"""Integers of a group, see ``Step.group_table``."""
 
 
 def linear_interval(
@@ -103,8 +101,8 @@ def tiled_interval(
             row = min(first, rows - step.tile)
             _tile(tag, step, tables, low, high, group, row, bias, scales)
             if not fused:
-                _requantize(step, tables, low, row, channel)
-                _requantize(step, tables, high, row, channel)
+                requantize_tile(step, tables, low, row, channel)
+                requantize_tile(step, tables, high, row, channel)
 
 
 @kernel
@@ -152,22 +150,6 @@ def _tile(
             tag, arena, upper_arena, windows, targets, singles, fields[2], stream, duals, fields[4],
             dual_stream, bias, scales, channel, finish, upper_finish,
         )  # fmt: skip
-
-
-@kernel
-def _requantize(step: Step, tables: Tables, work: Workspace, row: int, channel: int) -> None:
-    """What a tile left as accumulators, by the functions of ``semantics``."""
-    end = min(channel + step.group_channels, step.channels)
-    for i in range(step.tile):
-        target = tables.integers[step.targets + row + i]
-        begin = i * step.group_channels
-        requantize_channels(
-            step,
-            tables.integers,
-            work.accumulators[begin : begin + end - channel],
-            work.activations[target + channel : target + end],
-            channel,
-        )
 
 
 # ---------------------------------------------------------------------- loops

@@ -20,12 +20,13 @@ from cactus_edge import semantics
 from cactus_edge.graph import DepthwiseConv2D, Graph, Linear, Operator
 from cactus_edge.kernels.demand import Layout
 from cactus_edge.kernels.elementwise import add, copy_runs, pool
-from cactus_edge.kernels.intervals.layers import GROUP_FIELDS, linear_interval
+from cactus_edge.kernels.intervals.layers import linear_interval
 from cactus_edge.kernels.jit import entry, kernel, pointer, source_digest
 from cactus_edge.kernels.program import Program, build
 from cactus_edge.kernels.rows import Tables, Workspace
 from cactus_edge.kernels.simd.emit import wide
 from cactus_edge.kernels.simd.interval import narrow_interval, wide_interval
+from cactus_edge.kernels.simd.layers import GROUP_FIELDS
 from cactus_edge.kernels.simd.tags import Tag
 from cactus_edge.kernels.simd.tiers import Tier
 from cactus_edge.kernels.steps import (

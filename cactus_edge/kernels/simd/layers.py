@@ -24,7 +24,8 @@ _permuted_wide, _permuted_narrow = permuted_tile(wide), permuted_tile(narrow)
 _permuted_stream = permuted_stream(thin)
 _masked_stream = bitmask_stream()
 
-_GROUP_FIELDS = 6
+GROUP_FIELDS = 6
+"""Integers of a group, see ``Step.group_table``."""
 _LEAST_TILES = 4
 """A layer is divided by rows if each part has so many tiles, by which its weights are reused."""
 
@@ -59,7 +60,7 @@ def vector_layer(
         last_group = step.groups * (part + 1) // parts
     for group in range(first_group, last_group):
         channel = group * step.group_channels
-        entry = step.group_table + group * _GROUP_FIELDS
+        entry = step.group_table + group * GROUP_FIELDS
         weights = bytes_ + tables.integers[entry]
         bias = bytes_ + step.bias + 4 * channel
         scales = bytes_ + step.factors + 4 * channel if fused else 0
@@ -73,7 +74,7 @@ def vector_layer(
                 finish,
             )  # fmt: skip
             if not fused:
-                _requantize(step, tables, work, row, channel)
+                requantize_tile(step, tables, work, row, channel)
 
 
 @kernel
@@ -157,7 +158,7 @@ def _tile(
 
 
 @kernel
-def _requantize(step: Step, tables: Tables, work: Workspace, row: int, channel: int) -> None:
+def requantize_tile(step: Step, tables: Tables, work: Workspace, row: int, channel: int) -> None:
     """What a tile left as accumulators, by the functions of ``semantics``."""
     end = min(channel + step.group_channels, step.channels)
     for i in range(step.tile):

@@ -11,6 +11,7 @@ from cactus_edge.kernels.demand import Demand, Layout, TableBuilder
 from cactus_edge.kernels.formats import permuted
 from cactus_edge.kernels.formats.bitmask import pack_bitmask
 from cactus_edge.kernels.formats.blocks import STEP, pack_blocks
+from cactus_edge.kernels.formats.dense import pack_dense
 from cactus_edge.kernels.simd import emit
 from cactus_edge.kernels.simd.emit import Shape
 from cactus_edge.kernels.simd.tiers import Tier
@@ -44,12 +45,6 @@ class Matrix:
     values: Int8Array
     offsets: Int64Array
     bits: int
-
-    def runs(self) -> list[tuple[int, int]]:
-        """Contiguous stretches of inputs (index of the first, number)."""
-        starts = np.flatnonzero(np.concatenate([[True], np.diff(self.offsets) != 1]))
-        ends = np.append(starts[1:], self.offsets.size)
-        return [(a, b - a) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +102,7 @@ def pack_vector(
     else:
         nibbles = not many and matrix.bits <= 4  # weights are read once: bytes are what counts
         step = replace(step, opcode=TILED if many else STREAM, nibbles=int(nibbles))
-        step = replace(step, **_dense(builder, matrix, shape, groups * channels, step, tier))
+        step = replace(step, **_dense(builder, matrix, shape, step))
     step = replace(
         step, **_epilogue(builder, tier, op, matrix, base.source_zero, groups * channels, order)
     )
@@ -220,29 +215,22 @@ def _epilogue(
     return fields
 
 
-def _dense(
-    builder: TableBuilder, matrix: Matrix, shape: Shape, count: int, step: Step, tier: Tier
-) -> dict[str, int]:
+def _dense(builder: TableBuilder, matrix: Matrix, shape: Shape, step: Step) -> dict[str, int]:
     """All weights, four bytes of a run for each channel of a group at a time."""
-    unit = 4 * shape.phases
-    runs = matrix.runs()
-    lengths = [-(-length // unit) * unit for _, length in runs]
-    padded = np.zeros((count, sum(lengths)), np.int8)
-    end = 0
-    for (first, length), size in zip(runs, lengths, strict=True):
-        padded[: len(matrix.values), end : end + length] = matrix.values[:, first : first + length]
-        end += size
-    channels = shape.channels(tier)
-    steps = padded.reshape(-1, channels, padded.shape[1] // 4, 4).transpose(0, 2, 1, 3)
-    if step.nibbles:
-        low, high = steps[:, 0::2].view(np.uint8), steps[:, 1::2].view(np.uint8)
-        steps = ((low & 15) | (high << 4)).view(np.int8)
-    weights = builder.bytes(np.ascontiguousarray(steps))
-    size = steps[0].size
-    table = [[weights + group * size, 0, 0, 0, 0, 0] for group in range(len(steps))]
-    starts = [int(matrix.offsets[first]) for first, _ in runs]
+    packed = pack_dense(
+        matrix.values,
+        matrix.offsets,
+        step.group_channels,
+        nibble=bool(step.nibbles),
+        phases=shape.phases,
+    )
+    weights = builder.bytes(packed.weights)
+    size = packed.steps * packed.step_bytes * packed.channels // (2 if packed.nibbles else 1)
+    runs = packed.runs * [1, packed.step_bytes // 4]  # a kernel counts in four bytes
     return {
-        "runs": builder.integers([[a, n // 4] for a, n in zip(starts, lengths, strict=True)]),
+        "runs": builder.integers(runs),
         "run_count": len(runs),
-        "group_table": builder.integers(table),
+        "group_table": builder.integers(
+            [[weights + group * size, 0, 0, 0, 0, 0] for group in range(packed.groups)]
+        ),
     }
