@@ -10,7 +10,7 @@ import typer
 
 from cactus_edge import files, flatbuffer
 from cactus_edge.cli.options import ModelsArgument
-from cactus_edge.cli.output import ForceOption, JsonOption, console, emit, table
+from cactus_edge.cli.output import ForceOption, JsonOption, bar, console, emit, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -102,10 +102,12 @@ def bench(
     candidates = all_peers() if peer is None else [peer_named(name) for name in peer]
     loaded = [(path, *flatbuffer.load(path)) for path in models]
     best = limits.measure() if ceilings or roofline else None
-    results = [
-        (
-            path,
-            benchmark(
+    runs = [(path, graph, content, n) for path, graph, content in loaded for n in threads or [1]]
+    results: list[tuple[Path, Benchmark]] = []
+    with bar("bench", "runs") as progress:
+        for path, graph, content, count in runs:
+            progress(len(results), len(runs))
+            result = benchmark(
                 graph,
                 model=content,
                 profile=profile,
@@ -115,11 +117,8 @@ def bench(
                 batch=batch,
                 threads=count,
                 starts=starts,
-            ),
-        )
-        for path, graph, content in loaded
-        for count in threads or [1]
-    ]
+            )
+            results.append((path, result))
     _show(results, best, as_json)
     first = [result for _, result in results if result.threads == (threads or [1])[0]]
     _draw(results, first, best, plot, roofline, force)

@@ -62,12 +62,10 @@ class Shape:
         registers: that share the loads of a step.
         window: bytes of a load that indices reach, a power of two.
         alignment: windows begin at multiples of it, as counted from a row's window; it divides
-            ``window``. Loads that cross a cache line take twice as long. Two registers hide that
-            (2 % for single steps and 4 % for dual ones), one does not (40 and 50 %).
+            ``window``. Loads that cross a cache line take longer, which two registers hide and one
+            does not.
         dual: whether there are steps with two windows.
-        single_cost: time of a step with one window; one with two takes 1. It is 0.7 for two
-            registers and 0.6 for one; a dual step of one register takes 0.63 of the time of one of
-            two. All was measured on Zen 4 with eight rows.
+        single_cost: time of a step with one window; one with two takes 1. It steers the packer.
     """
 
     lanes: int = 16

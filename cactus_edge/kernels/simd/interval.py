@@ -8,7 +8,7 @@ arena, laid out like the first.
 
 Sparse tiles (see ``permuted``) find their inputs in the same chunk of both arenas, and blend. One
 permutation of two registers, the chunks of both arenas, could blend by itself, with the weight's
-sign in bit 6 of a place: that took 4 % longer on Zen 4, and leaves no bit for a second chunk.
+sign in bit 6 of a place: that is no faster, and leaves no bit for a second chunk.
 """
 
 from __future__ import annotations
