@@ -165,6 +165,8 @@ class ONNXPeer:
         options = module.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+        # Without it, CPUs that have no VNNI add products with saturation: other integers.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         content = onnx_model.convert(model.graph)
         try:
             session = module.InferenceSession(content, options, providers=["CPUExecutionProvider"])
