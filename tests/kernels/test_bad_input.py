@@ -262,6 +262,7 @@ except UsageError as error:
 # ---------------------------------------------------------------------- damaged caches
 SMALL = """
 import logging
+import os
 import pathlib
 import random
 from cactus_edge.kernels.jit import entry
@@ -280,7 +281,7 @@ def called():
     stats = function.stats
     return sum(stats.cache_hits.values()), sum(stats.cache_misses.values())
 
-{text}
+exec(os.environ["WHAT_TO_DO"])
 """
 ONCE = "print(called())"
 
@@ -297,12 +298,12 @@ class Small:
     def run(self, text: str = ONCE, factor: int = 2) -> tuple[str, str]:
         """What a program prints that may call the function, and what it reports.
 
-        The file keeps its age, by which Numba would tell that it is another.
+        The file keeps its age and size, by which Numba would tell that it is another.
         """
-        self.module.write_text(SMALL.format(factor=factor, text=text))
+        self.module.write_text(SMALL.format(factor=factor))
         os.utime(self.module, ns=(self.stamp.st_atime_ns, self.stamp.st_mtime_ns))
         start = f"import runpy\nrunpy.run_path({str(self.module)!r}, run_name='__main__')"
-        return run(start, prelude="", NUMBA_CACHE_DIR=str(self.cache))
+        return run(start, prelude="", NUMBA_CACHE_DIR=str(self.cache), WHAT_TO_DO=text)
 
     @property
     def file(self) -> Path:
