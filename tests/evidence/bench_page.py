@@ -1,4 +1,8 @@
-"""The page about performance: what was measured, as Markdown, JSON and SVG."""
+"""The pages about performance: what was measured, as Markdown, JSON and SVG.
+
+CPUs with other instructions give other figures, so each tier has a page and a JSON of its own, made
+on whatever machine has it; ``performance.md`` lists those that there are.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +43,7 @@ class Row:
     @property
     def kept(self) -> str:
         """Sparsity and its pattern."""
-        blocks = "" if self.entry.pattern == "unstructured" else f" in {self.entry.pattern}"
-        return f"{round(100 * self.entry.sparsity)} %{blocks}"
+        return _kept(self.entry.sparsity, self.entry.pattern)
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,52 @@ class Record:
         """For what all have in common: the machine."""
         return next(iter(self.rows[0].results.values()))
 
+    @property
+    def stem(self) -> str:
+        """How the names of its files begin."""
+        return f"performance-{'plain' if self.ceilings is None else self.ceilings.tier}"
+
 
 def write(record: Record, folder: Path) -> None:
-    """``performance.md``, ``performance.json`` and the figures."""
+    """The page, the JSON and the figures of a tier, and ``performance.md`` anew."""
     drawn = draw(record, folder)
-    files.write(folder / "performance.md", page(record, drawn).encode(), force=True)
-    files.write(folder / "performance.json", content(record), force=True)
+    files.write(folder / f"{record.stem}.md", page(record, drawn).encode(), force=True)
+    files.write(folder / f"{record.stem}.json", content(record), force=True)
+    files.write(folder / "performance.md", overview(folder).encode(), force=True)
+
+
+def overview(folder: Path) -> str:
+    """Markdown: the ratios of every tier that was measured, from the JSON files in a folder."""
+    sections = [
+        f"# {TITLE}",
+        "Latency of other runtimes over ours: one image, one thread, medians of ratios, so more "
+        f"than 1 is faster than they are. Each page has all figures. Reproduce: `{COMMAND}`, which "
+        "measures the machine that it runs on.",
+    ]
+    for file in sorted(folder.glob("performance-*.json")):
+        stored = json.loads(file.read_text())
+        singles = [(row, row["threads"]["1"]["peers"]) for row in stored["rows"]]
+        names = list(dict.fromkeys(name for _, peers in singles for name in peers))
+        rows = [
+            [
+                f"{row['network']} int{row['bits']} {_kept(row['sparsity'], row['pattern'])}",
+                *(f"{peers[name]['ratio']:.2f}" if name in peers else "-" for name in names),
+            ]
+            for row, peers in singles
+        ]
+        tier = file.stem.removeprefix("performance-")
+        sections += [
+            f"## Tier {tier}: {stored['machine']}",
+            f"[All figures]({file.stem}.md)",
+            _table(["model", *names], rows),
+        ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _kept(sparsity: float, pattern: str) -> str:
+    """Sparsity and its pattern, as tables have them."""
+    blocks = "" if pattern == "unstructured" else f" in {pattern}"
+    return f"{round(100 * sparsity)} %{blocks}"
 
 
 def content(record: Record) -> bytes:
@@ -107,13 +150,13 @@ def draw(record: Record, folder: Path) -> list[str]:
             if (row.entry.network, row.entry.bits) == (network, bits)
             and row.entry.pattern == "unstructured"
         ]
-        name = f"performance-{network}-int{bits}.svg"
+        name = f"{record.stem}-{network}-int{bits}.svg"
         title = f"{network}, int{bits}, one thread, {record.first.machine}"
         draw_sparsity(results, folder / name, title, force=True)
         drawn.append(name)
     if record.ceilings is not None:
         roofs = {row.name: r for row in record.rows if (r := _roof(row, record.ceilings))}
-        name = "performance-roofline.svg"
+        name = f"{record.stem}-roofline.svg"
         draw_roofline(roofs, record.ceilings, folder / name, "Roofline, one thread", force=True)
         drawn.append(name)
     return drawn

@@ -23,7 +23,7 @@ from tests.evidence import bench_networks, bench_page, results
 from tests.evidence.bench_networks import Entry, Trained
 from tests.evidence.bench_page import Record, Row
 
-ROUNDS = 30
+ROUNDS = 20
 THREADS = (1, 2)
 BATCH = {"mlp": 1024, "cnn-small": 1024, "cnn-7": 128}
 SAMPLES = {"mlp": 10_000, "cnn-small": 10_000, "cnn-7": 1000}
@@ -122,7 +122,7 @@ def record() -> Record:
 
 def test_page_says_what_was_measured(tmp_path: Path) -> None:
     bench_page.write(record(), tmp_path)
-    text = (tmp_path / "performance.md").read_text()
+    text = (tmp_path / "performance-avx512.md").read_text()
     assert "| cnn-7 | int8 | 50 % | 43.21 | 1000 | 2.50 |" in text
     assert "| cnn-7 int8 90 % in 32x4 blocks | 10.00 | 25.00 (x2.50) |" in text
     assert "| cnn-7 int8 50 % | 6.00 | 25.00 (x2.50) |" in text
@@ -132,9 +132,20 @@ def test_page_says_what_was_measured(tmp_path: Path) -> None:
     assert "onnxruntime absent (not installed)" in text
     assert "our first load takes 21 s" in text
     assert "no counter" in text
-    for name in ("performance-cnn-7-int8.svg", "performance-roofline.svg"):
+    for name in ("performance-avx512-cnn-7-int8.svg", "performance-avx512-roofline.svg"):
         assert f"({name})" in text
         assert (tmp_path / name).read_text().startswith("<?xml")
+
+
+def test_overview_has_every_tier(tmp_path: Path) -> None:
+    other = record()
+    limits = Ceilings("avx2", 90.0, {"L1": 90.0, "DRAM": 9.0}, {"L1": 32 << 10})
+    bench_page.write(record(), tmp_path)
+    bench_page.write(replace(other, ceilings=limits), tmp_path)
+    text = (tmp_path / "performance.md").read_text()
+    assert "## Tier avx2: Test machine" in text
+    assert "[All figures](performance-avx512.md)" in text
+    assert text.count("| cnn-7 int8 90 % in 32x4 blocks | 2.50 |") == 2
 
 
 def test_page_counts_the_outputs_that_differ() -> None:
@@ -150,7 +161,7 @@ def test_page_counts_the_outputs_that_differ() -> None:
 
 def test_json_has_ours_and_peers_by_threads(tmp_path: Path) -> None:
     bench_page.write(record(), tmp_path)
-    stored = json.loads((tmp_path / "performance.json").read_text())
+    stored = json.loads((tmp_path / "performance-avx512.json").read_text())
     row = stored["rows"][0]
     assert row["threads"]["1"]["ours"]["median_us"] == 10
     assert row["threads"]["1"]["peers"]["litert-xnnpack"]["ratio"] == 2.5
