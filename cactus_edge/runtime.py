@@ -1,7 +1,8 @@
 """``Session``: a graph on the compiled kernels, equal to ``execute`` on every element.
 
 Loading validates the graph, compiles the kernels (or reads them from Numba's cache) and packs the
-weights. A single image runs on one thread; a batch is cut into pieces, which threads take in turn.
+weights, without channels on which no result depends. A single image runs on one thread; a batch is
+cut into pieces, which threads take in turn.
 
 Kernels store bytes. Logits of int16 or int32 are computed by ``execute`` from the activations that
 the kernels leave, so they equal it by construction.
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cactus_edge import profiles
+from cactus_edge.compact import compact
 from cactus_edge.constraints import validate
 from cactus_edge.errors import UsageError
 from cactus_edge.execute import check_input, run_operator
@@ -62,6 +64,7 @@ class Session:
         layout: str = Layout.AUTO,
         threads: int | None = None,
         tier: str | None = None,
+        whole: bool = False,
     ) -> None:
         """Validate, compile and pack.
 
@@ -75,6 +78,8 @@ class Session:
                 as the process may use for batches, and one for an image.
             tier: name of the CPU's instructions to use, see ``kernels.simd.tiers``; the fastest
                 that it has if None.
+            whole: compute the shipped weights as they are, channels included on which nothing that
+                is asked for depends; for the certifier.
 
         Raises:
             InvalidGraphError: the graph breaks a constraint.
@@ -83,9 +88,8 @@ class Session:
         """
         validate(graph)
         self.tier = choose(tier)
-        resolved = profiles.resolve(graph, profile)
-        validate(resolved)
-        self.graph = resolved if self.tier is Tier.PLAIN else fuse(resolved)
+        self.graph = profiles.resolve(graph, profile)
+        validate(self.graph)
         if layout not in set(Layout):
             raise UsageError(f"no layout '{layout}'; known: {', '.join(Layout)}")
         if threads is not None and threads < 1:
@@ -102,6 +106,9 @@ class Session:
         self._native = np.dtype(self._input_type)  # one object for the type, in every array of it
         self._narrow, self._wide = _divide(self.graph)
         self._needed = _needed(self.graph, self._wide, (*self.tensors, self.graph.logits))
+        self._packed = self._narrow if whole else _divide(compact(self.graph, self._needed))[0]
+        if self.tier is not Tier.PLAIN:
+            self._packed = fuse(self._packed)
         self._forms = {t: _form(self.graph.tensors[t]) for t in self._needed}
         _prepare(self.tier)
         self._single = _Pool(self._program(1))
@@ -231,12 +238,12 @@ class Session:
     def _program(self, block: int) -> Program:
         layout = self.layout
         if layout is Layout.AUTO and self.tier is not Tier.PLAIN:
-            layout = fastest(self._narrow, self._needed, block, self.tier)
-        return build(self._narrow, self._needed, block, layout, self.tier)
+            layout = fastest(self._packed, self._needed, block, self.tier)
+        return build(self._packed, self._needed, block, layout, self.tier)
 
     def _batched(self) -> _Pool:
         if self._batch is None:
-            self._batch = _Pool(self._program(block_of(image_bytes(self._narrow))))
+            self._batch = _Pool(self._program(block_of(image_bytes(self._packed))))
         return self._batch
 
 

@@ -93,7 +93,7 @@ class Network:
         if self.layer is not None:
             wanted.add(self.layer.source)
         wanted.discard(graph.core_input)
-        self.session = Session(graph, tensors=sorted(wanted))
+        self.session = Session(graph, tensors=sorted(wanted), whole=True)
         self.threads = self.session.threads
         self.session.threads = 1  # an attack divides the samples among the threads
 

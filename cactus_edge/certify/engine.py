@@ -379,7 +379,7 @@ def attack_boxes(
     broken: dict[int, Counterexample] = {}
     predictions = np.zeros(len(labels), np.int64)
     for group in reversed(groups):
-        logits = Session(group.graph).run(stored).astype(np.int64)
+        logits = Session(group.graph, whole=True).run(stored).astype(np.int64)
         predictions = decision.predict(logits)
         wrong = decision.surely_wrong(group.graph, logits, labels, boxes.top)
         for i in np.flatnonzero(wrong).tolist():
@@ -404,7 +404,7 @@ class _Engine:
         self.layer = margin.last_layer(graph)
         wanted = [graph.logits] if self.layer is None else [self.layer.source, graph.logits]
         self.intervals = IntervalSession(propagated or graph, tensors=wanted, threads=threads)
-        self.plain = Session(graph, threads=threads)
+        self.plain = Session(graph, threads=threads, whole=True)
 
     def logits(self, stored: Int64Array) -> Int64Array:
         return self.plain.run(stored).astype(np.int64)

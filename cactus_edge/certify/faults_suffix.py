@@ -44,7 +44,7 @@ class Whole:
         """
         doubled = twin(graph)
         wanted = [graph.core_input, *(op.output for op in doubled.graph.core)]
-        session = Session(doubled.graph, tensors=wanted)
+        session = Session(doubled.graph, tensors=wanted, whole=True)
         return Whole(graph, doubled, margin.last_layer(graph), session)
 
     def bounds(self, lower: Int64Array, upper: Int64Array) -> dict[int, Stored]:
@@ -108,7 +108,7 @@ class Suffix:
             inside = {cut, *(o.output for o in tail)}
             graph = Graph(doubled.tensors, tuple(tail), cut, logits)
             try:
-                self._session = Session(graph, tensors=sorted(wanted & inside))
+                self._session = Session(graph, tensors=sorted(wanted & inside), whole=True)
             except InvalidGraphError:
                 # The cut forgets its producer's clamp; a layer may then seem to overflow.
                 self._head = behind

@@ -209,7 +209,7 @@ class _Engine:
         self._layer = margin.last_layer(group.graph)
         wanted = [self.graph.logits] if self._layer is None else [self._layer.source]
         self._intervals = IntervalSession(propagated, tensors=[*wanted, self.graph.logits])
-        self._plain = Session(group.graph)
+        self._plain = Session(group.graph, whole=True)
 
     @cached_property
     def searcher(self) -> Searcher:

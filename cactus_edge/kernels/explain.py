@@ -49,7 +49,7 @@ def explain(graph: Graph, program: Program) -> list[Explanation]:
     """Time every operator by itself.
 
     Args:
-        graph: the resolved graph that the program was built from.
+        graph: the resolved graph, before channels were left out for the program.
         program: see ``program``.
     """
     found: list[Explanation] = []
