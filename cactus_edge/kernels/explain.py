@@ -14,7 +14,7 @@ from cactus_edge.kernels.program import Program
 KERNELS = {
     steps.DENSE: "plain dense",
     steps.SPARSE: "plain sparse",
-    steps.DEPTHWISE: "depthwise",
+    steps.DEPTHWISE: "plain depthwise",
     steps.ADD: "add",
     steps.AVERAGE: "average pool",
     steps.MAXIMUM: "max pool",
@@ -25,6 +25,7 @@ KERNELS = {
     steps.PERMUTED: "gather-permute tile",
     steps.PERMUTED_STREAM: "gather-permute stream",
     steps.MASKED_STREAM: "bit mask stream",
+    steps.DEPTHWISE_TILE: "depthwise tile",
 }
 
 

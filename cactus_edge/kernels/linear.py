@@ -14,11 +14,12 @@ from cactus_edge.kernels.dense import dense
 from cactus_edge.kernels.depthwise import depthwise
 from cactus_edge.kernels.jit import kernel
 from cactus_edge.kernels.rows import Tables, Workspace, target_of
+from cactus_edge.kernels.simd.depthwise import depthwise_tiles
 from cactus_edge.kernels.simd.layers import vector_layer
 from cactus_edge.kernels.simd.tags import Tag, TierType
 from cactus_edge.kernels.simd.tiers import Tier
 from cactus_edge.kernels.sparse import sparse
-from cactus_edge.kernels.steps import DENSE, DEPTHWISE, SPARSE, Step
+from cactus_edge.kernels.steps import DENSE, DEPTHWISE, DEPTHWISE_TILE, SPARSE, Step
 
 
 def linear(
@@ -50,6 +51,8 @@ def _linear(
     ) -> None:
         if step.opcode == DEPTHWISE:
             depthwise_layer(step, tables, work, images, part, parts)
+        elif step.opcode == DEPTHWISE_TILE:
+            depthwise_tiles(tag, step, tables, work, images, part, parts)
         else:
             vector_layer(tag, step, tables, work, images, part, parts)
 

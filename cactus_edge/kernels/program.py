@@ -15,6 +15,7 @@ from cactus_edge.graph import (
     DepthwiseConv2D,
     FullyConnected,
     Graph,
+    Int8Array,
     Int64Array,
     Linear,
     Operator,
@@ -25,17 +26,20 @@ from cactus_edge.graph import (
 )
 from cactus_edge.kernels import steps as opcodes
 from cactus_edge.kernels.demand import Demand, Layout, TableBuilder
+from cactus_edge.kernels.formats.depthwise import as_matrix
 from cactus_edge.kernels.pack import pack_linear, window_offsets
 from cactus_edge.kernels.place import Placement, byte_offset, lies_inside, padding, place
 from cactus_edge.kernels.rows import Tables, Workspace
-from cactus_edge.kernels.simd.emit import wide
-from cactus_edge.kernels.simd.pack import Matrix, pack_vector
+from cactus_edge.kernels.simd.emit import depthwise_wide, wide
+from cactus_edge.kernels.simd.pack import Matrix, pack_taps, pack_vector, with_rows
 from cactus_edge.kernels.simd.tiers import Tier
 from cactus_edge.kernels.steps import Step, table
 
 _SLACK = 256
 """Tiles load whole registers, behind the last activation too."""
 _EPILOGUE = 8
+_FEW_INPUTS = 4
+"""A depthwise layer of so many input channels with more outputs is a convolution with zeros."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,63 +274,69 @@ def _linear(context: _Context, op: Linear, layout: Layout) -> tuple[Step, Demand
         }
         rows *= height * width
     if isinstance(op, DepthwiseConv2D):
-        return _depthwise(context, op, fields)
+        return _depthwise(context, op, fields, rows, layout)
     base = Step(opcode=opcodes.DENSE, **fields)
     if context.tier is not Tier.PLAIN:
-        return _vector(context, op, base, rows, layout)
+        values = op.weights.values.reshape(op.channels, -1)
+        return _vector(context, op, values, base, rows, layout)
     return pack_linear(context.builder, op, base, source, rows, layout)
 
 
 def _vector(
-    context: _Context, op: Linear, base: Step, rows: int, layout: Layout
+    context: _Context, op: Linear, values: Int8Array, base: Step, rows: int, layout: Layout
 ) -> tuple[Step, Demand]:
-    """A linear layer on vector tiles; may change the order of the output's channels."""
-    source, target = context.placements[op.inputs[0]], context.placements[op.output]
+    """A matrix [channels, inputs] on vector tiles; may change the order of the output channels."""
+    source = context.placements[op.inputs[0]]
     if isinstance(op, Conv2D):
-        offsets = window_offsets(op, source, op.weights.values.shape[3]).reshape(-1)
+        channels = context.graph.tensors[op.inputs[0]].shape[3]
+        offsets = window_offsets(op, source, channels).reshape(-1)
     else:
         offsets = source.offsets()
-    image, y, x = (
-        axis.reshape(-1) for axis in np.indices((context.block, base.height, base.width))
-    )
-    windows = base.source + image * source.image + y * base.down + x * base.right
-    targets = target.origin + image * target.image + y * target.row + x * base.channels
     many = rows >= wide(context.tier).pixels
-    base = replace(
-        base,
-        tile=wide(context.tier).pixels if many else 1,
-        windows=context.builder.integers(windows),
-        targets=context.builder.integers(targets),
-    )
+    base = _tiled(context, op, base, wide(context.tier).pixels if many else 1)
     ascending = np.argsort(offsets, kind="stable")
-    values = op.weights.values.reshape(op.channels, -1)[:, ascending]
     packed = pack_vector(
         context.builder,
         context.tier,
         op,
-        Matrix(values, offsets[ascending], op.weights.bits),
+        Matrix(values[:, ascending], offsets[ascending], op.weights.bits),
         base,
         layout,
         any_order=_any_order(context.graph, op.output, context.wanted),
     )
     if packed.order is not None:
-        context.placements[op.output] = target.ordered(packed.order)
+        context.placements[op.output] = context.placements[op.output].ordered(packed.order)
     return packed.step, packed.demand
 
 
+def _tiled(context: _Context, op: Linear, base: Step, pixels: int) -> Step:
+    """``base`` for tiles of so many rows."""
+    source, target = context.placements[op.inputs[0]], context.placements[op.output]
+    return with_rows(context.builder, base, source, target, context.block, pixels)
+
+
 def _depthwise(
-    context: _Context, op: DepthwiseConv2D, fields: dict[str, int]
+    context: _Context, op: DepthwiseConv2D, fields: dict[str, int], rows: int, layout: Layout
 ) -> tuple[Step, Demand]:
     channels = context.graph.tensors[op.inputs[0]].shape[3]
-    taps = window_offsets(op, context.placements[op.inputs[0]], channels)[..., 0]
-    step = Step(
-        opcode=opcodes.DEPTHWISE,
+    taps = window_offsets(op, context.placements[op.inputs[0]], channels)[..., 0].reshape(-1)
+    weights = op.weights.values.reshape(-1, op.channels)
+    base = Step(opcode=opcodes.DEPTHWISE, **fields)
+    if context.tier is not Tier.PLAIN:
+        if op.channels == channels:
+            base = _tiled(context, op, base, depthwise_wide(context.tier).pixels)
+            matrix = Matrix(weights.T, taps, op.weights.bits)
+            packed = pack_taps(context.builder, context.tier, op, matrix, base)
+            return packed.step, packed.demand
+        if channels <= _FEW_INPUTS:
+            return _vector(context, op, as_matrix(weights, channels), base, rows, layout)
+    step = replace(
+        base,
         tile=1,
         multiplier=op.channels // channels,
         taps=context.builder.integers(taps),
         tap_count=taps.size,
         weights=context.builder.weights(op.weights.values),
-        **fields,
     )
     return step, Demand(accumulators=op.channels)
 

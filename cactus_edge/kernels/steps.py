@@ -25,6 +25,7 @@ BLOCKS = 11
 PERMUTED = 12
 PERMUTED_STREAM = 13
 MASKED_STREAM = 14
+DEPTHWISE_TILE = 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,8 @@ class Step:
     """Output channels for each input channel of a depthwise convolution."""
     taps: int = 0
     tap_count: int = 0
-    """Depthwise: offsets of the taps. Copies: triples (source, target, length)."""
+    """Depthwise: offsets of the taps; for tiles filled up to what a register multiplies at once.
+    Copies: triples (source, target, length)."""
     pool: int = 0
     """(window, stride, padding before, input extent), each of height and width."""
     # Linear layers.

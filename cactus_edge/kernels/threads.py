@@ -24,7 +24,7 @@ import numpy.typing as npt
 from cactus_edge.kernels import team as words
 from cactus_edge.kernels.program import Program
 from cactus_edge.kernels.rows import Workspace
-from cactus_edge.kernels.steps import ADD, AVERAGE, COPY, LOAD, MAXIMUM, STORE
+from cactus_edge.kernels.steps import ADD, AVERAGE, COPY, DEPTHWISE_TILE, LOAD, MAXIMUM, STORE
 from cactus_edge.kernels.walk import Frame, check_batch
 
 _log = logging.getLogger(__name__)
@@ -128,7 +128,8 @@ def divide(program: Program, seconds: Sequence[float], threads: int, grain: floa
 def _most_parts(step: np.void, block: int) -> int:
     """How many parts of a step have something to do: groups of channels, tiles or rows of images.
 
-    What divides it so is ``vector_layer`` in ``simd.layers``, and the loops of other operators.
+    What divides it so is ``vector_layer`` in ``simd.layers``, ``depthwise_tiles`` in
+    ``simd.depthwise``, and the loops of other operators.
     """
     code, height, width = (int(step[name]) for name in ("opcode", "height", "width"))
     if code in _INDIVISIBLE:
@@ -136,6 +137,8 @@ def _most_parts(step: np.void, block: int) -> int:
     if code in (ADD, AVERAGE, MAXIMUM):
         return block * height
     tiles = -(-block * height * width // max(int(step["tile"]), 1))
+    if code == DEPTHWISE_TILE:
+        return max(tiles, 1)
     return max(tiles, int(step["groups"]), 1)
 
 

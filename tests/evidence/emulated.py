@@ -21,7 +21,7 @@ import numpy as np
 from cactus_edge.kernels.demand import Layout
 from cactus_edge.kernels.place import core_tensors
 from cactus_edge.kernels.program import build
-from cactus_edge.kernels.simd import layers
+from cactus_edge.kernels.simd import depthwise, layers
 from cactus_edge.kernels.simd.tags import Tag
 from cactus_edge.kernels.simd.tiers import Tier, choose
 from cactus_edge.kernels.threads import ParallelWorker
@@ -95,7 +95,8 @@ class Loop:
 
 def loops(tier: Tier) -> Iterator[Loop]:
     """Of every tile, as LLVM compiles it for this CPU."""
-    for name, tile in vars(layers).items():
+    tiles = {**vars(layers), **{f"depthwise{k}": v for k, v in vars(depthwise).items()}}
+    for name, tile in tiles.items():
         definition = getattr(tile, "_defn", None)
         if definition is None:
             continue

@@ -157,7 +157,7 @@ def extreme_case(rng: np.random.Generator, profile_rounding: Rounding, count: in
         "inputs": (0,),
         "output": 1,
         "bias": rng.integers(-_LARGEST_BIAS, _LARGEST_BIAS, channels).astype(np.int32),
-        "requantization": _unit_factors(profile_rounding, channels),
+        "requantization": unit_factors(profile_rounding, channels),
     }
     if window == 1:
         op: Linear = FullyConnected(weights=Weights(values, bits), **common)  # type: ignore
@@ -174,7 +174,7 @@ def extreme_case(rng: np.random.Generator, profile_rounding: Rounding, count: in
     return Case(graph, x)
 
 
-def _unit_factors(rounding: Rounding, channels: int) -> Requantization:
+def unit_factors(rounding: Rounding, channels: int) -> Requantization:
     """Factors of about 2**-20, so that the largest accumulators span the output's range."""
     multiplier, shift = {
         Rounding.DOUBLE_HALF_AWAY: ((1 << 30) + 12345, 19),

@@ -62,6 +62,14 @@ _STREAM = {
     Tier.DOTPROD: Shape(1, 4, 2),
     Tier.NEON: Shape(1, 2, 2),
 }
+# Nothing is shared but weights, among the pixels; registers of one load of each tap.
+_DEPTHWISE = {
+    Tier.AVX512: Shape(4, 2),
+    Tier.AVXVNNI: Shape(4, 2),
+    Tier.AVX2: Shape(4, 2),
+    Tier.DOTPROD: Shape(4, 4),
+    Tier.NEON: Shape(4, 4),
+}
 
 
 def wide(tier: Tier) -> Shape:
@@ -84,6 +92,16 @@ def thin(tier: Tier) -> Shape:
     return Shape(1, 1, 8 if tier is Tier.AVX512 else 4)
 
 
+def depthwise_wide(tier: Tier) -> Shape:
+    """For a depthwise convolution."""
+    return _DEPTHWISE[tier]
+
+
+def depthwise_narrow(tier: Tier) -> Shape:
+    """For a depthwise convolution of few channels."""
+    return Shape(_DEPTHWISE[tier].pixels, 1)
+
+
 def lanes_of(tier: Tier) -> int:
     """Int32 sums in a register."""
     return _LANES[tier]
@@ -92,6 +110,11 @@ def lanes_of(tier: Tier) -> int:
 def channels_of(tier: Tier) -> int:
     """Output channels for which a register of weights holds four bytes each."""
     return _LANES[tier] // (2 if tier in _PAIRS else 1)
+
+
+def products_of(tier: Tier) -> int:
+    """Products that a dot product adds to each int32 sum."""
+    return 4 * channels_of(tier) // lanes_of(tier)
 
 
 def chunk_of(tier: Tier) -> int:

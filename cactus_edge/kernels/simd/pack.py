@@ -12,11 +12,14 @@ from cactus_edge.kernels.formats import permuted
 from cactus_edge.kernels.formats.bitmask import pack_bitmask
 from cactus_edge.kernels.formats.blocks import STEP, pack_blocks
 from cactus_edge.kernels.formats.dense import pack_dense
+from cactus_edge.kernels.formats.depthwise import pack_depthwise
+from cactus_edge.kernels.place import Placement
 from cactus_edge.kernels.simd import emit
 from cactus_edge.kernels.simd.emit import Shape
 from cactus_edge.kernels.simd.tiers import Tier
 from cactus_edge.kernels.steps import (
     BLOCKS,
+    DEPTHWISE_TILE,
     MASKED_STREAM,
     PERMUTED,
     PERMUTED_STREAM,
@@ -54,6 +57,26 @@ class Packed:
     step: Step
     demand: Demand
     order: Int64Array | None = None
+
+
+def with_rows(
+    builder: TableBuilder, base: Step, source: Placement, target: Placement, block: int, pixels: int
+) -> Step:
+    """A step with ``windows`` and ``targets``, for tiles of so many rows.
+
+    Where a block of images has fewer rows, the last one is repeated.
+    """
+    image, y, x = (axis.reshape(-1) for axis in np.indices((block, base.height, base.width)))
+    windows = base.source + image * source.image + y * base.down + x * base.right
+    targets = target.origin + image * target.image + y * target.row + x * base.channels
+    missing = max(pixels - windows.size, 0)
+    windows, targets = (np.pad(places, (0, missing), "edge") for places in (windows, targets))
+    return replace(
+        base,
+        tile=pixels,
+        windows=builder.integers(windows),
+        targets=builder.integers(targets),
+    )
 
 
 def pack_vector(
@@ -107,6 +130,40 @@ def pack_vector(
         step, **_epilogue(builder, tier, op, matrix, base.source_zero, groups * channels, order)
     )
     return Packed(step, Demand(accumulators=shape.pixels * channels), order)
+
+
+def pack_taps(builder: TableBuilder, tier: Tier, op: Linear, matrix: Matrix, base: Step) -> Packed:
+    """The step of a DEPTHWISE_CONV_2D with an output for each input.
+
+    Args:
+        builder: receives weights and tables.
+        tier: of the kernels.
+        op: the layer, resolved.
+        matrix: weights int8 [channels, taps], and where in a channel's window each tap lies.
+        base: its step, with ``windows`` and ``targets`` of ``tile`` rows or more.
+    """
+    count, taps = matrix.values.shape
+    large, few = emit.depthwise_wide(tier), emit.depthwise_narrow(tier)
+    shape, small = _smaller(tier, large, few, count)
+    if count < large.channels(tier):  # a last group of fewer channels cannot be moved back
+        shape, small = few, True
+    channels, together = shape.channels(tier), emit.products_of(tier)
+    packed = pack_depthwise(matrix.values, channels, together)
+    # Taps that only fill up a register have weight 0 and read where the first one does.
+    filler = np.full(-taps % together, matrix.offsets[0])
+    step = replace(
+        base,
+        opcode=DEPTHWISE_TILE,
+        taps=builder.integers(matrix.offsets, filler),
+        tap_count=taps + filler.size,
+        groups=len(packed),
+        group_channels=channels,
+        small=int(small),
+        weights=builder.bytes(packed),
+    )
+    padded = max(count, channels)
+    step = replace(step, **_epilogue(builder, tier, op, matrix, base.source_zero, padded, None))
+    return Packed(step, Demand(accumulators=shape.pixels * padded))
 
 
 def _permuted(
@@ -178,6 +235,11 @@ def _shape(tier: Tier, many: bool, channels: int) -> tuple[Shape, bool]:
     large, few = (
         (emit.wide(tier), emit.narrow(tier)) if many else (emit.streaming(tier), emit.thin(tier))
     )
+    return _smaller(tier, large, few, channels)
+
+
+def _smaller(tier: Tier, large: Shape, few: Shape, channels: int) -> tuple[Shape, bool]:
+    """The tile of few channels if the other one would have too many empty ones."""
     padded = [-(-channels // s.channels(tier)) * s.channels(tier) for s in (large, few)]
     small = padded[1] < _SMALLEST_GROUP_SHARE * padded[0]
     return (few, True) if small else (large, False)
