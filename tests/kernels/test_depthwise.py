@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from llvmlite import ir
 
 from cactus_edge import profiles
 from cactus_edge.constraints import validate
@@ -28,6 +31,8 @@ from cactus_edge.kernels import steps
 from cactus_edge.kernels.demand import Layout
 from cactus_edge.kernels.formats.depthwise import as_matrix, pack_depthwise
 from cactus_edge.kernels.program import build
+from cactus_edge.kernels.simd import emit
+from cactus_edge.kernels.simd.depthwise import interleaved
 from cactus_edge.kernels.simd.tiers import Tier, available
 from cactus_edge.kernels.threads import ParallelWorker
 from cactus_edge.semantics import Rounding
@@ -194,6 +199,40 @@ def test_packed(seed: int, channels: int, taps: int, size: int, together: int) -
     np.testing.assert_array_equal(found[:channels, :taps], weights)
     assert not found[channels:].any()
     assert not found[:, taps:].any()
+
+
+class Shuffles:
+    """Stands for an emitter and its builder: vectors are arrays, and shuffles happen at once."""
+
+    def __init__(self, tier: Tier) -> None:
+        self.tier, self.builder, self.lanes = tier, self, emit.lanes_of(tier)
+        self.bytes = SimpleNamespace(count=self.lanes * emit.products_of(tier))
+
+    @staticmethod
+    def vector(values: np.ndarray) -> SimpleNamespace:
+        return SimpleNamespace(values=values, type=SimpleNamespace(count=values.size))
+
+    def shuffle_vector(
+        self, a: SimpleNamespace, b: SimpleNamespace, places: ir.Constant
+    ) -> SimpleNamespace:
+        order = [
+            place.constant if hasattr(place, "constant") else place for place in places.constant
+        ]
+        return self.vector(np.concatenate([a.values, b.values])[order])
+
+
+@pytest.mark.parametrize("tier", [tier for tier in Tier if tier is not Tier.PLAIN])
+@pytest.mark.parametrize("shape", [emit.depthwise_wide, emit.depthwise_narrow])
+def test_interleaved(tier: Tier, shape: Callable[[Tier], emit.Shape]) -> None:
+    """Also for the tiers that this CPU lacks: register by register, lane by lane, tap by tap."""
+    width, together = shape(tier).channels(tier), emit.products_of(tier)
+    values = np.arange(width * together).reshape(together, width)
+    shuffles = Shuffles(tier)
+    found = interleaved(shuffles, [shuffles.vector(row) for row in values])  # type: ignore
+    assert {vector.values.size for vector in found} == {shuffles.bytes.count}
+    np.testing.assert_array_equal(
+        np.concatenate([vector.values for vector in found]), values.T.reshape(-1)
+    )
 
 
 def test_as_matrix() -> None:

@@ -76,7 +76,7 @@ def depthwise_tile(shape: ShapeOf) -> Any:
             loaded = [e.weights(at, size * n) for n in range(units)]
             for start, row in zip(starts, totals, strict=True):
                 inputs = [e.load(row_kind, e.add(start, offset)) for offset in offsets]
-                for total, found, values in zip(row, _interleaved(e, inputs), loaded, strict=True):
+                for total, found, values in zip(row, interleaved(e, inputs), loaded, strict=True):
                     e.set(total, e.dot(e.get(total), e.activations(found), values))
         sums = [[e.get(total) for total in row] for row in totals]
         finish(e, sums, targets, arena, group, channel, epilogue)
@@ -84,7 +84,7 @@ def depthwise_tile(shape: ShapeOf) -> Any:
     return tile
 
 
-def _interleaved(e: Emitter, rows: Sequence[Value]) -> list[Value]:
+def interleaved(e: Emitter, rows: Sequence[Value]) -> list[Value]:
     """Registers of bytes with one of each row in every lane.
 
     Rows are ``products_of`` vectors of as many bytes, a multiple of ``lanes``.
