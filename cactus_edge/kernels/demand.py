@@ -26,6 +26,7 @@ class Layout(StrEnum):
     SPARSE = "sparse"
     BLOCKS = "blocks"
     BITMASK = "bitmask"
+    SKIPPING = "skipping"
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ KERNELS = {
     steps.PERMUTED_STREAM: "gather-permute stream",
     steps.MASKED_STREAM: "bit mask stream",
     steps.DEPTHWISE_TILE: "depthwise tile",
+    steps.SKIPPING: "skipping stream",
 }
 
 

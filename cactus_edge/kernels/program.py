@@ -302,6 +302,7 @@ def _vector(
         Matrix(values[:, ascending], offsets[ascending], op.weights.bits),
         base,
         layout,
+        single=rows == 1,
         any_order=_any_order(context.graph, op.output, context.wanted),
     )
     if packed.order is not None:

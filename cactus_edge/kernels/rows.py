@@ -36,7 +36,8 @@ class Workspace(NamedTuple):
     """Memory of one thread.
 
     ``activations`` hold a block of images; the rest are scratch of one tile of rows. ``epilogue``
-    are the few integers that vector tiles read when their sums are complete.
+    are the few integers that vector tiles read when their sums are complete. ``positions`` are
+    those of rows, or the list of a window's live steps, see ``simd.skipping``.
     """
 
     activations: npt.NDArray[np.uint8]

@@ -26,6 +26,7 @@ PERMUTED = 12
 PERMUTED_STREAM = 13
 MASKED_STREAM = 14
 DEPTHWISE_TILE = 15
+SKIPPING = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ class Step:
     run_count: int = 0
     """Pairs (offset, length) of the input bytes that any weight reads."""
     depth: int = 0
-    """Length of a patch, padded as the layout asks."""
+    """Length of a patch, padded as the layout asks; of what skips dead inputs, steps of a group."""
     live: int = 0
     live_count: int = 0
     """Output channels that have weights, one for each packed row."""

@@ -154,7 +154,7 @@ def stream_tile(shape: ShapeOf, *, nibbles: bool) -> Any:
         start = e.add(arena, e.load(I64, windows))
         totals = [
             [
-                e.variable(_bias(e, bias, n, nibbles) if f == 0 else e.zero())
+                e.variable(scaled_bias(e, bias, n, nibbles) if f == 0 else e.zero())
                 for n in range(registers)
             ]
             for f in range(phases)
@@ -224,7 +224,7 @@ def block_tile(shape: ShapeOf) -> Any:
     return tile
 
 
-def _bias(e: Emitter, bias: Value, register: int, nibbles: bool) -> Value:
+def scaled_bias(e: Emitter, bias: Value, register: int, nibbles: bool) -> Value:
     """The first sums; 16 times the bias where weights are."""
     first = first_sums(e, bias, register)
     return e.builder.shl(first, e.constant(e.sums, 4)) if nibbles else first

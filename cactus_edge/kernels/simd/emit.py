@@ -70,6 +70,7 @@ _DEPTHWISE = {
     Tier.DOTPROD: Shape(4, 4),
     Tier.NEON: Shape(4, 4),
 }
+_SKIPPING = _STREAM | {Tier.AVX2: Shape(1, 4)}
 
 
 def wide(tier: Tier) -> Shape:
@@ -100,6 +101,11 @@ def depthwise_wide(tier: Tier) -> Shape:
 def depthwise_narrow(tier: Tier) -> Shape:
     """For a depthwise convolution of few channels."""
     return Shape(_DEPTHWISE[tier].pixels, 1)
+
+
+def skipping(tier: Tier) -> Shape:
+    """For one window of which only some steps count: wider, as each is looked up in a list."""
+    return _SKIPPING[tier]
 
 
 def lanes_of(tier: Tier) -> int:

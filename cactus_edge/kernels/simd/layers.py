@@ -13,8 +13,17 @@ from cactus_edge.kernels.simd.bitmask import bitmask_stream
 from cactus_edge.kernels.simd.dense import block_tile, dense_tile, stream_tile
 from cactus_edge.kernels.simd.emit import narrow, streaming, thin, wide
 from cactus_edge.kernels.simd.permuted import permuted_stream, permuted_tile
+from cactus_edge.kernels.simd.skipping import live_scan, skipping_tile
 from cactus_edge.kernels.simd.tags import Tag
-from cactus_edge.kernels.steps import BLOCKS, MASKED_STREAM, PERMUTED, STREAM, TILED, Step
+from cactus_edge.kernels.steps import (
+    BLOCKS,
+    MASKED_STREAM,
+    PERMUTED,
+    SKIPPING,
+    STREAM,
+    TILED,
+    Step,
+)
 
 _dense_wide, _dense_narrow = dense_tile(wide), dense_tile(narrow)
 _stream, _stream_nibbles = (stream_tile(streaming, nibbles=n) for n in (False, True))
@@ -23,6 +32,8 @@ _blocks = block_tile(wide)
 _permuted_wide, _permuted_narrow = permuted_tile(wide), permuted_tile(narrow)
 _permuted_stream = permuted_stream(thin)
 _masked_stream = bitmask_stream()
+_scan, _scan_nibbles = (live_scan(nibbles=n) for n in (False, True))
+_skipping, _skipping_nibbles = (skipping_tile(nibbles=n) for n in (False, True))
 
 GROUP_FIELDS = 6
 """Integers of a group, see ``Step.group_table``."""
@@ -58,6 +69,9 @@ def vector_layer(
     else:
         first_group = step.groups * part // parts
         last_group = step.groups * (part + 1) // parts
+    live = work.positions.ctypes.data
+    if step.opcode == SKIPPING:
+        list_live(tag, step, tables, arena, windows, live)
     for group in range(first_group, last_group):
         channel = group * step.group_channels
         entry = step.group_table + group * GROUP_FIELDS
@@ -70,11 +84,21 @@ def vector_layer(
             row = min(number * step.tile, rows - step.tile)
             window, target = windows + 8 * row, targets + 8 * row
             _tile(
-                tag, step, tables, entry, weights, arena, window, target, bias, scales, channel,
-                finish,
+                tag, step, tables, entry, weights, arena, window, target, live, bias, scales,
+                channel, finish,
             )  # fmt: skip
             if not fused:
                 requantize_tile(step, tables, work, row, channel)
+
+
+@kernel
+def list_live(tag: Tag, step: Step, tables: Tables, arena: int, window: int, live: int) -> None:
+    """The steps of a layer's only window that have an input, see ``simd.skipping``."""
+    runs = tables.integers.ctypes.data + 8 * step.runs
+    if step.nibbles:
+        _scan_nibbles(tag, arena, window, runs, step.run_count, step.depth, live)
+    else:
+        _scan(tag, arena, window, runs, step.run_count, step.depth, live)
 
 
 @kernel
@@ -87,6 +111,7 @@ def _tile(
     arena: int,
     window: int,
     target: int,
+    live: int,
     bias: int,
     scales: int,
     channel: int,
@@ -129,6 +154,13 @@ def _tile(
             tag, arena, window, target, runs, step.run_count, weights, values, bias, scales,
             channel, finish,
         )  # fmt: skip
+    elif code == SKIPPING:
+        if step.nibbles:
+            _skipping_nibbles(
+                tag, arena, window, target, live, weights, bias, scales, channel, finish
+            )
+        else:
+            _skipping(tag, arena, window, target, live, weights, bias, scales, channel, finish)
     elif code == BLOCKS:
         offsets = tables.weights.ctypes.data + integers[entry + 1]
         _blocks(

@@ -16,6 +16,7 @@ from cactus_edge.kernels.formats.depthwise import pack_depthwise
 from cactus_edge.kernels.place import Placement
 from cactus_edge.kernels.simd import emit
 from cactus_edge.kernels.simd.emit import Shape
+from cactus_edge.kernels.simd.skipping import AHEAD
 from cactus_edge.kernels.simd.tiers import Tier
 from cactus_edge.kernels.steps import (
     BLOCKS,
@@ -23,6 +24,7 @@ from cactus_edge.kernels.steps import (
     MASKED_STREAM,
     PERMUTED,
     PERMUTED_STREAM,
+    SKIPPING,
     STREAM,
     TILED,
     Step,
@@ -87,6 +89,7 @@ def pack_vector(
     base: Step,
     layout: Layout,
     *,
+    single: bool,
     any_order: bool,
 ) -> Packed:
     """The step of a CONV_2D or FULLY_CONNECTED.
@@ -97,8 +100,10 @@ def pack_vector(
         op: the layer, resolved.
         matrix: its weights.
         base: its step, with ``windows`` and ``targets`` of ``tile`` rows or more.
-        layout: dense, sparse, in blocks or with masks. What a layer or a tier does not have is
-            dense: blocks need many rows, masks few and AVX512.
+        layout: dense, sparse, in blocks, with masks or skipping. What a layer or a tier does not
+            have is dense: blocks need many rows, masks few and AVX512, skipping a single one and
+            inputs whose zero point is the byte that adds nothing.
+        single: whether the layer has one row in all.
         any_order: whether channels may be written in another order than the layer's.
     """
     many = base.tile >= emit.wide(tier).pixels
@@ -109,12 +114,17 @@ def pack_vector(
     masked = layout is Layout.BITMASK and not many and tier is Tier.AVX512
     if masked or (layout is Layout.SPARSE and not many):
         shape, small = emit.thin(tier), True
+    skipping = layout is Layout.SKIPPING and single
+    skipping = skipping and base.source_zero == emit.activation_shift(tier)
+    if skipping:
+        shape, small = emit.skipping(tier), False
     channels = shape.channels(tier)
     groups = -(-count // channels)
     step = replace(
         base, tile=shape.pixels, groups=groups, group_channels=channels, small=int(small)
     )
     order: Int64Array | None = None
+    live = 0
     if layout is Layout.BLOCKS and many:
         step = replace(step, opcode=BLOCKS, **_blocks(builder, matrix, channels))
     elif masked:
@@ -122,14 +132,19 @@ def pack_vector(
     elif layout is Layout.SPARSE:
         fields, order = _permuted(builder, matrix, tier, shape, many, any_order)
         step = replace(step, opcode=PERMUTED if many else PERMUTED_STREAM, **fields)
+    elif skipping:
+        step = replace(step, opcode=SKIPPING, nibbles=int(matrix.bits <= 4))
+        fields, steps = _dense(builder, matrix, replace(shape, phases=1), step)
+        step = replace(step, depth=steps, **fields)
+        live = 1 + steps + AHEAD
     else:
         nibbles = not many and matrix.bits <= 4  # weights are read once: bytes are what counts
         step = replace(step, opcode=TILED if many else STREAM, nibbles=int(nibbles))
-        step = replace(step, **_dense(builder, matrix, shape, step))
+        step = replace(step, **_dense(builder, matrix, shape, step)[0])
     step = replace(
         step, **_epilogue(builder, tier, op, matrix, base.source_zero, groups * channels, order)
     )
-    return Packed(step, Demand(accumulators=shape.pixels * channels), order)
+    return Packed(step, Demand(accumulators=shape.pixels * channels, rows=live), order)
 
 
 def pack_taps(builder: TableBuilder, tier: Tier, op: Linear, matrix: Matrix, base: Step) -> Packed:
@@ -277,8 +292,10 @@ def _epilogue(
     return fields
 
 
-def _dense(builder: TableBuilder, matrix: Matrix, shape: Shape, step: Step) -> dict[str, int]:
-    """All weights, four bytes of a run for each channel of a group at a time."""
+def _dense(
+    builder: TableBuilder, matrix: Matrix, shape: Shape, step: Step
+) -> tuple[dict[str, int], int]:
+    """All weights, four bytes of a run for each channel of a group at a time; how many steps."""
     packed = pack_dense(
         matrix.values,
         matrix.offsets,
@@ -289,10 +306,11 @@ def _dense(builder: TableBuilder, matrix: Matrix, shape: Shape, step: Step) -> d
     weights = builder.bytes(packed.weights)
     size = packed.steps * packed.step_bytes * packed.channels // (2 if packed.nibbles else 1)
     runs = packed.runs * [1, packed.step_bytes // 4]  # a kernel counts in four bytes
-    return {
+    fields = {
         "runs": builder.integers(runs),
         "run_count": len(runs),
         "group_table": builder.integers(
             [[weights + group * size, 0, 0, 0, 0, 0] for group in range(packed.groups)]
         ),
     }
+    return fields, packed.steps
