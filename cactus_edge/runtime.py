@@ -22,7 +22,7 @@ import numpy.typing as npt
 from cactus_edge import profiles
 from cactus_edge.compact import compact
 from cactus_edge.constraints import validate
-from cactus_edge.errors import UsageError
+from cactus_edge.errors import DataError, UsageError
 from cactus_edge.execute import check_input, run_operator
 from cactus_edge.fusion import fuse
 from cactus_edge.graph import DType, Graph, Int64Array, Operator, Tensor
@@ -32,6 +32,7 @@ from cactus_edge.kernels.demand import Layout
 from cactus_edge.kernels.explain import Explanation, explain
 from cactus_edge.kernels.place import core_tensors, image_bytes
 from cactus_edge.kernels.program import Program, build
+from cactus_edge.kernels.replay import chosen_samples
 from cactus_edge.kernels.simd.tiers import Tier, choose
 from cactus_edge.kernels.threads import ParallelWorker
 from cactus_edge.kernels.walk import Worker, walker
@@ -65,6 +66,7 @@ class Session:
         threads: int | None = None,
         tier: str | None = None,
         whole: bool = False,
+        calibration: npt.ArrayLike | None = None,
     ) -> None:
         """Validate, compile and pack.
 
@@ -72,17 +74,22 @@ class Session:
             graph: resolved, or else resolved here under ``profile``.
             profile: name of a rounding profile, ignored by operators that are resolved already.
             tensors: integer activations that ``run_tensors`` returns; the logits if None.
-            layout: "dense", "sparse", "blocks" or "bitmask" forces the layout of all convolutions
-                and fully connected layers that have it, "auto" measures the fastest for each.
+            layout: "dense", "sparse", "blocks", "bitmask" or "skipping" forces the layout of all
+                convolutions and fully connected layers that have it, "auto" measures the fastest
+                for each.
             threads: that share a batch, or a single image if it is large enough. If None, as many
                 as the process may use for batches, and one for an image.
             tier: name of the CPU's instructions to use, see ``kernels.simd.tiers``; the fastest
                 that it has if None.
             whole: compute the shipped weights as they are, channels included on which nothing that
                 is asked for depends; for the certifier.
+            calibration: stored integers, as ``run`` takes them, like those that will come. With
+                some, kernels that skip inputs at the zero point are timed on them and chosen where
+                they are faster on one image. They never change a result.
 
         Raises:
             InvalidGraphError: the graph breaks a constraint.
+            DataError: ``calibration`` is no batch that ``run`` would take, or has no sample.
             UsageError: an unknown profile or layout, a tensor that is no integer activation, or
                 less than one thread, or a tier that the CPU lacks.
         """
@@ -105,6 +112,8 @@ class Session:
         self._one = (1, *self._input_shape)
         self._native = np.dtype(self._input_type)  # one object for the type, in every array of it
         self._narrow, self._wide = _divide(self.graph)
+        self._image_bytes = source.size
+        self._samples = None if calibration is None else self._calibrated(calibration)
         self._needed = _needed(self.graph, self._wide, (*self.tensors, self.graph.logits))
         self._packed = self._narrow if whole else _divide(compact(self.graph, self._needed))[0]
         if self.tier is not Tier.PLAIN:
@@ -123,7 +132,7 @@ class Session:
     def explain(self, *, batch: bool = False) -> list[Explanation]:
         """What each layer runs as and how long it takes, for one image or in batches."""
         program = self._batched().program if batch else self.program
-        return explain(self._narrow, program)
+        return explain(self._narrow, program, None if batch else self._samples)
 
     def run(self, batch: npt.ArrayLike) -> Stored:
         """Logits of a batch of stored integers.
@@ -164,10 +173,7 @@ class Session:
 
     def _compute(self, batch: npt.ArrayLike, wanted: Iterable[int]) -> dict[int, Stored]:
         """What the kernels compute."""
-        array = np.asarray(batch)
-        fits = array.ndim > 0 and array.shape[1:] == self._input_shape
-        if not fits or array.dtype.kind not in "iu":
-            check_input(self.graph, array)
+        array = self._fitting(batch)
         if len(array) == 1:
             return self._run_single(array, wanted)
         pool = self._batched()
@@ -188,6 +194,23 @@ class Session:
                     pass
         return {tensor: self._result(pool.program, results, tensor) for tensor in wanted}
 
+    def _fitting(self, batch: npt.ArrayLike) -> npt.NDArray[np.generic]:
+        """The batch as an array of integers of the right shape; values are not looked at."""
+        array = np.asarray(batch)
+        fits = array.ndim > 0 and array.shape[1:] == self._input_shape
+        if not fits or array.dtype.kind not in "iu":
+            check_input(self.graph, array)
+        return array
+
+    def _calibrated(self, calibration: npt.ArrayLike) -> npt.NDArray[np.uint8]:
+        """Some of the samples, uint8 [samples, input bytes]."""
+        array = self._fitting(calibration)
+        if not len(array):
+            raise DataError("calibration holds no sample; give at least one")
+        if array.dtype != self._input_type:
+            check_input(self.graph, array)
+        return self._bytes(array[chosen_samples(len(array))])
+
     def _run_one(self, image: npt.NDArray[np.generic]) -> Stored:
         """Logits of a single image that is known to fit; what ``run`` does, with less ado."""
         try:
@@ -205,7 +228,8 @@ class Session:
         """A worker, and views of its memory that have the types and shapes of the graph."""
         worker: Worker | ParallelWorker
         if self._together > 1:
-            worker = ParallelWorker(self.program, self._together)
+            image = None if self._samples is None else self._samples[0]
+            worker = ParallelWorker(self.program, self._together, image=image)
             self._together = 1  # whoever comes while that one works takes a thread of its own
         else:
             worker = self._single.take()
@@ -227,7 +251,7 @@ class Session:
         """Contiguous uint8 [samples, input bytes] of a part of the batch, checked."""
         if part.dtype != self._input_type:
             part = check_input(self.graph, part).astype(self._input_type)
-        flat = np.ascontiguousarray(part).reshape(len(part), self._single.program.image_bytes)
+        flat = np.ascontiguousarray(part).reshape(len(part), self._image_bytes)
         return flat.view(np.uint8)
 
     def _result(self, program: Program, results: npt.NDArray[np.uint8], tensor: int) -> Stored:
@@ -238,7 +262,8 @@ class Session:
     def _program(self, block: int) -> Program:
         layout = self.layout
         if layout is Layout.AUTO and self.tier is not Tier.PLAIN:
-            layout = fastest(self._packed, self._needed, block, self.tier)
+            samples = self._samples if block == 1 else None
+            layout = fastest(self._packed, self._needed, block, self.tier, samples)
         return build(self._packed, self._needed, block, layout, self.tier)
 
     def _batched(self) -> _Pool:

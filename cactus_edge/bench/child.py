@@ -54,24 +54,26 @@ def start(
         model: what it loads.
         stored: bytes of one stored image.
         threads: of the runtime.
-        ours: profile and layout of our runtime.
+        ours: profile, layout and calibration of our runtime.
         compiled: whether kernels that were compiled before may be read from Numba's cache.
 
     Raises:
         ToolError: the process failed.
     """
+    calibration = b"" if ours.calibration is None else ours.calibration.tobytes()
     head = {
         "name": name,
         "threads": threads,
         "profile": ours.profile,
         "layout": ours.layout,
         "image": len(stored),
+        "calibration": len(calibration),
     }
     with tempfile.TemporaryDirectory() as empty:
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "cactus_edge.bench.child"],
-                input=json.dumps(head).encode() + b"\n" + stored + model.content,
+                input=json.dumps(head).encode() + b"\n" + stored + calibration + model.content,
                 capture_output=True,
                 timeout=_TIMEOUT,
                 check=False,
@@ -89,11 +91,13 @@ def start(
 def serve(source: IO[bytes]) -> Start:
     """Answer one request."""
     head = json.loads(source.readline())
-    stored, content = source.read(head["image"]), source.read()
+    stored, calibration = (source.read(head[name]) for name in ("image", "calibration"))
+    content = source.read()
     graph = read_tflite(content)
     tensor = graph.tensors[graph.core_input]
     image = np.frombuffer(stored, tensor.dtype.value).reshape(tensor.shape)
-    own = Ours(head["profile"], head["layout"])
+    samples = np.frombuffer(calibration, tensor.dtype.value).reshape(-1, *tensor.shape[1:])
+    own = Ours(head["profile"], head["layout"], calibration=samples if len(samples) else None)
     peer = own if head["name"] == own.name else peer_named(head["name"])
     before = machine.resident_kib()
     begin = time.perf_counter()

@@ -17,7 +17,7 @@ import importlib
 import importlib.metadata
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Protocol
 
@@ -89,18 +89,25 @@ class Peer(Protocol):
 
 @dataclass(frozen=True)
 class Ours:
-    """Our runtime."""
+    """Our runtime; ``calibration`` are samples for ``Session``."""
 
     profile: str = profiles.DEFAULT
     layout: str = "auto"
     name: str = "cactus-edge"
     package: str = "cactus-edge"
+    calibration: Array | None = field(default=None, compare=False)
 
     def load(self, model: Model, threads: int) -> Loaded:
         """A session."""
         from cactus_edge.runtime import Session  # its import is part of what a start takes
 
-        session = Session(model.graph, self.profile, layout=self.layout, threads=threads)
+        session = Session(
+            model.graph,
+            self.profile,
+            layout=self.layout,
+            threads=threads,
+            calibration=self.calibration,
+        )
         return Loaded(_same, session.run, session.run, _same)
 
 

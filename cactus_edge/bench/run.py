@@ -25,7 +25,8 @@ from cactus_edge.bench.peers import (
 )
 from cactus_edge.bench.timing import Contender, Samples
 from cactus_edge.bench.work import Work, work
-from cactus_edge.errors import CactusEdgeError, ToolError, UsageError
+from cactus_edge.errors import CactusEdgeError, DataError, ToolError, UsageError
+from cactus_edge.execute import check_input
 from cactus_edge.flatbuffer import write_tflite
 from cactus_edge.graph import Graph
 
@@ -109,6 +110,7 @@ def benchmark(
     model: bytes | None = None,
     profile: str | None = None,
     layout: str = "auto",
+    samples: Array | None = None,
     candidates: Sequence[Peer] | None = None,
     rounds: int = 50,
     batch: int = 256,
@@ -122,6 +124,9 @@ def benchmark(
         model: the ``.tflite`` file for the peers; written from ``graph`` if None.
         profile: rounding profile of our runtime; ``usual_profile`` if None.
         layout: of our weights, see ``Session``.
+        samples: stored integers to time on, [n, *shape of an image]; uniform ones if None. Our
+            kernels are calibrated on the first of them, at most half, and all are timed on the
+            others.
         candidates: other runtimes; all that are known if None.
         rounds: turns that each contender takes, of ``timing.CALLS`` calls each.
         batch: images of the throughput measurement, rounded up to whole pieces of the peers.
@@ -131,6 +136,7 @@ def benchmark(
     Raises:
         InvalidGraphError: the graph breaks a constraint.
         UnsupportedModelError: no file can hold it.
+        DataError: ``samples`` are no batch that the model takes, or fewer than two.
         UsageError: an unknown profile or layout, or less than one round, image or thread.
     """
     if min(rounds, batch, threads) < 1:
@@ -140,9 +146,9 @@ def benchmark(
     before = machine.state()
     whole = Model(graph, write_tflite(graph) if model is None else model)
     batch = -(-batch // PIECE) * PIECE
-    stored = _stored_images(graph, batch)
+    calibration, stored = _stored_images(graph, batch, samples)
     profile = usual_profile(graph) if profile is None else profile
-    own = Ours(profile, layout)
+    own = Ours(profile, layout, calibration=calibration)
     entrants: list[Peer] = [own]
     loaded = [own.load(whole, threads)]
     absent: dict[str, str] = {}
@@ -238,12 +244,21 @@ def _start(peer: Peer, model: Model, stored: Array, threads: int, own: Ours) -> 
         return None
 
 
-def _stored_images(graph: Graph, count: int) -> Array:
-    """Uniform stored integers, always the same ones."""
+def _stored_images(graph: Graph, count: int, samples: Array | None) -> tuple[Array | None, Array]:
+    """What calibrates and what is timed: samples, again and again if they are few, or uniform."""
     tensor = graph.tensors[graph.core_input]
     lower, upper = tensor.dtype.range
-    values = np.random.default_rng(0).integers(lower, upper + 1, (count, *tensor.shape[1:]))
-    return values.astype(tensor.dtype.value)
+    if samples is None:
+        rng = np.random.default_rng(0)
+        values = rng.integers(lower, upper + 1, (count, *tensor.shape[1:]))
+        return None, values.astype(tensor.dtype.value)
+    from cactus_edge.kernels.replay import SAMPLES  # a start measures what this imports
+
+    known = check_input(graph, samples).astype(tensor.dtype.value)
+    if len(known) < 2:
+        raise DataError(f"{len(known)} samples: give at least 2, one of which calibrates")
+    split = min(SAMPLES, len(known) // 2)
+    return known[:split], np.resize(known[split:], (count, *known.shape[1:]))
 
 
 def _flush_bytes() -> int:

@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 from cactus_edge import flatbuffer, profiles
-from cactus_edge.cli.options import ModelArgument
+from cactus_edge.cli.options import ModelArgument, training_samples
 from cactus_edge.cli.output import JsonOption, bar, emit, table
 
 TierOption = Annotated[
@@ -67,7 +67,11 @@ def warm_up(
 
 
 class ExplainedLayer(msgspec.Struct, frozen=True):
-    """One layer. ``share``: of the dot products at best, with zeros counted as work."""
+    """One layer.
+
+    ``share``: of the dot products at best, with zeros counted as work. ``live``: of the inputs that
+    are not skipped, in groups of four or eight; None where none is, or it is not known.
+    """
 
     name: str
     kind: str
@@ -77,6 +81,7 @@ class ExplainedLayer(msgspec.Struct, frozen=True):
     multiplications: int
     microseconds: float
     share: float | None
+    live: float | None
 
 
 class ExplainOutput(msgspec.Struct, frozen=True):
@@ -94,21 +99,31 @@ def explain(
     model: ModelArgument,
     batch: Annotated[bool, typer.Option("--batch", help="As in batches, not one image.")] = False,
     layout: Annotated[
-        str, typer.Option("--layout", help="auto, dense, sparse, blocks or bitmask.")
+        str, typer.Option("--layout", help="auto, dense, sparse, blocks, bitmask or skipping.")
     ] = "auto",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            help="Data set whose training samples show which activations are zero.",
+            metavar="NAME",
+        ),
+    ] = None,
     tier: TierOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print which kernel each layer runs, its size and time, and how near the ceiling that is.
 
-    Example: cactus-edge explain model.tflite
+    Example: cactus-edge explain model.tflite --data mnist
     """
     from cactus_edge.bench import ceilings
     from cactus_edge.errors import ToolError
+    from cactus_edge.kernels.replay import SAMPLES
     from cactus_edge.runtime import Session
 
     graph, _ = flatbuffer.load(model)
-    session = Session(graph, tier=tier, layout=layout)
+    samples = None if data is None else training_samples(data, SAMPLES, graph)
+    session = Session(graph, tier=tier, layout=layout, calibration=samples)
     try:
         best = ceilings.measure().products
     except ToolError:
@@ -124,6 +139,7 @@ def explain(
             layer.multiplications,
             layer.microseconds,
             None if best is None else _rate(layer.multiplications, layer.microseconds) / best,
+            layer.live,
         )
         for layer in found
     )
@@ -137,10 +153,11 @@ def explain(
             f"{layer.packed_bytes:,}",
             f"{layer.microseconds:.2f}",
             "-" if layer.share is None or not layer.multiplications else f"{100 * layer.share:.0f}",
+            "-" if layer.live is None else f"{100 * layer.live:.0f}",
         )
         for layer in layers
     ]
-    columns = ("layer", "kernel", "zeros %", "bytes", "us", "% of peak")
+    columns = ("layer", "kernel", "zeros %", "bytes", "us", "% of peak", "live %")
     peak = "" if best is None else f", dot products at best {best:.0f} GMAC/s"
     emit(shown, as_json, table(f"{model.name} on {shown.tier}{peak}", columns, rows))
 

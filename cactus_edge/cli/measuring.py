@@ -9,7 +9,7 @@ import msgspec
 import typer
 
 from cactus_edge import files, flatbuffer
-from cactus_edge.cli.options import ModelsArgument
+from cactus_edge.cli.options import ModelsArgument, training_samples
 from cactus_edge.cli.output import ForceOption, JsonOption, bar, console, emit, table
 
 if TYPE_CHECKING:
@@ -68,7 +68,17 @@ def bench(
         int, typer.Option("--rounds", help="Interleaved turns of each runtime.")
     ] = 50,
     batch: Annotated[int, typer.Option("--batch", help="Images of the throughput run.")] = 256,
-    layout: Annotated[str, typer.Option("--layout", help="auto, dense or sparse.")] = "auto",
+    layout: Annotated[
+        str, typer.Option("--layout", help="auto, dense, sparse, blocks, bitmask or skipping.")
+    ] = "auto",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            help="Data set whose training samples are timed, and calibrate ours; noise without it.",
+            metavar="NAME",
+        ),
+    ] = None,
     profile: Annotated[
         str | None,
         typer.Option("--profile", help="Rounding of our runtime; LiteRT's on this CPU without it."),
@@ -95,6 +105,7 @@ def bench(
     from cactus_edge.bench import benchmark
     from cactus_edge.bench import ceilings as limits
     from cactus_edge.bench.peers import all_peers, peer_named
+    from cactus_edge.kernels.replay import SAMPLES
 
     for path in (plot, roofline):
         if path is not None:
@@ -102,16 +113,20 @@ def bench(
     candidates = all_peers() if peer is None else [peer_named(name) for name in peer]
     loaded = [(path, *flatbuffer.load(path)) for path in models]
     best = limits.measure() if ceilings or roofline else None
+    samples = None
     runs = [(path, graph, content, n) for path, graph, content in loaded for n in threads or [1]]
     results: list[tuple[Path, Benchmark]] = []
     with bar("bench", "runs") as progress:
         for path, graph, content, count in runs:
             progress(len(results), len(runs))
+            if data is not None:
+                samples = training_samples(data, batch + SAMPLES, graph)
             result = benchmark(
                 graph,
                 model=content,
                 profile=profile,
                 layout=layout,
+                samples=samples,
                 candidates=candidates,
                 rounds=rounds,
                 batch=batch,

@@ -19,7 +19,7 @@ from cactus_edge.radii import read_radii
 
 if TYPE_CHECKING:
     from cactus_edge.certify.attack import Settings
-    from cactus_edge.graph import Graph
+    from cactus_edge.graph import Graph, Int64Array
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +138,11 @@ def split_of(name: str, split: str, graph: Graph) -> datasets.Dataset:
     except (ValueError, KeyError, TypeError, RecursionError):
         logger.info("the model does not say what training held out; taking %g", fraction)
     return datasets.load(name, split, fraction)  # pyright: ignore[reportArgumentType]
+
+
+def training_samples(name: str, count: int, graph: Graph) -> Int64Array:
+    """The first samples of a data set's training split, as stored integers."""
+    return inputs.stored(graph, split_of(name, "train", graph).images[:count])
 
 
 def settings_of(steps: int | None, restarts: int | None, strong: bool) -> Settings:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from cactus_edge.graph import DepthwiseConv2D, FullyConnected, Graph, Linear
 from cactus_edge.kernels import steps
 from cactus_edge.kernels.choose import seconds
 from cactus_edge.kernels.program import Program
+from cactus_edge.kernels.replay import Replay, median_seconds
 
 KERNELS = {
     steps.DENSE: "plain dense",
@@ -36,6 +38,8 @@ class Explanation:
 
     ``sparsity`` is the share of zero weights, ``packed_bytes`` the size of its tables,
     ``multiplications`` those of a dense layer for one image; ``microseconds`` for one image.
+    ``live`` is the share of steps that are not skipped, the median over samples; None where nothing
+    is skipped, and without samples, where the time is that of a layer that skips nothing.
     """
 
     name: str
@@ -45,14 +49,19 @@ class Explanation:
     packed_bytes: int
     multiplications: int
     microseconds: float
+    live: float | None
 
 
-def explain(graph: Graph, program: Program) -> list[Explanation]:
+def explain(
+    graph: Graph, program: Program, images: npt.NDArray[np.uint8] | None = None
+) -> list[Explanation]:
     """Time every operator by itself.
 
     Args:
         graph: the resolved graph, before channels were left out for the program.
         program: see ``program``.
+        images: uint8 [samples, bytes of an image], on which steps are timed whose time depends on
+            their inputs.
     """
     found: list[Explanation] = []
     for number, op in enumerate(graph.core):
@@ -67,6 +76,11 @@ def explain(graph: Graph, program: Program) -> list[Explanation]:
         zeros = 0.0  # float: a share
         if isinstance(op, Linear):
             zeros = 1 - np.count_nonzero(op.weights.values) / op.weights.values.size
+        if images is not None and program.opcode(number) == steps.SKIPPING:
+            replay = Replay(graph, program, number, images)
+            (taken,), live = median_seconds([replay]), replay.live()
+        else:
+            taken, live = seconds(program, number, program.block), None
         found.append(
             Explanation(
                 name=op.name,
@@ -75,7 +89,8 @@ def explain(graph: Graph, program: Program) -> list[Explanation]:
                 sparsity=zeros,
                 packed_bytes=program.sizes[position],
                 multiplications=_multiplications(graph, op) if isinstance(op, Linear) else 0,
-                microseconds=1e6 * seconds(program, number, program.block) / program.block,
+                microseconds=1e6 * taken / program.block,
+                live=live,
             )
         )
     return found

@@ -54,7 +54,14 @@ class ParallelWorker:
     computes alone.
     """
 
-    def __init__(self, program: Program, threads: int, *, grain: float = GRAIN) -> None:
+    def __init__(
+        self,
+        program: Program,
+        threads: int,
+        *,
+        grain: float = GRAIN,
+        image: npt.NDArray[np.uint8] | None = None,
+    ) -> None:
         """Measure the steps, cut them, and start the threads.
 
         Args:
@@ -62,10 +69,13 @@ class ParallelWorker:
             threads: the caller's included.
             grain: seconds that a part of a step should take at least; with 0 all that can be
                 divided is, whatever the size.
+            image: uint8 [bytes of an image], a sample to measure on; zeros if None.
         """
         self.program = program
         self.images = np.zeros((program.block, program.image_bytes), np.uint8)
         self.results = np.zeros((program.block, program.result_bytes), np.uint8)
+        if image is not None:
+            self.images[:] = image
         self._staging = (self.images.ctypes.data, self.results.ctypes.data)
         work = program.workspace()
         seconds = step_seconds(program, work, *self._staging)

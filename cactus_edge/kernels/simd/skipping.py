@@ -158,4 +158,3 @@ def skipping_tile(*, nibbles: bool) -> Any:
         finish(e, [collected(e, totals, nibbles)], targets, arena, group, channel, epilogue)
 
     return tile
-
