@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from cactus_edge import certificate, flatbuffer, manual
+from cactus_edge.bench.ceilings import Ceilings
 from cactus_edge.cli import run
 from cactus_edge.graph import (
     Conv2D,
@@ -279,6 +280,30 @@ def test_help_has_an_example_for_every_verb(capsys: pytest.CaptureFixture[str]) 
         assert code == 0, verb
         assert f"cactus-edge {verb}" in " ".join(out.split()).replace("│", ""), verb
         assert "--json" in out, verb
+
+
+def test_samples_say_what_is_skipped(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The verbs that time kernels take samples, and not noise."""
+    limits = Ceilings("test", 100.0, {}, {})
+    monkeypatch.setattr("cactus_edge.bench.ceilings.measure", lambda: limits)
+    forced = ("explain", model, "--layout", "skipping")
+    code, out, _ = call(capsys, *forced, "--data", "digits", "--json")
+    assert code == 0
+    conv, last = json.loads(out)["layers"]
+    assert conv["live"] is None
+    if json.loads(out)["tier"].startswith("av"):
+        assert last["kernel"].startswith("skipping stream, int4") and 0 < last["live"] <= 1
+        assert json.loads(call(capsys, *forced, "--json")[1])["layers"][1]["live"] is None
+        assert "live %" in " ".join(call(capsys, *forced, "--data", "digits")[1].split())
+    assert call(capsys, *forced, "--data", "nothing")[0] == 2
+    code, out, _ = call(
+        capsys, "bench", model, "--data", "digits", "--rounds", 1, "--batch", 1, "--no-starts",
+        "--peer", "litert-builtin", "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(out)["ours"]["median_us"] > 0
 
 
 def test_published_documents_are_generated() -> None:

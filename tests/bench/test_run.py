@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from graphs import random_inputs
 
 from cactus_edge.bench import benchmark, drawing
 from cactus_edge.bench.ceilings import Ceilings
@@ -17,7 +18,7 @@ from cactus_edge.bench.peers import PIECE, Model, Ours, TFLitePeer, peer_named, 
 from cactus_edge.bench.roofline import roof
 from cactus_edge.bench.work import work
 from cactus_edge.cli import run
-from cactus_edge.errors import InvalidGraphError, ToolError, UsageError
+from cactus_edge.errors import DataError, InvalidGraphError, ToolError, UsageError
 from cactus_edge.flatbuffer import write_tflite
 from cactus_edge.graph import Graph, Linear
 
@@ -40,6 +41,19 @@ def test_benchmark_measures_ours_and_lists_absent_peers(small_graph: Graph) -> N
     assert "pip install 'cactus-edge[runtimes]'" in result.absent["nowhere"]
     assert result.profile == usual_profile(small_graph)
     assert result.machine
+
+
+def test_benchmark_on_samples(small_graph: Graph) -> None:
+    """Ours is calibrated on some of them, in the process that measures its start too."""
+    samples = random_inputs(np.random.default_rng(0), small_graph, 5)
+    result = benchmark(
+        small_graph, samples=samples, layout="skipping", candidates=(), rounds=1, batch=4
+    )
+    assert result.ours.start is not None
+    with pytest.raises(DataError, match="1 samples: give at least 2"):
+        benchmark(small_graph, samples=samples[:1], candidates=(), rounds=1)
+    with pytest.raises(DataError, match="outside int8"):
+        benchmark(small_graph, samples=samples + 300, candidates=(), rounds=1)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -174,14 +174,14 @@ def extreme_case(rng: np.random.Generator, profile_rounding: Rounding, count: in
     return Case(graph, x)
 
 
-def unit_factors(rounding: Rounding, channels: int) -> Requantization:
-    """Factors of about 2**-20, so that the largest accumulators span the output's range."""
+def unit_factors(rounding: Rounding, channels: int, halvings: int = 20) -> Requantization:
+    """Factors of about 2**-halvings; with 20 the largest accumulators span the output's range."""
     multiplier, shift = {
-        Rounding.DOUBLE_HALF_AWAY: ((1 << 30) + 12345, 19),
-        Rounding.DOUBLE_HALF_UP: ((1 << 30) + 12345, 19),
-        Rounding.SINGLE: ((1 << 30) + 12345, 50),
-        Rounding.FLOAT32: ((1 << 23) + 1, 43),
-        Rounding.FLOAT64: ((1 << 52) + 99, 72),
+        Rounding.DOUBLE_HALF_AWAY: ((1 << 30) + 12345, halvings - 1),
+        Rounding.DOUBLE_HALF_UP: ((1 << 30) + 12345, halvings - 1),
+        Rounding.SINGLE: ((1 << 30) + 12345, halvings + 30),
+        Rounding.FLOAT32: ((1 << 23) + 1, halvings + 23),
+        Rounding.FLOAT64: ((1 << 52) + 99, halvings + 52),
     }[rounding]
     return Requantization.uniform(rounding, multiplier, shift, channels)
 
