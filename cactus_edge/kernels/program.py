@@ -90,6 +90,8 @@ def build(
     block: int,
     layout: Layout | Mapping[int, Layout],
     tier: Tier,
+    *,
+    depthwise_tiles: bool = True,
 ) -> Program:
     """Program of a valid, resolved graph.
 
@@ -99,9 +101,12 @@ def build(
         block: images that are computed together, layer by layer.
         layout: of the weights of CONV_2D and FULLY_CONNECTED; of all, or by position in the core.
         tier: of the kernels.
+        depthwise_tiles: whether DEPTHWISE_CONV_2D runs on vector tiles where the tier has them; the
+            interval kernels have none.
     """
     placements, arena = place(graph, block)
-    context = _Context(graph, placements, block, TableBuilder(), tier, frozenset(wanted))
+    tiles = depthwise_tiles and tier is not Tier.PLAIN
+    context = _Context(graph, placements, block, TableBuilder(), tier, tiles, frozenset(wanted))
     steps, operators, sizes = [_load(context)], [-1], [0]
     demand = Demand()
     for number, op in enumerate(graph.core):
@@ -178,6 +183,7 @@ class _Context:
     block: int
     builder: TableBuilder
     tier: Tier
+    depthwise_tiles: bool
     wanted: frozenset[int]
 
 
@@ -323,7 +329,7 @@ def _depthwise(
     taps = window_offsets(op, context.placements[op.inputs[0]], channels)[..., 0].reshape(-1)
     weights = op.weights.values.reshape(-1, op.channels)
     base = Step(opcode=opcodes.DEPTHWISE, **fields)
-    if context.tier is not Tier.PLAIN:
+    if context.depthwise_tiles:
         if op.channels == channels:
             base = _tiled(context, op, base, depthwise_wide(context.tier).pixels)
             matrix = Matrix(weights.T, taps, op.weights.bits)

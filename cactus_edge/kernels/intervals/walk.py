@@ -31,9 +31,13 @@ from cactus_edge.kernels.simd.tags import Tag
 from cactus_edge.kernels.simd.tiers import Tier
 from cactus_edge.kernels.steps import (
     ADD,
+    AVERAGE,
     COPY,
+    DENSE,
     DEPTHWISE,
     LOAD,
+    MAXIMUM,
+    PERMUTED,
     STEP,
     STORE,
     TILED,
@@ -45,6 +49,10 @@ Walk = Callable[[Tag, int, int, int, int, int, int], int]
 
 DIGEST = source_digest(semantics)
 _FRAME = 39
+_OPCODES = {
+    DENSE, DEPTHWISE, ADD, AVERAGE, MAXIMUM, LOAD, STORE, COPY, TILED, PERMUTED
+}  # fmt: skip
+"""Steps that have an interval form."""
 _MOST_WEIGHTS = 0.6
 """Layers with a larger share of weights that are not zero are dense."""
 # Time of sparse steps of one chunk and of two, in that of a dense step. Measured on Zen 4: the
@@ -72,15 +80,17 @@ def build_intervals(graph: Graph, wanted: Sequence[int], block: int, tier: Tier)
 
 def _faster_forms(graph: Graph, wanted: Sequence[int], block: int, tier: Tier) -> Program:
     """A program whose layers are dense or sparse, whichever has steps that take less time."""
-    dense = build(graph, wanted, block, Layout.DENSE, tier)
+    dense = build(graph, wanted, block, Layout.DENSE, tier, depthwise_tiles=False)
     candidates = {n: Layout.SPARSE for n, op in enumerate(graph.core) if _has_zeros(op)}
     if not candidates:
         return dense
-    sparse = build(graph, wanted, block, candidates, tier)
+    sparse = build(graph, wanted, block, candidates, tier, depthwise_tiles=False)
     chosen = {n: form for n, form in candidates.items() if _cost(sparse, n) < _cost(dense, n)}
     if chosen == candidates:
         return sparse
-    return build(graph, wanted, block, chosen, tier) if chosen else dense
+    if not chosen:
+        return dense
+    return build(graph, wanted, block, chosen, tier, depthwise_tiles=False)
 
 
 def _has_zeros(op: Operator) -> bool:
@@ -218,6 +228,9 @@ class IntervalWorker:
 
     def __init__(self, program: Program) -> None:
         """Allocate, and collect the addresses."""
+        assert set(program.steps["opcode"].tolist()) <= _OPCODES, (
+            "a kernel without an interval form"
+        )
         self.program = program
         self._walk = interval_walker(program.tier)
         self._tag = Tag(program.tier)
