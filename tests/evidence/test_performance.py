@@ -23,7 +23,7 @@ from tests.evidence import bench_networks, bench_page, results
 from tests.evidence.bench_networks import Entry, Trained
 from tests.evidence.bench_page import Record, Row
 
-ROUNDS = 12
+ROUNDS = 8
 THREADS = (1, 2)
 BATCH = {"mlp": 1024, "cnn-small": 1024, "cnn-7": 128}
 SAMPLES = {"mlp": 10_000, "cnn-small": 10_000, "cnn-7": 1000}
