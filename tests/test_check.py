@@ -457,7 +457,7 @@ def test_what_linear_bounds_certify_is_re_derived(method: certificate.Method) ->
     rng = np.random.default_rng(2)
     graph = random_graph(rng, shape=(1, 4, 4, 2), depth=2, classes=3, universal=False)
     model = flatbuffer.write_tflite(graph)
-    data = dataset(graph, np.zeros(30, np.int64))
+    data = dataset(graph, np.zeros(16, np.int64))
     plain = certified(model, Request(data, Perturbation.levels(0)))
     data = replace(data, labels=np.array([s.prediction for s in plain.samples]), classes=3)
     claim = certified(model, Request(data, Perturbation.levels(2), method=method, budget=1))

@@ -28,7 +28,7 @@ ATTACKED = {
 
 
 @settings(
-    max_examples=8,
+    max_examples=3,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     phases=(Phase.explicit, Phase.reuse, Phase.generate),

@@ -322,7 +322,7 @@ def test_margins_and_attacks_close_what_intervals_leave_open(
     monkeypatch.setattr("cactus_edge.certify.query.POINTS", 0)
     counts: dict[str, int] = {}
     refutable = refuted = 0
-    for seed in range(40):
+    for seed in range(26):
         graph, lower, upper = tiny(seed, 8)
         truth = Truth.of(graph, lower, upper)
         verifier = Verifier(graph)
