@@ -115,10 +115,24 @@ def convert(
         Path, typer.Argument(help="A run's directory or its model.safetensors.", metavar="RUN")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The .tflite file to write.")],
-    bits: Annotated[int, typer.Option("--bits", help="Width of the weights: 8, 4, 3 or 2.")] = 8,
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            "--bits", help="Width of the weights: 8, 4, 3 or 2; the member's, or 8, without it."
+        ),
+    ] = None,
     sparsity: Annotated[
         float, typer.Option("--sparsity", help="Fraction of weights to prune, by magnitude.")
     ] = 0.0,
+    member: Annotated[
+        str | None,
+        typer.Option(
+            "--member",
+            metavar="NUMBER|TABLE",
+            help="Compress as this member of the recipe does, counted from 1, or as one written "
+            "out: '{ kind = \"structured\", sparsity = 0.5 }'.",
+        ),
+    ] = None,
     eps: Annotated[
         float | None,
         typer.Option("--eps", help="Radius for calibration; the recipe's without it."),
@@ -143,6 +157,7 @@ def convert(
         output,
         bits=bits,
         sparsity=sparsity,
+        member=member,
         epsilon=eps,
         universal=universal,
         force=force,

@@ -33,7 +33,9 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output th
 DataOption = Annotated[
     str,
     typer.Option(
-        "--data", help="digits, mnist, fashion-mnist, cifar10 or a .npz file.", metavar="NAME"
+        "--data",
+        help="A data set's name (docs/training.md lists them) or a .npz file.",
+        metavar="NAME",
     ),
 ]
 

@@ -2,8 +2,9 @@
 
 Hidden layers end in ReLU and are stored with zero point -128. The logits are stored the same way:
 a constant that makes them non-negative is put into the bias, where it changes no decision, because
-a two-sided output has no universal scale. int4 linear layers are written as 1x1 convolutions,
-because stock runtimes refuse per-channel int4 FULLY_CONNECTED.
+a two-sided output has no universal scale. Sums of layers are described in ``storage``. int4 linear
+layers are written as 1x1 convolutions, because stock runtimes refuse per-channel int4
+FULLY_CONNECTED.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cactus_edge.errors import UnsupportedModelError
+from cactus_edge.constraints import ACCUMULATOR_LIMIT
 from cactus_edge.graph import (
     Activation,
+    Add,
     AveragePool2D,
     Conv2D,
     DepthwiseConv2D,
@@ -37,10 +39,10 @@ from cactus_edge.graph import (
     window_geometry,
 )
 from cactus_edge.snap import FloatArray, snap
-from cactus_edge.train.folding import Flatten, Layer, Pool, Stage
+from cactus_edge.train.folding import Branch, Flatten, Layer, Pool, Stage, Sum, output_of
 from cactus_edge.train.ranges import Range
+from cactus_edge.train.storage import Storage, storages
 
-ScaleBits = npt.NDArray[np.uint32]
 ScaleBits = npt.NDArray[np.uint32]
 
 PIXEL = Quantization.of(np.float32(1) / np.float32(255), -128)
@@ -103,6 +105,10 @@ class Assembly:
         self._operators: list[Operator] = []
         self._reports: list[LayerReport] = []
         self._spatial: tuple[int, ...] | None = None
+        self._current = 0  # the tensor that the next operator reads
+        self._made: dict[str, int] = {}  # by name of the output, for what is read again
+        self._offsets: dict[int, int] = {}  # levels that stand for 0, by tensor
+        self._storages: Mapping[str, Storage] = {}
         self.shadows: list[Shadow] = []
 
     def build(self, universal: bool) -> tuple[Graph, list[LayerReport]]:
@@ -111,6 +117,7 @@ class Assembly:
         Raises:
             UnsupportedModelError: an order of layers that has no deployed form.
         """
+        self._storages = storages(self._stages, self._ranges, universal=universal)
         last = max(i for i, stage in enumerate(self._stages) if isinstance(stage, Layer))
         for index, stage in enumerate(self._stages):
             match stage:
@@ -120,6 +127,11 @@ class Assembly:
                     self._pool(stage)
                 case Flatten():
                     self._flatten(stage)
+                case Branch():
+                    self._current = self._made[stage.source]
+                case Sum():
+                    self._sum(stage, universal)
+            self._made[output_of(stage)] = self._current
         if len(self._tensors[-1].shape) != 2:
             self._reshape("logits", (1, self._tensors[-1].size))
         graph = Graph(tuple(self._tensors), tuple(self._operators), 0, len(self._tensors) - 1)
@@ -128,10 +140,11 @@ class Assembly:
     def _append(self, operator: Operator, tensor: Tensor) -> None:
         self._tensors.append(tensor)
         self._operators.append(operator)
+        self._current = len(self._tensors) - 1
 
     def _next(self) -> tuple[tuple[int], int, Tensor]:
         """Input index (as a tuple), output index and input tensor of the next operator."""
-        return (len(self._tensors) - 1,), len(self._tensors), self._tensors[-1]
+        return (self._current,), len(self._tensors), self._tensors[self._current]
 
     def _reshape(self, name: str, shape: tuple[int, ...]) -> None:
         inputs, output, source = self._next()
@@ -141,7 +154,7 @@ class Assembly:
         )
 
     def _flatten(self, stage: Flatten) -> None:
-        source = self._tensors[-1]
+        source = self._tensors[self._current]
         if len(source.shape) == 4:
             self._spatial = source.shape
             self._reshape(stage.name, (1, source.size))
@@ -160,27 +173,62 @@ class Assembly:
         self._append(operator, replace(source, name=stage.name, shape=(1, *extents, channels)))
 
     def _layer(self, layer: Layer, last: bool, universal: bool) -> None:
-        if not layer.relu and not last:
-            raise UnsupportedModelError(
-                f"layer '{layer.name}': a hidden layer must end in ReLU to be deployed"
+        span, storage = self._ranges[layer.name], self._storages[layer.name]
+        shift = -span.lower if last else storage.offset * storage.step if universal else 0.0
+        zero_point = -128 if last or universal else -128 + storage.offset
+        target = Quantization.of(storage.step, zero_point)
+        self._weighted(layer, self._widths[layer.name], target, shift, universal, per_tensor=last)
+        self._offsets[self._current] = storage.offset
+
+    def _sum(self, stage: Sum, universal: bool) -> None:
+        """ADD; in a universal graph a layer behind it takes the offsets away and is the ReLU."""
+        (first,), output, source = self._next()
+        second, storage = self._made[stage.source], self._storages[stage.name]
+        offset = self._offsets.get(first, 0) + self._offsets.get(second, 0) if universal else 0
+        target = replace(
+            source,
+            name=stage.name if offset else stage.output,
+            quantization=Quantization.of(storage.step, -128),
+        )
+        activation = Activation.NONE if universal else Activation.RELU
+        operands = (first, second)
+        self._append(
+            Add(name=stage.name, inputs=operands, output=output, activation=activation), target
+        )
+        if offset:
+            assert target.quantization is not None
+            self._weighted(
+                _clipping(stage.output, source.shape, offset * storage.step),
+                8,
+                target.quantization,
+                0.0,
+                universal,
             )
-        width = self._widths[layer.name]
+
+    def _weighted(
+        self,
+        layer: Layer,
+        width: int,
+        quantization: Quantization,
+        shift: float,
+        universal: bool,
+        *,
+        per_tensor: bool = False,
+    ) -> None:
+        """The operator of a layer, its report and its shadow; ``shift`` is added to the outputs."""
         padding = self._pad(layer) if layer.convolution else Padding.VALID
         values = self._arranged(layer)
-        if not layer.convolution and width <= 4 and len(self._tensors[-1].shape) == 2:
-            self._reshape(f"{layer.name}/pixel", (1, 1, 1, self._tensors[-1].size))
+        if not layer.convolution and width <= 4 and len(self._tensors[self._current].shape) == 2:
+            self._reshape(f"{layer.name}/pixel", (1, 1, 1, self._tensors[self._current].size))
         inputs, output, source = self._next()
-        span = self._ranges[layer.name]
-        quantization = Quantization.of((span.upper - span.lower) / 255, -128)
         target = Tensor(
             layer.output, self._shape(layer, source, padding), quantization=quantization
         )
-        shift = -span.lower if last else 0.0
         maker = _Maker(
             layer, values, width, (source, target), (inputs, output), padding, shift,
             (*self._tensors, target),
         )  # fmt: skip
-        bits, report = maker.scales(per_tensor=last, universal=universal)
+        bits, report = maker.scales(per_tensor=per_tensor, universal=universal)
         _, operator = maker.make(bits)
         self._append(operator, target)
         self._reports.append(report)
@@ -259,6 +307,14 @@ class Assembly:
         return (1, *extents, channels)
 
 
+def _clipping(name: str, shape: tuple[int, ...], offset: float) -> Layer:
+    """max(0, x - offset) for x [1, h, w, channels], as a depthwise layer with 1x1 windows."""
+    channels = shape[-1]
+    weight = torch.ones(channels, 1, 1, 1, dtype=torch.float64)
+    bias = torch.full((channels,), -offset, dtype=torch.float64)
+    return Layer(name, name, weight, bias, relu=True, groups=channels)
+
+
 @dataclass(frozen=True, eq=False)
 class _Maker:
     """One weighted operator for any weight scales."""
@@ -307,9 +363,13 @@ class _Maker:
         return bits, report
 
     def _smallest_scale(self, source: float, ratio: float, per_tensor: bool) -> FloatArray:
-        """Scales below which a channel's bias or multiplier leaves its range: float64 [n]."""
+        """Scales below which a bias, multiplier or accumulator leaves its range: float64 [n]."""
         bias = np.abs(self._real_bias()) / (source * _LARGEST_BIAS)
         floor = np.maximum(bias, _SMALLEST_MULTIPLIER / ratio)
+        # Rounding moves each weight by half a level at most.
+        inputs, most = self.layer.weight[0].numel(), ACCUMULATOR_LIMIT - _LARGEST_BIAS
+        magnitude = self.layer.weight.abs().flatten(1).sum(1).numpy()
+        floor = np.maximum(floor, magnitude * 255 / (most - inputs * 255 / 2))
         return floor.max(keepdims=True) if per_tensor else floor
 
     def _real_bias(self) -> FloatArray:

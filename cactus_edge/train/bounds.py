@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cactus_edge.train.zoo import Network, Weighted
+from cactus_edge.train.zoo import Add, Network, Resume, Weighted, convolve
 
 ACTIVATION_LEVELS = 255  # an int8 activation has 256 values: 0 to 255 steps above its zero point
 Statistics = Mapping[str, tuple[Tensor, Tensor]]  # batch norm layer -> mean [C], variance [C]
@@ -65,12 +65,18 @@ class Bounds:
     """What a propagation yields.
 
     Attributes:
+        box: what was propagated.
         margins: upper bounds on z_k - z_y, [N, classes]; 0 at the label.
+        least: lower bounds on z_k - z_y, [N, classes].
         hidden: the box at the input of every ReLU, by name.
+        pooled: the box at the output of every max pool, by name.
     """
 
+    box: Box
     margins: Tensor
+    least: Tensor
     hidden: Mapping[str, Box]
+    pooled: Mapping[str, Box]
 
 
 def input_box(images: Tensor, epsilon: float) -> Box:
@@ -87,18 +93,25 @@ def forward(
     Without ``statistics`` batch normalization uses those of this batch.
     """
     used: dict[str, tuple[Tensor, Tensor]] = {}
+    kept: dict[str, Tensor] = {}
     x = images
     for name, layer in network.layers():
         if isinstance(layer, Weighted):
             x = _affine(layer, x, view.weights.get(name, layer.weight), layer.bias)
         elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
             used[name] = _batch_moments(x) if statistics is None else statistics[name]
-            scale, shift = _normalization(layer, used[name], x.dim())
+            scale, shift = normalization(layer, used[name], x.dim())
             x = x * scale + shift
         elif isinstance(layer, nn.ReLU):
             x = _activation(x, view.ranges.get(name))
+        elif isinstance(layer, Resume):
+            x = kept[layer.source]
+        elif isinstance(layer, Add):
+            x = x + kept[layer.source]
         else:
             x = layer(x)
+        if name in network.kept:
+            kept[name] = x
     return x, used
 
 
@@ -116,6 +129,8 @@ def propagate(
     """
     centre, radius = box.centre, box.radius
     hidden: dict[str, Box] = {}
+    pooled: dict[str, Box] = {}
+    kept: dict[str, Box] = {}
     last = network.layers()[-1][0]
     for name, layer in network.layers():
         if name == last:
@@ -127,7 +142,7 @@ def propagate(
         elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
             if statistics is None:
                 raise ValueError(f"bounds through '{name}' need batch statistics")
-            scale, shift = _normalization(layer, statistics[name], centre.dim())
+            scale, shift = normalization(layer, statistics[name], centre.dim())
             centre, radius = centre * scale + shift, radius * scale.abs()
         elif isinstance(layer, nn.ReLU):
             hidden[name] = Box(centre, radius)
@@ -138,9 +153,17 @@ def propagate(
             centre, radius = _ends(*ends)
         elif isinstance(layer, nn.MaxPool2d):
             centre, radius = _ends(layer(centre - radius), layer(centre + radius))
+            pooled[name] = Box(centre, radius)
+        elif isinstance(layer, Resume):
+            centre, radius = kept[layer.source].centre, kept[layer.source].radius
+        elif isinstance(layer, Add):
+            centre, radius = centre + kept[layer.source].centre, radius + kept[layer.source].radius
         else:  # Flatten and AvgPool2d are linear with weights that are not negative
             centre, radius = layer(centre), layer(radius)
-    return Bounds(_margins(network, last, Box(centre, radius), labels, view), hidden)
+        if name in network.kept:
+            kept[name] = Box(centre, radius)
+    margins = _margins(network, last, Box(centre, radius), labels, view)
+    return Bounds(box, margins.upper, margins.lower, hidden, pooled)
 
 
 def certified(margins: Tensor, labels: Tensor) -> Tensor:
@@ -214,9 +237,7 @@ def _affine(layer: Weighted, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
     """The layer's linear map with another weight and bias."""
     if isinstance(layer, nn.Linear):
         return functional.linear(x, weight, bias)
-    return functional.conv2d(
-        x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups
-    )
+    return convolve(layer, x, weight, bias)
 
 
 def _batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,7 +247,7 @@ def _batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def _normalization(
+def normalization(
     layer: nn.BatchNorm1d | nn.BatchNorm2d, moments: tuple[Tensor, Tensor], dimensions: int
 ) -> tuple[Tensor, Tensor]:
     """Batch normalization as x * scale + shift, both shaped [1, C, 1, ...]."""
@@ -237,8 +258,8 @@ def _normalization(
     return scale.reshape(shape), shift.reshape(shape)
 
 
-def _margins(network: Network, name: str, box: Box, labels: Tensor, view: View) -> Tensor:
-    """Upper bounds on z_k - z_y through the last layer with rows w_k - w_y, [N, classes]."""
+def _margins(network: Network, name: str, box: Box, labels: Tensor, view: View) -> Box:
+    """Bounds on z_k - z_y through the last layer with rows w_k - w_y, [N, classes]."""
     layer = network.get_submodule(name)
     assert isinstance(layer, nn.Linear)  # checked when the network was built
     weight = view.weights.get(name, layer.weight)  # [classes, F]
@@ -251,7 +272,7 @@ def _margins(network: Network, name: str, box: Box, labels: Tensor, view: View) 
         radius = radius[torch.arange(len(labels), device=labels.device), labels]
     else:
         radius = torch.einsum("nkf,nf->nk", differences[labels], box.radius)
-    return centre + radius
+    return Box(centre, radius)
 
 
 def _box(lower: Tensor, upper: Tensor) -> Box:

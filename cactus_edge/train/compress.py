@@ -1,4 +1,4 @@
-"""What compression does to weights, differentiably: the members of the compression set.
+"""What compression does to weights, differentiably: the arithmetic that members are made of.
 
 * Magnitude pruning: the mask keeps the largest weights of each layer or of the network; the
   surviving weights receive the gradient, the pruned ones none.
@@ -19,8 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cactus_edge.train import recipe as recipes
-from cactus_edge.train.bounds import Box, View, round_through
+from cactus_edge.train.bounds import Box, round_through
 from cactus_edge.train.zoo import Network
 
 RANGE_DECAY = 0.99  # of the moving average of activation ranges, per step
@@ -28,16 +27,6 @@ SMALLEST_SCALE = 1e-12  # keeps the scale of an all-zero channel positive
 
 Weights = Mapping[str, Tensor]  # layer name -> weight [out, ...]
 Masks = Mapping[str, Tensor]  # layer name -> bool, True where a weight survives
-
-
-def sparsity_of(member: recipes.Member) -> float:
-    """The fraction of weights that a member prunes."""
-    return 0.0 if isinstance(member, recipes.Dense | recipes.Quantized) else member.sparsity
-
-
-def bits_of(member: recipes.Member) -> int | None:
-    """The weight bits of a member, None for floats."""
-    return None if isinstance(member, recipes.Dense | recipes.Pruned) else member.bits
 
 
 def magnitude_masks(
@@ -55,9 +44,9 @@ def magnitude_masks(
     sizes = {name: layer.weight.detach().abs() for name, layer in layers}
     if scope == "layer":
         return {
-            name: _largest(size.flatten(), sparsity).view_as(size) for name, size in sizes.items()
+            name: largest(size.flatten(), sparsity).view_as(size) for name, size in sizes.items()
         }
-    kept = _largest(torch.cat([size.flatten() for size in sizes.values()]), sparsity)
+    kept = largest(torch.cat([size.flatten() for size in sizes.values()]), sparsity)
     parts = kept.split([size.numel() for size in sizes.values()])
     return {
         name: part.view_as(size) for (name, size), part in zip(sizes.items(), parts, strict=True)
@@ -108,49 +97,6 @@ def pruned_weights(network: Network, masks: Masks) -> Weights:
     }
 
 
-def training_view(
-    network: Network,
-    member: recipes.Member,
-    choice: recipes.Compression,
-    masks: Masks,
-    ranges: Mapping[str, Tensor],
-    loss: Callable[[View], Tensor],
-) -> View:
-    """The view of a member in training; ``loss`` is the certified loss that perturbations raise."""
-    bits = bits_of(member)
-    if bits is None and not masks:
-        return View()
-    weights = pruned_weights(network, masks)
-    if bits is None:
-        return View(weights)
-    shown = ranges if choice.activations == "int8" else {}
-    steps = member.steps if isinstance(member, recipes.Perturbed) else 1
-    if isinstance(member, recipes.Perturbed) or choice.quantizer == "weight-perturbation":
-        offsets = perturbation(weights, bits, steps, lambda moved: loss(View(moved, shown)))
-        return View({name: weight + offsets[name] for name, weight in weights.items()}, shown)
-    return View({name: fake_quantize(weight, bits) for name, weight in weights.items()}, shown)
-
-
-def deployed_view(
-    network: Network,
-    member: recipes.Member,
-    choice: recipes.Compression,
-    ranges: Mapping[str, Tensor],
-) -> View:
-    """The view of a member in evaluation: masks of now, weights rounded, nothing adversarial."""
-    sparsity, bits = sparsity_of(member), bits_of(member)
-    masks = (
-        magnitude_masks(network, sparsity, choice.scope, prune_last=choice.prune_last)
-        if sparsity
-        else {}
-    )
-    weights = {name: weight.detach() for name, weight in pruned_weights(network, masks).items()}
-    if bits is None:
-        return View(weights)
-    rounded = {name: fake_quantize(weight, bits) for name, weight in weights.items()}
-    return View(rounded, ranges if choice.activations == "int8" else {})
-
-
 def prune(
     network: Network,
     sparsity: float,
@@ -179,9 +125,12 @@ def updated_ranges(ranges: Mapping[str, Tensor], hidden: Mapping[str, Box]) -> M
     }
 
 
-def _largest(sizes: Tensor, sparsity: float) -> Tensor:
-    """True for all but the round(sparsity * n) smallest of ``sizes`` [n]."""
-    pruned = round(sparsity * sizes.numel())
+def largest(sizes: Tensor, sparsity: float, least: int = 0) -> Tensor:
+    """True for all but the round(sparsity * n) smallest of ``sizes`` [n].
+
+    At least ``least`` survive. Of equal sizes the first ones are pruned first.
+    """
+    pruned = min(round(sparsity * sizes.numel()), sizes.numel() - least)
     if pruned == 0:
         return torch.ones_like(sizes, dtype=torch.bool)
     threshold = sizes.kthvalue(pruned).values

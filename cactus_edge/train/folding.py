@@ -1,7 +1,7 @@
 """A trained network as a list of deployable stages, in float64.
 
 Batch normalization is folded into the layer before it, pruning is applied to the weights first, as
-in training, and a following ReLU becomes part of the layer.
+in training, and a following ReLU becomes part of the layer or of the sum.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cactus_edge.errors import UnsupportedModelError
-from cactus_edge.train import compress
-from cactus_edge.train.zoo import Network
+from cactus_edge.train.compress import Masks
+from cactus_edge.train.zoo import Add, Network, Resume
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,26 +71,38 @@ class Flatten:
     name: str
 
 
-Stage = Layer | Pool | Flatten
+@dataclass(frozen=True)
+class Branch:
+    """Goes on from the earlier stage whose ``output`` is ``source``."""
+
+    name: str
+    source: str
 
 
-def stages(
-    network: Network,
-    sparsity: float,
-    scope: Literal["layer", "global"] = "layer",
-    *,
-    prune_last: bool = True,
-) -> list[Stage]:
-    """Fold a network.
+@dataclass(frozen=True)
+class Sum:
+    """The stage before plus the earlier one whose ``output`` is ``source``, with its ReLU."""
+
+    name: str
+    output: str
+    source: str
+    relu: bool = False
+
+
+Stage = Layer | Pool | Flatten | Branch | Sum
+
+
+def output_of(stage: Stage) -> str:
+    """The name under which later stages read what ``stage`` yields."""
+    return stage.output if isinstance(stage, Layer | Sum) else stage.name
+
+
+def stages(network: Network, masks: Masks) -> list[Stage]:
+    """Fold a network, with masked weights where there is a mask.
 
     Raises:
         UnsupportedModelError: an order of layers that has no deployed form.
     """
-    masks = (
-        compress.magnitude_masks(network, sparsity, scope, prune_last=prune_last)
-        if sparsity
-        else {}
-    )
     result: list[Stage] = []
     for name, module in network.layers():
         match module:
@@ -100,18 +112,37 @@ def stages(
                 result[-1:] = [_normalized(name, result[-1:], module)]
             case nn.ReLU():
                 last = result[-1] if result else None
-                if not isinstance(last, Layer) or last.relu:
-                    raise UnsupportedModelError(f"layer '{name}': a ReLU must follow a layer")
+                if not isinstance(last, Layer | Sum) or last.relu:
+                    raise UnsupportedModelError(
+                        f"layer '{name}': a ReLU must follow a layer or a sum"
+                    )
                 result[-1] = replace(last, relu=True, output=name)
             case nn.AvgPool2d() | nn.MaxPool2d():
                 result.append(_pool(name, module))
             case nn.Flatten():
                 result.append(Flatten(name))
+            case Resume():
+                result.append(Branch(name, module.source))
+            case Add():
+                result.append(Sum(name, name, module.source))
             case _:
                 raise UnsupportedModelError(
                     f"layer '{name}' is a {type(module).__name__}, which has no deployed form"
                 )
+    _check_sources(result)
     return result
+
+
+def _check_sources(result: list[Stage]) -> None:
+    """What is read again must still exist: folding keeps only the end of each stage."""
+    seen: set[str] = set()
+    for stage in result:
+        if isinstance(stage, Branch | Sum) and stage.source not in seen:
+            raise UnsupportedModelError(
+                f"layer '{stage.name}' reads '{stage.source}', which is folded into the layer "
+                "after it; read the last of normalization and ReLU instead"
+            )
+        seen.add(output_of(stage))
 
 
 def _layer(name: str, module: nn.Conv2d | nn.Linear, mask: Tensor | None) -> Layer:

@@ -12,7 +12,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cactus_edge import datasets, files
 from cactus_edge.errors import DataError, OutputError, UsageError
-from cactus_edge.train import checkpoint, compress
+from cactus_edge.train import checkpoint, views
 from cactus_edge.train.data import augment, generator, order, select, to_samples
 from cactus_edge.train.evaluate import (
     DOMAIN,
@@ -32,8 +32,8 @@ from cactus_edge.train.evaluate import (
     precise_statistics,
     set_running_statistics,
 )
-from cactus_edge.train.objective import cactus_loss, schedule
-from cactus_edge.train.recipe import Recipe, format_recipe, member_name
+from cactus_edge.train.objective import cactus_loss, drawn_members, schedule
+from cactus_edge.train.recipe import Recipe, format_recipe
 from cactus_edge.train.reports import EpochRow, MemberResult, Progress, StepReport, Summary
 from cactus_edge.train.state import (
     Position,
@@ -103,8 +103,12 @@ def _fit(run: Run, state: State, interrupted: threading.Event, started: float) -
         epoch, offset = divmod(position.step, per_epoch)
         indices = order(len(run.training), recipe.seed, epoch)
         for index in range(offset, per_epoch):
-            if recipe.compression.mask_refresh == "step" or index == 0:
-                state.masks = _masks(run)
+            if recipe.compression.mask_refresh == "step":
+                drawn = drawn_members(recipe, position.step)
+                state.masks = views.masks_of(run.network, drawn, recipe.compression)
+            elif index == 0:
+                members = recipe.compression.members
+                state.masks = views.masks_of(run.network, members, recipe.compression)
             chosen = indices[index * batch : (index + 1) * batch].to(run.fabric.device)
             images, labels = select(run.training, chosen)
             shake = generator(run.fabric.device, recipe.seed, "augment", position.step)
@@ -136,7 +140,7 @@ def _end_epoch(run: Run, state: State) -> None:
     """Rebuild batch statistics, evaluate on validation data, write the checkpoint."""
     recipe, position = run.recipe, state.position
     now = schedule(recipe, position.step - 1, run.steps_per_epoch)
-    view = compress.deployed_view(
+    view = views.deployed_view(
         run.network, recipe.compression.members[0], recipe.compression, state.ranges
     )
     if run.network.has_batch_norm():  # the stored statistics are those of the first member
@@ -167,12 +171,12 @@ def _finish(run: Run, state: State, seconds: float, throughput: float) -> Summar
     epsilon = recipe.objective.reported_epsilon
     members: list[MemberResult] = []
     for member in recipe.compression.members:
-        view = compress.deployed_view(run.network, member, recipe.compression, state.ranges)
+        view = views.deployed_view(run.network, member, recipe.compression, state.ranges)
         if run.network.has_batch_norm():
             set_running_statistics(run.network, precise_statistics(run.network, run.training, view))
         members.append(
             MemberResult(
-                member=member_name(member),
+                member=member.label(),
                 validation=accuracy(run.network, run.validation, epsilon, view),
                 test=accuracy(run.network, run.test, epsilon, view),
             )
@@ -260,18 +264,6 @@ def _prepare(
         test,
         progress,
     )
-
-
-def _masks(run: Run) -> Mapping[float, compress.Masks]:
-    """Masks of today's weights for every sparsity in the compression set."""
-    choice = run.recipe.compression
-    levels = {compress.sparsity_of(member) for member in choice.members} - {0.0}
-    return {
-        level: compress.magnitude_masks(
-            run.network, level, choice.scope, prune_last=choice.prune_last
-        )
-        for level in sorted(levels)
-    }
 
 
 def _clip(run: Run) -> None:

@@ -19,14 +19,17 @@ import torch
 import cactus_edge
 from cactus_edge import datasets, files, flatbuffer, universal
 from cactus_edge.constraints import validate
-from cactus_edge.errors import UsageError
+from cactus_edge.errors import DataError, UsageError
 from cactus_edge.graph import Graph
 from cactus_edge.inputs import METADATA
 from cactus_edge.train.assembly import Assembly, LayerReport
 from cactus_edge.train.checkpoint import Model, load_model
 from cactus_edge.train.compress import fake_quantize
 from cactus_edge.train.folding import Layer, Stage, stages
+from cactus_edge.train.members import Magnitude, Member, Pattern
 from cactus_edge.train.ranges import calibrate
+from cactus_edge.train.recipe import Recipe, parse_member
+from cactus_edge.train.removal import without_unread
 from cactus_edge.train.shadow import LayerDifference, shadow_check
 
 CALIBRATION_SAMPLES = 2000
@@ -34,10 +37,25 @@ _SHADOW_SAMPLES = 16
 
 
 class LoweringReport(msgspec.Struct, frozen=True):
-    """What was done, layer by layer; ``bytes`` and ``sha256`` are those of the file."""
+    """What was done, layer by layer.
+
+    Attributes:
+        bits: width of the weights.
+        sparsity: that was asked for, by magnitude; see ``layers`` for what is.
+        pattern: what was pruned, as in ``Pattern.key``; empty if nothing.
+        channels_removed: filters and hidden units that do not ship.
+        epsilon: radius of calibration.
+        universal: whether every runtime computes the same.
+        layers: see ``LayerReport``.
+        shadow: see ``shadow_check``.
+        bytes: of the file.
+        sha256: of the file.
+    """
 
     bits: int
     sparsity: float
+    pattern: str
+    channels_removed: int
     epsilon: float
     universal: bool
     layers: tuple[LayerReport, ...]
@@ -61,6 +79,7 @@ class Settings:
     Attributes:
         bits: width of the weights.
         sparsity: fraction that is pruned, by magnitude, in the recipe's scope.
+        pattern: what is pruned instead; None is ``sparsity``.
         epsilon: radius for calibration; None is the recipe's radius of certification.
         universal: whether to move scales to where every runtime agrees.
         edge_bits: width of the first and the last layer; None is ``bits``, the default, because
@@ -72,18 +91,27 @@ class Settings:
     epsilon: float | None = None
     universal: bool = True
     edge_bits: int | None = None
+    pattern: Pattern | None = None
+
+    @property
+    def pruned(self) -> Pattern:
+        """What is pruned."""
+        return Magnitude(self.sparsity) if self.pattern is None else self.pattern
 
     def __post_init__(self) -> None:
         """Check the ranges.
 
         Raises:
-            UsageError: bits, sparsity or epsilon outside what can be deployed.
+            UsageError: bits, sparsity or epsilon outside what can be deployed, or a sparsity
+                besides a pattern.
         """
         for width in (self.bits, self.bits if self.edge_bits is None else self.edge_bits):
             if width not in (2, 3, 4, 8):
                 raise UsageError(f"--bits {width}: weights are deployed at 8, 4, 3 or 2 bits")
         if not 0 <= self.sparsity < 1:
             raise UsageError(f"--sparsity {self.sparsity}: a fraction from 0 to below 1 is needed")
+        if self.sparsity and self.pattern is not None:
+            raise UsageError("give --sparsity or --member, not both: members say what is pruned")
         if self.epsilon is not None and not 0 <= self.epsilon <= 1:
             raise UsageError(f"--eps {self.epsilon}: a radius in [0, 1] is needed")
 
@@ -94,7 +122,7 @@ def lower(model: Model, calibration: datasets.Dataset, settings: Settings) -> Lo
     Args:
         model: as ``checkpoint.load_model`` gives it.
         calibration: samples for activation ranges; never the test split.
-        settings: widths, sparsity, radius.
+        settings: widths, pruning, radius.
 
     Raises:
         UnsupportedModelError: layers that have no deployed form, or a graph out of range.
@@ -102,12 +130,9 @@ def lower(model: Model, calibration: datasets.Dataset, settings: Settings) -> Lo
     """
     recipe = model.recipe
     epsilon = recipe.objective.certify_epsilon if settings.epsilon is None else settings.epsilon
-    folded = stages(
-        model.network.eval(),
-        settings.sparsity,
-        recipe.compression.scope,
-        prune_last=recipe.compression.prune_last,
-    )
+    pattern = settings.pruned
+    whole = stages(model.network.eval(), pattern.masks(model.network, recipe.compression.pruning))
+    folded = without_unread(whole) if pattern.removes_channels else whole
     widths = _widths(folded, settings)
     images = _tensor(calibration, CALIBRATION_SAMPLES)
     ranges = calibrate(_rounded(folded, widths), images, epsilon)
@@ -120,6 +145,8 @@ def lower(model: Model, calibration: datasets.Dataset, settings: Settings) -> Lo
     report = LoweringReport(
         bits=settings.bits,
         sparsity=settings.sparsity,
+        pattern=pattern.key(),
+        channels_removed=_channels(whole) - _channels(folded),
         epsilon=epsilon,
         universal=agreed,
         layers=tuple(reports),
@@ -132,8 +159,9 @@ def convert(
     checkpoint: Path,
     output: Path,
     *,
-    bits: int = 8,
+    bits: int | None = None,
     sparsity: float = 0.0,
+    member: str | None = None,
     epsilon: float | None = None,
     universal: bool = True,
     edge_bits: int | None = None,
@@ -141,19 +169,67 @@ def convert(
 ) -> LoweringReport:
     """Convert a run's directory (or its ``model.safetensors``) to a ``.tflite`` file.
 
+    Args:
+        checkpoint: the run.
+        output: the file.
+        bits: width of the weights; None is the member's, or 8.
+        sparsity: see ``Settings``.
+        member: which member of the compression set to ship, see ``chosen_member``.
+        epsilon: see ``Settings``.
+        universal: see ``Settings``.
+        edge_bits: see ``Settings``.
+        force: replace ``output``.
+
     Raises:
         UsageError: settings out of range, an unreadable checkpoint, an output that exists.
         UnsupportedModelError: see ``lower``.
     """
-    settings = Settings(bits, sparsity, epsilon, universal, edge_bits)
     files.refuse_existing(output, force)
     model = load_model(checkpoint)
+    pattern: Pattern | None = None
+    if member is not None:
+        chosen = chosen_member(model.recipe, member)
+        pattern, width = chosen.pattern(), chosen.weight_bits()
+        if None not in (bits, width) and bits != width:
+            raise UsageError(f"--bits {bits}: the member '{chosen.label()}' has {width} bits")
+        bits = width if bits is None else bits
+    settings = Settings(
+        8 if bits is None else bits, sparsity, epsilon, universal, edge_bits, pattern
+    )
     data = datasets.load(model.recipe.data.name, "train", model.recipe.data.validation)
     lowering = lower(model, data, settings)
     content = flatbuffer.save(lowering.graph, output, force)
     return msgspec.structs.replace(
         lowering.report, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
     )
+
+
+def chosen_member(recipe: Recipe, text: str) -> Member:
+    """The member that a text names: its number in the recipe, from 1, or a table of TOML.
+
+    ``2`` is the recipe's second member; ``{ kind = "n-of-m", n = 2, m = 4 }`` is any.
+
+    Raises:
+        UsageError: no such number, or no such member.
+    """
+    members = recipe.compression.members
+    if text.strip().isdecimal():
+        number = int(text)
+        if not 1 <= number <= len(members):
+            known = "; ".join(f"{i} {member.label()}" for i, member in enumerate(members, 1))
+            raise UsageError(f"--member {number}: the recipe has these members: {known}")
+        return members[number - 1]
+    try:
+        return parse_member(text)
+    except DataError as error:
+        raise UsageError(
+            f"--member {text}: {error}; write a number from 1 to {len(members)}, or a member as in "
+            'a recipe, such as { kind = "structured", sparsity = 0.5 }'
+        ) from error
+
+
+def _channels(folded: Sequence[Stage]) -> int:
+    return sum(len(stage.weight) for stage in folded if isinstance(stage, Layer))
 
 
 def _tensor(data: datasets.Dataset, count: int) -> torch.Tensor:
@@ -200,6 +276,8 @@ def _metadata(
         "sparsity": settings.sparsity,
         "epsilon": epsilon,
     }
+    if settings.pattern is not None:
+        provenance["pattern"] = settings.pattern.key()
     entries = {
         METADATA: mapping,
         "cactus_edge.provenance": provenance,

@@ -1,10 +1,10 @@
 """The CACTUS objective and its schedules.
 
-loss = mean over members g of [(1 - lambda) CE(g(x), y) + lambda CE(bounds of g over the box, y)]
+loss = mean over members g of [(1 - lambda) CE(g(x), y) + lambda (certified loss of g over the box)]
        + regulariser of Shi et al. (while epsilon grows) + l1 * sum |W|
 
-after Xu and Singh (2025), with interval bounds (Gowal et al. 2018) or SABR's small boxes (Mueller
-et al. 2023). Whether one or all members are evaluated per step is ``compression.draw``.
+after Xu and Singh (2025), with a certified loss of ``losses.LOSSES``. How many members are
+evaluated per step is ``compression.draw``.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cactus_edge.train import compress
+from cactus_edge.train import compress, views
 from cactus_edge.train.bounds import (
     Bounds,
     Box,
     Statistics,
     View,
-    attack,
     forward,
     input_box,
     propagate,
-    small_box,
 )
 from cactus_edge.train.data import generator
-from cactus_edge.train.recipe import Member, Objective, Recipe
+from cactus_edge.train.losses import LOSSES, SMALLEST_EPSILON, Case
+from cactus_edge.train.members import Member
+from cactus_edge.train.recipe import Objective, Recipe
 from cactus_edge.train.zoo import Network
 
-SMALLEST_EPSILON = 1e-6  # bounds need some width for the regulariser
 REGULARISER_TOLERANCE = 0.5
 QUARTIC_PART = 0.25  # of the epsilon ramp
 
@@ -78,12 +77,15 @@ def smooth_ramp(time: float) -> float:
 
 
 def drawn_members(recipe: Recipe, step: int) -> Sequence[Member]:
-    """The members that are evaluated in this step."""
-    members = recipe.compression.members
-    if recipe.compression.draw == "all":
+    """The members that are evaluated in this step, in the recipe's order."""
+    members, draw = recipe.compression.members, recipe.compression.draw
+    if draw == "all":
         return members
     source = generator(torch.device("cpu"), recipe.seed, "member", step)
-    return (members[int(torch.randint(len(members), (), generator=source))],)
+    if draw == "one":
+        return (members[int(torch.randint(len(members), (), generator=source))],)
+    chosen: list[int] = torch.randperm(len(members), generator=source)[:draw].tolist()
+    return tuple(members[index] for index in sorted(chosen))
 
 
 def cactus_loss(
@@ -93,7 +95,7 @@ def cactus_loss(
     recipe: Recipe,
     step: int,
     now: Schedule,
-    masks: Mapping[float, compress.Masks],
+    masks: Mapping[str, compress.Masks],
     ranges: Mapping[str, Tensor],
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """The loss [] of one step and the updated activation ranges.
@@ -105,13 +107,13 @@ def cactus_loss(
         recipe: the run's recipe.
         step: the global step; seeds attack and draw.
         now: the schedule at ``step``.
-        masks: sparsity -> masks.
+        masks: key of a pattern -> masks.
         ranges: ReLU name -> largest activation, as observed so far.
     """
     losses: list[Tensor] = []
     for member in drawn_members(recipe, step):
-        pruning = masks.get(compress.sparsity_of(member), {})
-        view = compress.training_view(
+        pruning = masks.get(member.pattern().key(), {})
+        view = views.training_view(
             network,
             member,
             recipe.compression,
@@ -120,7 +122,7 @@ def cactus_loss(
             lambda moved: _certified_loss(network, images, labels, recipe.objective, now, moved),
         )
         loss, bounds = _member_loss(network, images, labels, recipe, step, now, view)
-        if compress.bits_of(member) is not None:
+        if member.weight_bits() is not None:
             ranges = compress.updated_ranges(ranges, bounds.hidden)
         losses.append(loss)
     total = torch.stack(losses).mean()
@@ -172,23 +174,25 @@ def _member_loss(
     view: View,
 ) -> tuple[Tensor, Bounds]:
     """Joint loss of one member, with the regulariser of its bounds."""
-    objective = recipe.objective
-    weight = now.certified_weight
-    standard = torch.zeros((), device=images.device)
+    logits: Tensor | None = None
     statistics: Statistics | None = None
-    if weight < 1.0 or network.has_batch_norm():  # otherwise the clean pass has no use
+    if now.certified_weight < 1.0 or network.has_batch_norm():  # otherwise it has no use
         logits, statistics = forward(network, images, view)
-        standard = functional.cross_entropy(logits, labels)
-    box = input_box(images, max(now.epsilon, SMALLEST_EPSILON))
-    if objective.loss == "sabr":
-        source = generator(images.device, recipe.seed, "attack", step)
-        points = attack(network, box, labels, view, statistics, objective.attack_steps, source)
-        box = small_box(box, points, objective.sabr_lambda)
-    bounds = propagate(network, box, labels, view, statistics)
-    robust = functional.cross_entropy(bounds.margins, labels)
-    loss = weight * robust + ((1.0 - weight) * standard if weight < 1.0 else 0.0)
+    case = Case(
+        network=network,
+        images=images,
+        labels=labels,
+        view=view,
+        logits=logits,
+        statistics=statistics,
+        objective=recipe.objective,
+        epsilon=now.epsilon,
+        certified_weight=now.certified_weight,
+        source=generator(images.device, recipe.seed, "attack", step),
+    )
+    loss, bounds = LOSSES[recipe.objective.loss].function(case)
     if now.regulariser_weight:
-        loss = loss + now.regulariser_weight * regulariser(bounds.hidden, box)
+        loss = loss + now.regulariser_weight * regulariser(bounds.hidden, bounds.box)
     return loss, bounds
 
 
@@ -200,8 +204,8 @@ def _certified_loss(
     now: Schedule,
     view: View,
 ) -> Tensor:
-    """What weight perturbations raise: the interval loss over the whole box (or SABR's share)."""
-    share = objective.sabr_lambda if objective.loss == "sabr" else 1.0
+    """What weight perturbations raise: the interval loss, over the loss's share of the box."""
+    share = LOSSES[objective.loss].share(objective)
     statistics = forward(network, images, view)[1] if network.has_batch_norm() else None
     box = input_box(images, max(now.epsilon * share, SMALLEST_EPSILON))
     return functional.cross_entropy(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cactus_edge.train.folding import Flatten, Layer, Stage
+from cactus_edge.train.folding import Branch, Flatten, Layer, Stage, Sum, output_of
 
 HIDDEN_QUANTILE = 0.9999
 LOGIT_QUANTILE = 0.999
@@ -22,7 +22,7 @@ _SMALLEST = 1e-6
 
 @dataclass(frozen=True)
 class Range:
-    """Real interval that a layer's stored output covers."""
+    """Real interval that the stored output of a layer or a sum covers."""
 
     lower: float
     upper: float
@@ -30,7 +30,7 @@ class Range:
 
 @torch.no_grad()
 def calibrate(stages: Sequence[Stage], images: Tensor, epsilon: float) -> dict[str, Range]:
-    """Ranges by layer name.
+    """Ranges by name of the layer or sum.
 
     Args:
         stages: the folded network, with the weights that ship.
@@ -41,22 +41,32 @@ def calibrate(stages: Sequence[Stage], images: Tensor, epsilon: float) -> dict[s
     upper = (images + epsilon).clamp(0, 1)
     result: dict[str, Range] = {}
     layers = [stage for stage in stages if isinstance(stage, Layer)]
+    sources = {stage.source for stage in stages if isinstance(stage, Branch | Sum)}
+    kept: dict[str, tuple[Tensor, Tensor]] = {}
     for stage in stages:
-        if isinstance(stage, Flatten):
+        if isinstance(stage, Branch):
+            lower, upper = kept[stage.source]
+        elif isinstance(stage, Flatten):
             lower, upper = lower.flatten(1), upper.flatten(1)
-        elif isinstance(stage, Layer):
-            centre, radius = (lower + upper) / 2, (upper - lower) / 2
-            centre = stage.apply(centre, stage.weight, stage.bias)
-            radius = stage.apply(radius, stage.weight.abs(), None)
-            lower, upper = centre - radius, centre + radius
+        elif isinstance(stage, Layer | Sum):
+            if isinstance(stage, Layer):
+                centre, radius = (lower + upper) / 2, (upper - lower) / 2
+                centre = stage.apply(centre, stage.weight, stage.bias)
+                radius = stage.apply(radius, stage.weight.abs(), None)
+                lower, upper = centre - radius, centre + radius
+            else:
+                lower, upper = lower + kept[stage.source][0], upper + kept[stage.source][1]
             if stage.relu:
                 lower, upper = lower.clamp(min=0), upper.clamp(min=0)
             last = stage is layers[-1]
-            top = _quantile(upper, LOGIT_QUANTILE if last else HIDDEN_QUANTILE)
-            bottom = 0.0 if stage.relu else _quantile(lower, 1 - LOGIT_QUANTILE)
+            fraction = LOGIT_QUANTILE if last else HIDDEN_QUANTILE
+            top = _quantile(upper, fraction)
+            bottom = 0.0 if stage.relu else _quantile(lower, 1 - fraction)
             result[stage.name] = Range(bottom, max(top, bottom + _SMALLEST))
         else:
             lower, upper = stage.apply(lower), stage.apply(upper)
+        if output_of(stage) in sources:
+            kept[output_of(stage)] = lower, upper
     return result
 
 

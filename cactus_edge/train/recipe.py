@@ -17,22 +17,23 @@ import msgspec
 import tomli_w
 
 from cactus_edge.errors import DataError
+from cactus_edge.train import losses
+from cactus_edge.train.members import Dense, Member, Pruning
 
-Fraction = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
 UnitInterval = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 PositiveUnit = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
 NonNegative = Annotated[float, msgspec.Meta(ge=0.0, le=1e6)]  # limits keep infinity out
 Positive = Annotated[float, msgspec.Meta(gt=0.0, le=1e3)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 PositiveCount = Annotated[int, msgspec.Meta(ge=1)]
-Bits = Annotated[int, msgspec.Meta(ge=2, le=8)]
+Option = bool | int | float | str
 
 
 class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which data.
 
     Attributes:
-        name: ``digits``, ``mnist``, ``fashion-mnist``, ``cifar10`` or the path of an ``.npz``.
+        name: one of ``datasets.NAMES`` or the path of an ``.npz``.
         validation: fraction of the training data held out for everything that is tuned.
         augment: ``crop`` shifts images by up to two pixels, ``flip-crop`` mirrors them too.
     """
@@ -55,9 +56,10 @@ class Objective(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         epsilon: radius in training, in units of the pixel range [0, 1] (2/255 is 0.0078431).
         certify_epsilon: radius of the reported certified accuracy; 0 means ``epsilon``.
-        loss: ``ibp`` bounds the whole box; ``sabr`` a small box around an attack.
+        loss: a name of ``losses.LOSSES``.
+        options: keys that belong to this loss alone; completed by its defaults.
         sabr_lambda: size of SABR's small box relative to the whole.
-        attack_steps: steps of the attack that places SABR's box.
+        attack_steps: steps of the attack, in losses that use one.
         lambda_max: final weight of the certified loss; the standard loss has the rest.
         lambda_ramp: epochs over which that weight grows from 0; 0 means constant.
         warmup: epochs with epsilon 0 before it grows.
@@ -69,7 +71,8 @@ class Objective(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     epsilon: PositiveUnit
     certify_epsilon: UnitInterval = 0.0
-    loss: Literal["ibp", "sabr"] = "ibp"
+    loss: str = "ibp"
+    options: dict[str, Option] = {}
     sabr_lambda: PositiveUnit = 0.4
     attack_steps: PositiveCount = 8
     lambda_max: UnitInterval = 0.75
@@ -80,80 +83,59 @@ class Objective(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     l1: NonNegative = 0.0
     initialisation: Literal["default", "ibp"] = "default"
 
+    def __post_init__(self) -> None:
+        """Check the options against the loss, and complete them."""
+        if self.loss not in losses.LOSSES:
+            names = ", ".join(repr(name) for name in losses.LOSSES)
+            raise ValueError(f"[objective] loss: there is no '{self.loss}'; use one of {names}")
+        kind = losses.LOSSES[self.loss].options
+        try:
+            options = msgspec.to_builtins(msgspec.convert(self.options, kind))
+        except msgspec.ValidationError as error:
+            raise ValueError(_explain(str(error), kind, ".objective.options")) from error
+        msgspec.structs.force_setattr(self, "options", options)
+
     @property
     def reported_epsilon(self) -> float:
         """The radius at which certified accuracy is reported."""
         return self.certify_epsilon or self.epsilon
 
 
-class Dense(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="dense", tag_field="kind"):
-    """The network as it is."""
-
-
-class Pruned(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="pruned", tag_field="kind"
-):
-    """The network without the ``sparsity`` smallest weights."""
-
-    sparsity: Fraction
-
-
-class Quantized(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="quantized", tag_field="kind"
-):
-    """The network with ``bits``-bit weights (realised as ``compression.quantizer`` says)."""
-
-    bits: Bits
-
-
-class PrunedQuantized(
-    msgspec.Struct,
-    frozen=True,
-    forbid_unknown_fields=True,
-    tag="pruned-quantized",
-    tag_field="kind",
-):
-    """Pruned, then quantized."""
-
-    sparsity: Fraction
-    bits: Bits
-
-
-class Perturbed(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="perturbed", tag_field="kind"
-):
-    """Weights moved adversarially by up to half a quantization step of ``bits`` bits."""
-
-    bits: Bits
-    steps: PositiveCount = 1
-    sparsity: Fraction = 0.0
-
-
-Member = Dense | Pruned | Quantized | PrunedQuantized | Perturbed
-
-
 class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The compression set C(theta).
 
     Attributes:
-        members: what the loss is averaged over.
-        draw: ``all`` members in every step, or ``one`` member drawn per step (same expectation at
-            the cost of a single network).
+        members: what the loss is averaged over; see ``cactus_edge.train.members``.
+        draw: ``all`` members in every step, or ``one`` or several members drawn per step (same
+            expectation at the cost of as many networks).
         quantizer: how quantized members get their weights: rounding with a straight-through
             gradient, or the adversarial perturbation that bounds any rounding.
         activations: quantized members propagate ``float`` or fake-quantized ``int8`` activations.
-        scope: magnitude pruning ``layer`` by layer, or over the ``global`` ranking of weights.
-        prune_last: whether the output layer is pruned too.
+        scope: single weights are pruned ``layer`` by layer, or by their ``global`` ranking.
+        prune_last: whether single weights, groups and blocks of the output layer are pruned too.
         mask_refresh: masks are recomputed every ``step`` or every ``epoch``.
     """
 
     members: Annotated[tuple[Member, ...], msgspec.Meta(min_length=1)] = (Dense(),)
-    draw: Literal["all", "one"] = "all"
+    draw: Literal["all", "one"] | PositiveCount = "all"
     quantizer: Literal["straight-through", "weight-perturbation"] = "straight-through"
     activations: Literal["float", "int8"] = "float"
     scope: Literal["layer", "global"] = "layer"
     prune_last: bool = True
     mask_refresh: Literal["step", "epoch"] = "step"
+
+    @property
+    def pruning(self) -> Pruning:
+        """What patterns need to know."""
+        return Pruning(self.scope, self.prune_last)
+
+    def __post_init__(self) -> None:
+        """Check what involves several keys."""
+        if isinstance(self.draw, int) and self.draw > len(self.members):
+            raise ValueError(
+                f"draw = {self.draw}, but there are {len(self.members)} members; write 'all' or a "
+                "smaller number"
+            )
 
 
 class Optimizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -207,22 +189,6 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
 
 
-def member_name(member: Member) -> str:
-    """Short stable name of a member, used in metrics: ``pruned 70%, 4 bit``."""
-    match member:
-        case Dense():
-            return "dense"
-        case Pruned():
-            return f"pruned {member.sparsity:.4g}"
-        case Quantized():
-            return f"quantized {member.bits} bit"
-        case PrunedQuantized():
-            return f"pruned {member.sparsity:.4g}, quantized {member.bits} bit"
-        case Perturbed():
-            pruned = f"pruned {member.sparsity:.4g}, " if member.sparsity else ""
-            return f"{pruned}perturbed {member.bits} bit"
-
-
 def load_recipe(path: Path) -> Recipe:
     """Read and check a recipe.
 
@@ -246,30 +212,56 @@ def parse_recipe(text: str, where: str = "recipe") -> Recipe:
         raise DataError(f"{where}: not a TOML file: {error}") from error
 
 
+def parse_member(text: str) -> Member:
+    """A member as a recipe writes it, ``{ kind = "pruned", sparsity = 0.5 }``.
+
+    Raises:
+        DataError: no member, or no TOML.
+    """
+    try:
+        return msgspec.toml.decode(f"member = {text}".encode(), type=dict[str, Member])["member"]
+    except msgspec.ValidationError as error:
+        what = str(error).split(" - at `")[0]
+        raise DataError(f"{what}{_remedy(Member, fields=False)}") from error
+    except msgspec.DecodeError as error:
+        raise DataError(f"not a table of TOML: {error}") from error
+
+
 def format_recipe(recipe: Recipe) -> str:
     """The resolved recipe as TOML: every key with its value."""
     document: dict[str, object] = msgspec.to_builtins(recipe)
+    if not recipe.objective.options:  # as recipes read that know of no options
+        document["objective"] = {
+            key: value
+            for key, value in msgspec.to_builtins(recipe.objective).items()
+            if key != "options"
+        }
     scalars = {key: value for key, value in document.items() if not isinstance(value, dict)}
     return tomli_w.dumps(scalars | document)
 
 
-def _explain(message: str) -> str:
-    """Turn msgspec's message into section, key and remedy."""
+def _explain(message: str, root: object = None, above: str = "") -> str:
+    """Turn msgspec's message into section, key and remedy.
+
+    ``root`` is the type that was read, by default the recipe, and ``above`` the path it stands at.
+    """
     matched = re.fullmatch(r"(?P<what>.*?)(?: - at `\$(?P<path>.*)`)?", message, re.DOTALL)
     assert matched is not None  # the pattern matches every text
     what, path = matched["what"], matched["path"] or ""
-    keys = [key for key in path.split(".") if key]
+    if what.startswith("["):  # a check across keys, which names its place
+        return what
+    keys = [key for key in (above + path).split(".") if key]
     place = f"[{keys[0]}] {'.'.join(keys[1:])}".strip() if keys else "top level"
     unknown = re.search(r"unknown field `(.*)`", what)
-    kind = _type_at(path)
+    kind = _type_at(path, Recipe if root is None else root)
     if unknown:
         what = f"unknown key '{unknown[1]}'"
     return f"{place}: {what}{_remedy(kind, fields=unknown is not None)}"
 
 
-def _type_at(path: str) -> object:
-    """The annotation at a path such as ``.compression.members[...].sparsity``."""
-    kind: object = Recipe
+def _type_at(path: str, root: object) -> object:
+    """The annotation below ``root`` at a path such as ``.compression.members[...].sparsity``."""
+    kind = root
     for key in re.findall(r"\.(\w+)|(\[)", path):
         name, index = key
         if index:
@@ -296,12 +288,20 @@ def _remedy(kind: object, *, fields: bool) -> str:
     """What may be written there."""
     bare = _bare(kind)
     if isinstance(bare, type) and issubclass(bare, msgspec.Struct):
-        names = ", ".join(field.name for field in msgspec.structs.fields(bare))
+        names = ", ".join(field.name for field in msgspec.structs.fields(bare)) or "none"
         return f"; known keys: {names}" if fields else f"; needed and known keys: {names}"
     if typing.get_origin(bare) is Literal:
         return f"; use one of {', '.join(repr(choice) for choice in typing.get_args(bare))}"
-    if typing.get_origin(bare) is types.UnionType:
-        kinds = [kind for kind in typing.get_args(bare) if issubclass(kind, msgspec.Struct)]
+    if typing.get_origin(bare) in (typing.Union, types.UnionType):
+        options = typing.get_args(bare)
+        kinds = [
+            option
+            for option in options
+            if isinstance(option, type) and issubclass(option, msgspec.Struct)
+        ]
+        if len(kinds) < len(options):
+            texts = [_remedy(option, fields=fields).removeprefix("; ") for option in options]
+            return f"; {', or '.join(texts)}"
         keys = [", ".join(kind.__struct_fields__) or "no more keys" for kind in kinds]
         tags = [repr(kind.__struct_config__.tag) for kind in kinds]
         texts = [f"{tag} ({text})" for tag, text in zip(tags, keys, strict=True)]

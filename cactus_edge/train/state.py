@@ -47,7 +47,7 @@ class State:
 
     position: Position
     ranges: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    masks: Mapping[float, compress.Masks] = field(default_factory=dict[float, compress.Masks])
+    masks: Mapping[str, compress.Masks] = field(default_factory=dict[str, compress.Masks])
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def save_run(run: Run, state: State) -> None:
             tensors[f"{_MOMENT}{name}/{key}"] = value
     tensors |= {_RANGE + name: value for name, value in state.ranges.items()}
     if run.recipe.compression.mask_refresh == "epoch":
-        for sparsity, masks in state.masks.items():
-            tensors |= {f"{_MASK}{sparsity!r}/{name}": mask for name, mask in masks.items()}
+        for key, masks in state.masks.items():
+            tensors |= {f"{_MASK}{key}/{name}": mask for name, mask in masks.items()}
     progress = msgspec.json.encode(state.position).decode()
     checkpoint.save_state(run.output, tensors, progress)
 
@@ -127,7 +127,7 @@ def restored(run: Run, data_sha256: str) -> State:
     return State(position, ranges, masks)
 
 
-def _load_tensors(run: Run, tensors: Mapping[str, Tensor]) -> Mapping[float, compress.Masks]:
+def _load_tensors(run: Run, tensors: Mapping[str, Tensor]) -> Mapping[str, compress.Masks]:
     """Put stored parameters and optimizer state into place; return the stored masks."""
     device = run.fabric.device
     run.network.load_state_dict(
@@ -144,11 +144,11 @@ def _load_tensors(run: Run, tensors: Mapping[str, Tensor]) -> Mapping[float, com
             "exp_avg": tensors[prefix + "exp_avg"].to(device),
             "exp_avg_sq": tensors[prefix + "exp_avg_sq"].to(device),
         }
-    masks: dict[float, dict[str, Tensor]] = {}
+    masks: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith(_MASK):
-            level, layer = name.removeprefix(_MASK).split("/", 1)
-            masks.setdefault(float(level), {})[layer] = value.to(device)
+            key, layer = name.removeprefix(_MASK).split("/", 1)
+            masks.setdefault(key, {})[layer] = value.to(device)
     return masks
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from cactus_edge import datasets, files, flatbuffer
@@ -32,6 +32,7 @@ from cactus_edge.train import Model, Network, load_model, load_recipe, parse_rec
 from cactus_edge.train.checkpoint import ModelMetadata
 from cactus_edge.train.compress import magnitude_masks
 from cactus_edge.train.lower import Settings, lower
+from cactus_edge.train.zoo import build
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "evidence" / "performance"
@@ -169,22 +170,8 @@ def _make_cnn7(wanted: list[Entry]) -> None:
 
 
 def cnn7() -> Network:
-    """CNN7 of the certified-training literature: five 3x3 convolutions, two linear layers."""
-    layers: list[tuple[str, nn.Module]] = []
-    channels = 3
-    for index, (out, stride) in enumerate(((64, 1), (64, 1), (128, 2), (128, 1), (128, 1)), 1):
-        layers.append((f"conv{index}", nn.Conv2d(channels, out, 3, stride, 1)))
-        layers.append((f"norm{index}", nn.BatchNorm2d(out)))
-        layers.append((f"relu{index}", nn.ReLU()))
-        channels = out
-    layers += [
-        ("flatten", nn.Flatten()),
-        ("fc1", nn.Linear(128 * 16 * 16, 512)),
-        ("norm6", nn.BatchNorm1d(512)),
-        ("relu6", nn.ReLU()),
-        ("fc2", nn.Linear(512, 10)),
-    ]
-    network = Network("cnn-7", (3, 32, 32), 10, 1.0, layers)
+    """The zoo's CNN7 for CIFAR-10, with other initial weights in its large layer."""
+    network = build("cnn-7", (3, 32, 32), 10)
     _spread(network.get_parameter("fc1.weight"))
     return network
 

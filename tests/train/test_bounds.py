@@ -10,19 +10,22 @@ from torch import nn
 
 from cactus_edge.train import bounds
 from cactus_edge.train.bounds import View, forward, input_box, propagate
-from cactus_edge.train.compress import deployed_view, updated_ranges
-from cactus_edge.train.recipe import (
-    Compression,
-    Dense,
-    Member,
-    Pruned,
-    PrunedQuantized,
-    Quantized,
-)
+from cactus_edge.train.compress import updated_ranges
+from cactus_edge.train.members import Dense, Member, Pruned, PrunedQuantized, Quantized
+from cactus_edge.train.recipe import Compression
+from cactus_edge.train.views import deployed_view
 from cactus_edge.train.zoo import Network, build
 
 TOLERANCE = 1e-4  # float32 rounding; soundness in integers is the certifier's business
 MEMBERS: tuple[Member, ...] = (Dense(), Pruned(0.6), Quantized(3), PrunedQuantized(0.6, 4))
+WIDTHS = {
+    "mlp": 0.2,
+    "cnn-tiny": 0.3,
+    "cnn-5": 0.2,
+    "cnn-7": 0.05,
+    "resnet-8": 0.2,
+    "ds-cnn": 0.1,
+}
 
 
 def pooled() -> Network:
@@ -46,7 +49,7 @@ def pooled() -> Network:
 
 def networks() -> list[Network]:
     torch.manual_seed(0)
-    made = [build("mlp", (1, 8, 8), 5, 0.2), build("cnn-tiny", (1, 8, 8), 5, 0.3), pooled()]
+    made = [build(name, (1, 8, 8), 5, width) for name, width in WIDTHS.items()] + [pooled()]
     with torch.no_grad():
         for network in made:
             for _, layer in network.layers():

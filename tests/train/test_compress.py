@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cactus_edge.train import compress
+from cactus_edge.train import compress, views
 from cactus_edge.train.bounds import View
-from cactus_edge.train.recipe import Compression, Perturbed, PrunedQuantized
+from cactus_edge.train.members import Perturbed, PrunedQuantized
+from cactus_edge.train.recipe import Compression
 from cactus_edge.train.zoo import Network, build
 
 
@@ -97,7 +98,7 @@ def test_pruned_weights_get_no_gradient_from_the_pruned_copy() -> None:
     made = network()
     masks = compress.magnitude_masks(made, 0.5)
     choice, member = Compression(), PrunedQuantized(0.5, 4)
-    view = compress.training_view(made, member, choice, masks, {}, lambda _: torch.zeros(()))
+    view = views.training_view(made, member, choice, masks, {}, lambda _: torch.zeros(()))
     torch.stack([weight.sum() for weight in view.weights.values()]).sum().backward()
     for name, layer in made.weighted():
         assert layer.weight.grad is not None
@@ -117,9 +118,9 @@ def test_quantizer_decides_how_members_are_realised(
         return torch.stack([(weight**2).sum() for weight in view.weights.values()]).sum()
 
     choice = Compression(quantizer=quantizer)
-    view = compress.training_view(made, PrunedQuantized(0.0, 4), choice, {}, {}, loss)
+    view = views.training_view(made, PrunedQuantized(0.0, 4), choice, {}, {}, loss)
     assert len(calls) == (quantizer == "weight-perturbation")
-    perturbed = compress.training_view(made, Perturbed(4, steps=3), choice, {}, {}, loss)
+    perturbed = views.training_view(made, Perturbed(4, steps=3), choice, {}, {}, loss)
     assert len(calls) == 3 + (quantizer == "weight-perturbation")
     for name, layer in made.weighted():
         radius = compress.quantization_step(layer.weight, 4) / 2

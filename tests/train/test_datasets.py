@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from cactus_edge import datasets
+from cactus_edge.datasets import published
 from cactus_edge.errors import DataError, MissingExtraError
 
 Array = npt.NDArray[np.generic]
@@ -136,7 +137,9 @@ def test_mnist_files_are_found_and_checked(tmp_path: Path, monkeypatch: pytest.M
     found = datasets.load("mnist", "test")
     assert found.images.shape == (20, 2, 2, 1) and found.images[1, 0, 0, 0] == 4
     images = tmp_path / "mnist" / "t10k-images-idx3-ubyte.gz"
-    for content in (b"no gzip", gzip.compress(b"short"), images.read_bytes()[:-9]):
+    whole = images.read_bytes()
+    broken = whole[:12] + b"\xff" * 4 + whole[16:]  # inside the compressed stream
+    for content in (b"no gzip", gzip.compress(b"short"), whole[:-9], broken):
         images.write_bytes(content)
         with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte.gz is not an? (IDX|gzip)"):
             datasets.load("mnist", "test")
@@ -148,7 +151,7 @@ def test_downloads_are_checked_and_renamed(tmp_path: Path, monkeypatch: pytest.M
     origin = tmp_path / "origin"
     mnist_files(origin)
     urls = MappingProxyType({"mnist": origin.as_uri() + "/"})
-    monkeypatch.setattr(datasets, "_URLS", urls)
+    monkeypatch.setattr(published, "_URLS", urls)
     with pytest.raises(DataError, match=r"has MD5 .* set CACTUS_EDGE_DATA"):
         datasets.load("mnist", "test")
     cache = tmp_path / "home" / ".cache" / "cactus_edge" / "mnist"
@@ -157,7 +160,7 @@ def test_downloads_are_checked_and_renamed(tmp_path: Path, monkeypatch: pytest.M
         ("mnist", file.name): hashlib.md5(file.read_bytes()).hexdigest()
         for file in origin.iterdir()
     }
-    monkeypatch.setattr(datasets, "_MD5", MappingProxyType(sums))
+    monkeypatch.setattr(published, "_MD5", MappingProxyType(sums))
     assert len(datasets.load("mnist", "test").labels) == 20
     assert sorted(file.name for file in cache.iterdir()) == [
         "t10k-images-idx3-ubyte.gz",

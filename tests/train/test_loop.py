@@ -72,8 +72,11 @@ def test_run_leaves_readable_files(tiny_text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("every_step")
-@pytest.mark.parametrize("network", ["cnn-tiny", "cnn-small-bn"])
-@pytest.mark.parametrize("step", [4, 9, 13])  # nine steps per epoch
+@pytest.mark.parametrize(
+    ("network", "step"),  # nine steps per epoch
+    [(name, step) for name in ("cnn-tiny", "cnn-small-bn") for step in (4, 9, 13)]
+    + [("resnet-8", 13)],
+)
 def test_resumed_run_equals_uninterrupted_run(
     tiny_text: str, tmp_path: Path, network: str, step: int
 ) -> None:

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from cactus_edge import datasets, flatbuffer, inputs, profiles, universal
+from cactus_edge import graph as graphs
 from cactus_edge.datasets import Dataset
 from cactus_edge.errors import OutputError, ToolError, UnsupportedModelError, UsageError
-from cactus_edge.execute import execute
+from cactus_edge.execute import execute, execute_all
 from cactus_edge.graph import Conv2D, FullyConnected, Graph, Linear, Padding
 from cactus_edge.train.assembly import Assembly
 from cactus_edge.train.checkpoint import Model, ModelMetadata, save_model
@@ -23,7 +24,7 @@ from cactus_edge.train.lower import Settings, convert, lower
 from cactus_edge.train.ranges import calibrate
 from cactus_edge.train.recipe import Recipe, load_recipe
 from cactus_edge.train.shadow import shadow_check
-from cactus_edge.train.zoo import NETWORKS, Network, build
+from cactus_edge.train.zoo import NETWORKS, Add, Network, Resume, build
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,18 +86,22 @@ def distance(made: Model, graph: Graph, data: Dataset) -> float:
 @pytest.mark.parametrize("architecture", sorted(NETWORKS))
 @pytest.mark.parametrize(("bits", "sparsity"), [(8, 0.0), (4, 0.6)])
 def test_every_network_lowers(architecture: str, bits: int, sparsity: float) -> None:
-    side = 8 if architecture in ("cnn-tiny", "mlp") else 28
+    side = 28 if architecture in ("cnn-medium", "cnn-small", "cnn-small-bn") else 8
+    width = {"cnn-medium": 0.25, "cnn-7": 0.125, "resnet-8": 0.5, "ds-cnn": 0.5}
     data = images((side, side, 1))
-    made = model(architecture, (1, side, side), width=0.25 if architecture == "cnn-medium" else 1.0)
+    made = model(architecture, (1, side, side), width.get(architecture, 1.0))
     lowering = lower(made, data, Settings(bits, sparsity, 0.05))
     graph, report = lowering.graph, lowering.report
     assert report.universal == universal.is_universal(graph)
     assert max(d.largest for d in report.shadow) <= 1
-    linear = [op for op in graph.core if isinstance(op, Linear)]
+    own = dict(made.network.weighted())  # the others take offsets away behind sums
+    linear = [op for op in graph.core if isinstance(op, Linear) and op.name in own]
+    assert [op.name for op in linear] == list(own)
     assert [op.weights.bits for op in linear] == [bits] * len(linear)
     limit = 2 ** (bits - 1) - 1
     assert all(np.abs(op.weights.values).max() <= limit for op in linear)
-    for layer, op in zip(report.layers, linear, strict=True):
+    layers = [layer for layer in report.layers if layer.name in own]
+    for layer, op in zip(layers, linear, strict=True):
         assert layer.sparsity >= sparsity - 1 / op.weights.values.size
     if not report.universal:
         rounding = json.loads(dict(graph.metadata)["cactus_edge.rounding"])
@@ -105,6 +110,97 @@ def test_every_network_lowers(architecture: str, bits: int, sparsity: float) -> 
     assert flatbuffer.read_tflite(content).fingerprint() == graph.fingerprint()
     if bits == 4:
         assert not any(isinstance(op, FullyConnected) for op in graph.core)
+
+
+def residual(*, projected: bool, relu: bool = True) -> Network:
+    """Two blocks in a chain, the first one with a shortcut through a convolution if asked."""
+    torch.manual_seed(2)
+    layers: list[tuple[str, nn.Module]] = [
+        ("conv1", nn.Conv2d(2, 6, 3, padding=1)),
+        ("relu1", nn.ReLU()),
+        ("conv2", nn.Conv2d(6, 6, 3, padding=1)),
+    ]
+    if projected:
+        layers += [("resume", Resume("relu1")), ("shortcut", nn.Conv2d(6, 6, 1))]
+    layers += [
+        ("add1", Add("conv2" if projected else "relu1")),
+        ("relu2", nn.ReLU()),
+        ("conv3", nn.Conv2d(6, 6, 3, padding=1)),
+        *([("relu3", nn.ReLU())] if relu else []),
+        ("add2", Add("relu2")),
+        ("relu4", nn.ReLU()),
+        ("pool", nn.MaxPool2d(2)),
+        ("flatten", nn.Flatten()),
+        ("last", nn.Linear(54, 10)),
+    ]
+    return Network("made-up", (2, 6, 6), 10, 1.0, layers)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("projected", [True, False])
+@pytest.mark.parametrize("is_universal", [True, False])
+def test_sums_round_nothing(projected: bool, relu: bool, is_universal: bool) -> None:
+    made, data = wrapped(residual(projected=projected, relu=relu)), images((6, 6, 2))
+    lowering = lower(made, data, Settings(8, 0.0, 0.0, universal=is_universal))
+    graph = lowering.graph
+    assert distance(made, graph, data) < 6
+    sums = [op for op in graph.core if isinstance(op, graphs.Add)]
+    steps = {graph.tensors[i].quantization.scale for op in sums for i in (*op.inputs, op.output)}
+    assert len(sums) == 2 and len(steps) == 1  # a chain: all of it shares a step
+    agreeing = {e.name: not e.disagreeing for e in universal.agreement(graph)}
+    assert all(agreeing[op.name] for op in sums)
+    assert lowering.report.universal is is_universal
+    # Behind a sum of what is not negative there is nothing to clip.
+    clipping = [op.name for op in graph.core if op.kind == "DEPTHWISE_CONV_2D"]
+    assert clipping == ([] if not is_universal else ["relu2"] if relu else ["relu2", "relu4"])
+    stored = data.images.astype(np.int64) - 128
+    outputs = {execute(graph, stored, name).tobytes() for name in profiles.PROFILES}
+    assert (len(outputs) == 1) is is_universal
+
+
+def test_clipping_behind_a_sum_is_exact() -> None:
+    """The layer behind an ADD is max(0, x - offset) on every level."""
+    made, data = wrapped(residual(projected=True)), images((6, 6, 2))
+    graph = lower(made, data, Settings(4, 0.0, 0.0)).graph
+    op = next(op for op in graph.core if op.name == "relu2")
+    values = execute_all(graph, data.images.astype(np.int64) - 128)
+    before, after = values[op.inputs[0]] + 128, values[op.output] + 128
+    offset = int((before - after)[after > 0].max())
+    assert offset > 0 and 0 < (after == 0).mean() < 1
+    assert np.array_equal(after, np.maximum(before - offset, 0))
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([("add", Add("relu1")), ("fc2", nn.Linear(4, 3))], "'add': a sum must .* end in ReLU"),
+        ([("fc2", nn.Linear(4, 4)), ("fc3", nn.Linear(4, 3))], "'fc2': a hidden layer must end in"),
+        (
+            [("add", Add("fc1")), ("relu2", nn.ReLU()), ("fc2", nn.Linear(4, 3))],
+            "'add' reads 'fc1', which is folded",
+        ),
+    ],
+)
+def test_skips_without_a_deployed_form(layers: list[tuple[str, nn.Module]], expected: str) -> None:
+    first: list[tuple[str, nn.Module]] = [("fc1", nn.Linear(4, 4)), ("relu1", nn.ReLU())]
+    made = wrapped(Network("made-up", (4,), 3, 1.0, first + layers))
+    samples = np.random.default_rng(0).random((16, 4), dtype=np.float32)
+    data = Dataset("made-up", samples, np.arange(16) % 3, 3, "train", "11" * 32)
+    with pytest.raises(UnsupportedModelError, match=expected):
+        lower(made, data, Settings())
+
+
+def test_wide_layers_keep_their_sums_in_range() -> None:
+    """20,000 weights of one size: at 127 levels their sum could pass 2^27."""
+    torch.manual_seed(0)
+    network = Network("made-up", (20_000,), 2, 1.0, [("last", nn.Linear(20_000, 2))])
+    nn.init.constant_(network.get_parameter("last.weight"), 0.01)
+    samples = np.random.default_rng(0).random((8, 20_000), dtype=np.float32)
+    data = Dataset("made-up", samples, np.arange(8) % 2, 2, "train", "11" * 32)
+    graph = lower(wrapped(network), data, Settings(8, 0.0, 0.0)).graph
+    op = graph.core[0]
+    assert isinstance(op, Linear)
+    assert 8 <= np.abs(op.weights.values).max() < 2**27 / (20_000 * 255)
 
 
 def test_int8_logits_are_close_to_the_network() -> None:
@@ -187,7 +283,7 @@ def test_normalization_is_folded_exactly() -> None:
     made = model("cnn-small-bn", (1, 28, 28))
     x = torch.rand(5, 1, 28, 28, dtype=torch.float64)
     folded = x
-    for stage in stages(made.network, 0.0):
+    for stage in stages(made.network, {}):
         folded = (
             stage.apply(folded, stage.weight, stage.bias)
             if isinstance(stage, Layer)
@@ -202,7 +298,7 @@ def test_normalization_is_folded_exactly() -> None:
 
 def test_a_wrong_layer_is_caught_by_the_shadow() -> None:
     made = model("cnn-tiny", (1, 8, 8))
-    folded = stages(made.network, 0.0)
+    folded = stages(made.network, {})
     pixels = torch.rand(16, 1, 8, 8, dtype=torch.float64)
     widths = {stage.name: 8 for stage in folded if isinstance(stage, Layer)}
     assembly = Assembly(folded, calibrate(folded, pixels, 0.02), (1, 8, 8), widths)
@@ -255,7 +351,7 @@ def test_layers_without_a_deployed_form() -> None:
         ("second", nn.Linear(4, 3)),
     ]
     network = Network("made-up", (4,), 3, 1.0, layers)
-    folded = stages(network, 0.0)
+    folded = stages(network, {})
     ranges = calibrate(folded, torch.rand(8, 4, dtype=torch.float64), 0.0)
     with pytest.raises(UnsupportedModelError, match="'first'"):
         Assembly(folded, ranges, (4,), {"first": 8, "second": 8}).build(universal=True)

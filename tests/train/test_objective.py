@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cactus_edge.train.bounds import Box, input_box, propagate
+from cactus_edge.train.members import Dense
 from cactus_edge.train.objective import (
     cactus_loss,
     drawn_members,
@@ -13,7 +14,7 @@ from cactus_edge.train.objective import (
     schedule,
     smooth_ramp,
 )
-from cactus_edge.train.recipe import Dense, Recipe, parse_recipe
+from cactus_edge.train.recipe import Recipe, parse_recipe
 from cactus_edge.train.zoo import build, initialise_for_bounds
 
 

@@ -5,16 +5,20 @@ from pathlib import Path
 import pytest
 
 from cactus_edge.errors import DataError
-from cactus_edge.train.recipe import (
+from cactus_edge.train.members import (
+    Blocks,
     Dense,
+    NOfM,
     Perturbed,
     Pruned,
     PrunedQuantized,
     Quantized,
+    Structured,
+)
+from cactus_edge.train.recipe import (
     Recipe,
     format_recipe,
     load_recipe,
-    member_name,
     parse_recipe,
 )
 from cactus_edge.train.zoo import NETWORKS
@@ -65,6 +69,36 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
             "epochs = 2.5",
             r"\[optimizer\] epochs: .*write a number \(int\) at least 1",
         ),
+        (
+            "[compression]",
+            "[compression]\ndraw = 5",
+            r"\[compression\]: draw = 5, but there are 4 members; write 'all' or a smaller",
+        ),
+        (
+            "[compression]",
+            "[compression]\ndraw = 0",
+            r"\[compression\] draw: .*'all', 'one', or write a number \(int\) at least 1",
+        ),
+        (
+            "[compression]",
+            '[compression]\ndraw = "two"',
+            r"\[compression\] draw: .*'all', 'one', or write a number \(int\) at least 1",
+        ),
+        (
+            'kind = "dense"',
+            'kind = "n-of-m", n = 5, m = 4',
+            r"members\[0\].*: n = 5 of m = 4: n must not exceed m",
+        ),
+        (
+            'kind = "dense"',
+            'kind = "structured", sparsity = 0.5, bits = 1',
+            r"members\[0\]\.bits: .*at least 2 and at most 8",
+        ),
+        (
+            'kind = "dense"',
+            'kind = "blocks", sparsity = 0.5, rows = 0',
+            r"members\[0\]\.rows: .*at least 1",
+        ),
         ("epochs = 2", "epochs = 2\nmilestones = [0.5, 2.0]", r"milestones\[1\]: .*at most 1"),
         ("epsilon_ramp = 1", "epsilon_ramp = 5", r"must not exceed \[optimizer\] epochs = 2"),
         ("[optimizer]", "[optimizer", r"not a TOML file"),
@@ -89,5 +123,12 @@ def test_members_have_distinct_names() -> None:
         PrunedQuantized(0.5, 4),
         Perturbed(4),
         Perturbed(4, sparsity=0.5),
+        NOfM(2, 4),
+        NOfM(2, 4, bits=4),
+        Blocks(0.5),
+        Blocks(0.5, rows=16),
+        Blocks(0.5, bits=3),
+        Structured(0.5),
+        Structured(0.5, bits=2),
     )
-    assert len({member_name(member) for member in members}) == len(members)
+    assert len({member.label() for member in members}) == len(members)
