@@ -13,14 +13,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cactus_edge.train.folding import Flatten, Layer, Stage
+from cactus_edge.train.folding import Branch, Flatten, Layer, Stage, Sum
 
 
 def without_unread(stages: Sequence[Stage]) -> list[Stage]:
     """The stages without the output channels of layers that no later weight reads.
 
-    The outputs of the last layer stay, and of every other layer at least one.
+    The outputs of the last layer stay, and of every other layer at least one. Where stages are
+    read twice, for a sum, all channels stay.
     """
+    if any(isinstance(stage, Branch | Sum) for stage in stages):
+        return list(stages)
     kept = _read(stages)
     result: list[Stage] = []
     current: Tensor | None = None  # which of the last tensor's channels stay; None: all

@@ -143,6 +143,13 @@ def test_removed_channels_change_no_integer(universal: bool, bits: int, sparsity
     assert sizes[1] < sizes[0]
 
 
+def test_sums_keep_all_channels() -> None:
+    whole = stages(build("resnet-8", (1, 8, 8), 5, 0.2), {})
+    kept = without_unread(whole)
+    assert len(kept) == len(whole)
+    assert all(a is b for a, b in zip(kept, whole, strict=True))
+
+
 def test_channels_are_removed_as_when_a_model_is_loaded() -> None:
     torch.manual_seed(0)
     network = build("cnn-tiny", (2, 14, 14), 10)
