@@ -74,7 +74,7 @@ def _columns() -> list[int]:
 
 def _sensor_ranges(engines: list[Table]) -> tuple[Table, Table]:
     """Smallest and largest reading of each sensor, float64 [14], in half of the engines."""
-    chosen = order(len(engines))[: (len(engines) + 1) // 2]
+    chosen = order(len(engines))[: max(1, len(engines) // 2)]
     readings = np.concatenate([engines[i][:, _columns()] for i in chosen])
     lower, upper = readings.min(axis=0), readings.max(axis=0)
     if not bool((lower < upper).all()):

@@ -87,7 +87,7 @@ def distance(made: Model, graph: Graph, data: Dataset) -> float:
 @pytest.mark.parametrize(("bits", "sparsity"), [(8, 0.0), (4, 0.6)])
 def test_every_network_lowers(architecture: str, bits: int, sparsity: float) -> None:
     side = 28 if architecture in ("cnn-medium", "cnn-small", "cnn-small-bn") else 8
-    width = {"cnn-medium": 0.25, "cnn-7": 0.125, "resnet-8": 0.5, "ds-cnn": 0.5}
+    width = {"cnn-medium": 0.25, "cnn-5": 0.125, "cnn-7": 0.05, "resnet-8": 0.25, "ds-cnn": 0.25}
     data = images((side, side, 1))
     made = model(architecture, (1, side, side), width.get(architecture, 1.0))
     lowering = lower(made, data, Settings(bits, sparsity, 0.05))

@@ -18,7 +18,7 @@ from cactus_edge.train.checkpoint import save_model
 from cactus_edge.train.zoo import Add, build
 from cactus_edge.validate import peers, validate_model
 
-WIDTHS = {"cnn-5": 0.25, "cnn-7": 0.125, "resnet-8": 0.25, "ds-cnn": 0.25}
+WIDTHS = {"cnn-5": 0.125, "cnn-7": 0.05, "resnet-8": 0.25, "ds-cnn": 0.25}
 STOCK = ("LiteRT default", "TFLite Micro")
 
 
