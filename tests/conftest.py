@@ -11,7 +11,7 @@ from hypothesis import settings
 
 # A failure has to be repeatable, and compilation by Numba makes first examples slow. The pytest
 # option --hypothesis-profile=NAME chooses another one.
-settings.register_profile("ci", deadline=None, derandomize=True)
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60)
 settings.register_profile("random", deadline=None)
 settings.register_profile("deep", deadline=None, max_examples=5000)
 settings.load_profile("ci")
