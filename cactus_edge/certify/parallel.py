@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 from cactus_edge.errors import MissingExtraError, ToolError, UsageError
@@ -176,6 +177,12 @@ class _Loky:
         self.generation += 1
 
     def stop(self) -> None:
+        # An executor that is told to kill drops its tasks, and then fails on the numbers of those
+        # that it had not yet handed out: joblib 1.6's thread dies of a KeyError, with a traceback.
+        numbers = self._executor._work_ids  # noqa: SLF001
+        with suppress(queue.Empty):
+            while True:
+                numbers.get_nowait()
         self._executor.shutdown(wait=True, kill_workers=True)
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import pytest
 from cactus_edge import certificate, flatbuffer
 from cactus_edge.certificate import Bounds, Sample, line_of
 from cactus_edge.certificate_stream import Reader, load, write
-from cactus_edge.certify import Request, certify, merge, tasks
+from cactus_edge.certify import Request, certify, merge, parallel, tasks
 from cactus_edge.certify.decide import Effort
 from cactus_edge.certify.parallel import AHEAD, pool
 from cactus_edge.certify.partial import partial_of, recover
@@ -390,6 +391,18 @@ def test_what_kills_every_process_is_an_error() -> None:
         list(mapper(die_always, iter(range(4))))
 
 
+def test_leaving_early_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while tasks wait that no process was given."""
+    failures: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+    monkeypatch.setattr(parallel, "AHEAD", 200)
+    for results in range(1, 4):
+        with pool(1) as mapper:
+            answers = mapper(abs, iter(range(400)))
+            assert [next(answers) for _ in range(results)] == list(range(results))
+    assert not failures
+
+
 def test_workers_do_not_oversubscribe(request_: Request) -> None:
     with pool(2) as mapper:
         answers = set(mapper(threads_of, iter(range(8))))
@@ -484,8 +497,6 @@ def test_a_killed_dask_worker_costs_nothing(
 def test_a_scheduler_that_does_not_answer(
     request_: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cactus_edge.certify import parallel
-
     monkeypatch.setattr(parallel, "_CONNECT_SECONDS", 1)
     with pytest.raises(ToolError, match="no Dask scheduler answers"):
         certify(replace(request_, dask="tcp://127.0.0.1:9"), BytesIO())
