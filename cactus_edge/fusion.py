@@ -9,6 +9,7 @@ arithmetic replaced; so the kernels still compute the integers of the profile.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -41,25 +42,41 @@ def _float32(graph: Graph, op: Linear) -> Requantization:
         return given
     if codes == {int(Rounding.FLOAT32)} or len(codes) > 1 or (given.multiplier <= 0).any():
         return given
-    extra = 31 if codes <= set(_DOUBLE) else 0
+    zero_point, limits = graph.tensors[op.output].zero_point, graph.output_range(op)
+    ends = accumulator_bounds(graph, op)
+    numbers = (given.rounding, given.multiplier, given.shift, *ends)
+    found = _proved(tuple(n.astype(np.int64).tobytes() for n in numbers), zero_point, limits)
+    return given if found is None else found
+
+
+@lru_cache(maxsize=256)
+def _proved(
+    numbers: tuple[bytes, ...], zero_point: int, limits: tuple[int, int]
+) -> Requantization | None:
+    """FLOAT32 parameters, by the bytes of a layer's own and its accumulators' ends.
+
+    Remembered, because a process often loads one model several times.
+    """
+    rounding, multiplier, shifts, lower, upper = (np.frombuffer(n, np.int64) for n in numbers)
+    given = Requantization(rounding, multiplier, shifts)
+    extra = 31 if set(rounding.tolist()) <= set(_DOUBLE) else 0
     pairs = [
         scales.nearest(multiplier, 1 << (shift + extra), 32)
-        for multiplier, shift in zip(given.multiplier.tolist(), given.shift.tolist(), strict=True)
+        for multiplier, shift in zip(multiplier.tolist(), shifts.tolist(), strict=True)
     ]
     significand = np.array([pair.significand for pair in pairs], np.int64)
     shift = np.array([-pair.exponent for pair in pairs], np.int64)
     if not all(parameters_fit(Rounding.FLOAT32, 1 << 23, s, False) for s in shift.tolist()):
-        return given
-    zero_point, limits = graph.tensors[op.output].zero_point, graph.output_range(op)
-    points = step_points(given, *accumulator_bounds(graph, op), zero_point, limits)
+        return None
+    points = step_points(given, lower, upper, zero_point, limits)
     wanted = stored(given, points, zero_point, limits)
-    codes_ = np.full(op.channels, int(Rounding.FLOAT32))
-    chosen = np.zeros(op.channels, np.int64)
+    codes = np.full(len(shift), int(Rounding.FLOAT32))
+    chosen = np.zeros(len(shift), np.int64)
     for ulp in _ULPS:
         near = np.clip(significand + ulp, 1 << 23, (1 << 24) - 1)
-        found = stored(Requantization(codes_, near, shift), points, zero_point, limits)
+        found = stored(Requantization(codes, near, shift), points, zero_point, limits)
         same = (found == wanted).all(axis=0) & (chosen == 0)
         chosen[same] = near[same]
         if (chosen != 0).all():
-            return Requantization(codes_, chosen, shift)
-    return given
+            return Requantization(codes, chosen, shift)
+    return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from cactus_edge import profiles, semantics
 from cactus_edge.constraints import accumulator_bounds, stored_range
@@ -92,17 +93,33 @@ def step_points(
 ) -> Int64Array:
     """Int64 [points, channels]: both sides of every step within [lower, upper], and the ends."""
     levels = np.arange(limits[0] + 1, limits[1] + 1, dtype=np.int64)[:, None]
-    low = np.broadcast_to(lower, (levels.size, lower.size)).copy()
-    high = np.broadcast_to(upper + 1, low.shape).copy()
+
+    def reaches(accumulator: Int64Array) -> npt.NDArray[np.bool_]:
+        return stored(parameters, accumulator, zero_point, limits) >= levels
+
+    low, high = _near(parameters, levels - zero_point, lower, upper)
+    low = np.where(reaches(low - 1), lower, low)  # a guess that is wrong costs time alone
+    high = np.where(reaches(high), high, upper + 1)
     while (low < high).any():
         middle = (low + high) >> 1
-        reaches = stored(parameters, middle, zero_point, limits) >= levels
-        high = np.where(reaches, middle, high)
-        low = np.where(reaches, low, middle + 1)
+        reached = reaches(middle)
+        high = np.where(reached, middle, high)
+        low = np.where(reached, low, middle + 1)
         low = np.minimum(low, high)
     ends = np.stack([lower, upper])
     points = np.concatenate([ends, low, low - 1])
     return np.clip(points, lower, upper)
+
+
+def _near(
+    parameters: Requantization, steps: Int64Array, lower: Int64Array, upper: Int64Array
+) -> tuple[Int64Array, Int64Array]:
+    """Int64 [steps, channels], twice: a guess of the accumulators between which each step lies."""
+    double = int(parameters.rounding[0]) in (Rounding.DOUBLE_HALF_AWAY, Rounding.DOUBLE_HALF_UP)
+    factor = np.ldexp(np.maximum(parameters.multiplier, 1), -(parameters.shift + 31 * double))
+    guess = np.clip((steps - 0.5) / factor, lower - 1.0, upper + 1.0).astype(np.int64)
+    room = 4 + (np.abs(guess) >> 20)
+    return np.maximum(guess - room, lower), np.minimum(guess + room, upper + 1)
 
 
 def stored(

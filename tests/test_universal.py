@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cactus_edge import profiles, universal
 from cactus_edge.certify.engine import cover
@@ -23,7 +25,7 @@ from cactus_edge.graph import (
     Tensor,
     Weights,
 )
-from cactus_edge.semantics import AddRounding
+from cactus_edge.semantics import AddRounding, Rounding
 from tests.graphs import random_graph
 
 COLUMNS = ["CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"]
@@ -169,3 +171,32 @@ def test_windows_that_leave_out_inputs_are_not_covered_by_xnnpack_2_14() -> None
     assert coverage.uncovered == outside
     assert set(coverage.groups[0].names) == set(profiles.PROFILES) - set(outside)
     assert profiles.uncovered(leaving_out(4)) == {}
+
+
+_FACTORS = {  # least and largest multiplier, and the shift of a factor of one half
+    Rounding.DOUBLE_HALF_AWAY: (1 << 30, (1 << 31) - 1, 0),
+    Rounding.DOUBLE_HALF_UP: (1 << 30, (1 << 31) - 1, 0),
+    Rounding.SINGLE: (1 << 30, (1 << 31) - 1, 31),
+    Rounding.FLOAT32: (1 << 23, (1 << 24) - 1, 24),
+    Rounding.FLOAT64: (1 << 52, (1 << 53) - 1, 53),
+}
+
+
+@pytest.mark.parametrize("rounding", _FACTORS)
+@given(data=st.data())
+def test_points_are_both_sides_of_every_step(rounding: Rounding, data: st.DataObject) -> None:
+    """Wherever a channel's range lies, and however small its factor is."""
+    least, most, shift = _FACTORS[rounding]
+    multiplier = [data.draw(st.integers(least, most)) for _ in range(2)]
+    shifts = [shift + data.draw(st.integers(0, 24)) for _ in range(2)]
+    lower = np.array([data.draw(st.integers(-(1 << 27), 1 << 27)) for _ in range(2)])
+    upper = lower + data.draw(st.integers(0, 3000))
+    zero_point = data.draw(st.integers(-128, 127))
+    parameters = Requantization(np.full(2, int(rounding)), np.array(multiplier), np.array(shifts))
+    points = universal.step_points(parameters, lower, upper, zero_point, (-128, 127))
+    every = lower + np.arange(upper[0] - lower[0] + 1)[:, None]
+    values = universal.stored(parameters, every, zero_point, (-128, 127))
+    for channel in range(2):
+        at = np.flatnonzero(np.diff(values[:, channel]))
+        wanted = {*every[at, channel], *every[at + 1, channel], lower[channel], upper[channel]}
+        assert wanted <= set(points[:, channel].tolist())

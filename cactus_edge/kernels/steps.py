@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
+from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -113,8 +114,9 @@ class Step:
 
 
 STEP = np.dtype([(field.name, np.int64) for field in fields(Step)])
+_FIELDS = attrgetter(*(field.name for field in fields(Step)))
 
 
 def table(steps: Sequence[Step]) -> npt.NDArray[np.void]:
     """The records of ``steps``, in order."""
-    return np.array([astuple(step) for step in steps], STEP)
+    return np.array([_FIELDS(step) for step in steps], STEP)
