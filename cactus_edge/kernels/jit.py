@@ -15,6 +15,7 @@ import inspect
 import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from numba.core.caching import IndexDataCacheFile
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
+from numba.core.runtime.nrt import rtsys
 from numba.extending import intrinsic, register_jitable
 
 from cactus_edge.errors import UsageError
@@ -61,7 +63,18 @@ def entry(function: Compiled) -> Compiled:
         return _compile(function, python=True)
     cache = compiled._cache
     cache._cache_file = _CheckedFiles(cache._cache_file)
+    cache.load_overload = partial(_load, cache)
     return _optimized_once(compiled)
+
+
+def _load(cache: Any, signature: object, context: object) -> object:
+    """Read back what was compiled, if it was.
+
+    Numba's own method first sets up all that compiling may need, which takes several times as long;
+    kernels that exist need its runtime alone. Compiling sets up the rest by itself.
+    """
+    rtsys.initialize(context)
+    return cache._load_overload(signature, context)
 
 
 def _optimized_once(compiled: Any) -> Any:
