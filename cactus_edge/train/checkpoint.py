@@ -1,7 +1,8 @@
 """Files of a training run: safetensors for tensors, JSON for the rest, never pickle.
 
     recipe.toml            the resolved recipe
-    model.safetensors      parameters, activation ranges; metadata: architecture, shapes, recipe
+    model.safetensors      parameters, activation ranges, kept masks; metadata: architecture,
+                           shapes, recipe
     checkpoint.safetensors parameters, optimizer state, masks, ranges; metadata: position, history
     history.csv            one row per epoch
     metrics.json           the summary, written last
@@ -12,7 +13,7 @@ Each file is written to a temporary name and renamed, so a reader never sees hal
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from cactus_edge import files
 from cactus_edge.errors import CactusEdgeError, DataError
+from cactus_edge.train.compress import Masks
 from cactus_edge.train.recipe import Recipe, format_recipe, parse_recipe
 from cactus_edge.train.zoo import Network, build
 
@@ -36,6 +38,7 @@ FILES = (MODEL_FILE, STATE_FILE, RECIPE_FILE, HISTORY_FILE, METRICS_FILE)
 _MODEL_FORMAT = "cactus_edge model 1"
 _STATE_FORMAT = "cactus_edge training state 1"
 _RANGE = "range/"
+_MASK = "mask/"
 
 
 class ModelMetadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -66,12 +69,14 @@ class Model:
         ranges: ReLU name -> largest activation that training observed; empty without quantized
             members.
         metadata: see ``ModelMetadata``.
+        masks: key of a pattern -> masks that do not follow from the weights; empty where they do.
     """
 
     network: Network
     recipe: Recipe
     ranges: Mapping[str, float]
     metadata: ModelMetadata
+    masks: Mapping[str, Masks] = field(default_factory=dict[str, Masks])
 
 
 def save_model(
@@ -80,13 +85,15 @@ def save_model(
     recipe: Recipe,
     ranges: Mapping[str, Tensor],
     data_sha256: str,
+    masks: Mapping[str, Masks] | None = None,
 ) -> None:
-    """Write ``model.safetensors``."""
+    """Write ``model.safetensors``; for ``masks`` see ``Model``."""
     described = ModelMetadata(
         network.architecture, network.width, network.input_shape, network.classes, data_sha256
     )
     tensors = {name: value.detach() for name, value in network.state_dict().items()}
     tensors |= {_RANGE + name: value.detach() for name, value in ranges.items()}
+    tensors |= named_masks(masks or {})
     metadata = {
         "format": _MODEL_FORMAT,
         "model": msgspec.json.encode(described).decode(),
@@ -113,7 +120,9 @@ def load_model(path: Path) -> Model:
         network = build(
             described.architecture, described.input_shape, described.classes, described.width
         )
-        state = {name: value for name, value in tensors.items() if not name.startswith(_RANGE)}
+        state = {
+            name: value for name, value in tensors.items() if not name.startswith((_RANGE, _MASK))
+        }
         network.load_state_dict(state)
     except KeyError as error:
         raise DataError(f"{file}: the header lacks {error}; train the network again") from error
@@ -124,7 +133,26 @@ def load_model(path: Path) -> Model:
         for name, value in tensors.items()
         if name.startswith(_RANGE)
     }
-    return Model(network, recipe, ranges, described)
+    return Model(network, recipe, ranges, described, stored_masks(tensors))
+
+
+def named_masks(masks: Mapping[str, Masks]) -> dict[str, Tensor]:
+    """Masks by their names in a file, ``mask/<key of the pattern>/<layer>``."""
+    return {
+        f"{_MASK}{key}/{layer}": mask
+        for key, named in masks.items()
+        for layer, mask in named.items()
+    }
+
+
+def stored_masks(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The inverse of ``named_masks``: key of a pattern -> layer -> mask."""
+    masks: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith(_MASK):
+            key, layer = name.removeprefix(_MASK).split("/", 1)
+            masks.setdefault(key, {})[layer] = value
+    return masks
 
 
 def load_network(path: Path) -> tuple[Network, Recipe]:

@@ -114,6 +114,13 @@ def prune(
     return pruned
 
 
+def masks_to(masks: Mapping[str, Masks], device: torch.device) -> Mapping[str, Masks]:
+    """Masks by key of their pattern, on ``device``."""
+    return {
+        key: {name: mask.to(device) for name, mask in named.items()} for key, named in masks.items()
+    }
+
+
 def updated_ranges(ranges: Mapping[str, Tensor], hidden: Mapping[str, Box]) -> Mapping[str, Tensor]:
     """Moving averages of the largest upper bound at each ReLU, per name []."""
     seen = {

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cactus_edge import datasets, files
 from cactus_edge.errors import DataError, OutputError, UsageError
-from cactus_edge.train import checkpoint, views
+from cactus_edge.train import checkpoint, start, views
 from cactus_edge.train.data import augment, generator, order, select, to_samples
 from cactus_edge.train.evaluate import (
     DOMAIN,
@@ -40,6 +40,7 @@ from cactus_edge.train.state import (
     Run,
     State,
     fresh_state,
+    kept_masks,
     restored,
     save_run,
     write_history,
@@ -72,9 +73,10 @@ def train(
 
     Raises:
         OutputError: ``output`` holds a run, and neither ``resume`` nor ``force`` is given.
-        DataError: data or checkpoint do not fit the recipe.
+        DataError: data, start or checkpoint do not fit the recipe.
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
     """
+    start.refuse_itself(recipe, output)
     _claim(output, resume=resume, force=force)
     fabric = _fabric(device)
     training, validation = datasets.load_training(recipe.data.name, recipe.data.validation)
@@ -103,12 +105,7 @@ def _fit(run: Run, state: State, interrupted: threading.Event, started: float) -
         epoch, offset = divmod(position.step, per_epoch)
         indices = order(len(run.training), recipe.seed, epoch)
         for index in range(offset, per_epoch):
-            if recipe.compression.mask_refresh == "step":
-                drawn = drawn_members(recipe, position.step)
-                state.masks = views.masks_of(run.network, drawn, recipe.compression)
-            elif index == 0:
-                members = recipe.compression.members
-                state.masks = views.masks_of(run.network, members, recipe.compression)
+            _refresh_masks(run, state, index)
             chosen = indices[index * batch : (index + 1) * batch].to(run.fabric.device)
             images, labels = select(run.training, chosen)
             shake = generator(run.fabric.device, recipe.seed, "augment", position.step)
@@ -136,12 +133,23 @@ def _fit(run: Run, state: State, interrupted: threading.Event, started: float) -
         _end_epoch(run, state)
 
 
+def _refresh_masks(run: Run, state: State, index: int) -> None:
+    """Recompute masks where they are due at the epoch's step ``index``."""
+    choice = run.recipe.compression
+    if choice.mask_refresh == "step":
+        drawn = drawn_members(run.recipe, state.position.step)
+        state.masks = views.masks_of(run.network, drawn, choice)
+    elif choice.mask_refresh == "epoch" and index == 0:
+        state.masks = views.masks_of(run.network, choice.members, choice)
+
+
 def _end_epoch(run: Run, state: State) -> None:
     """Rebuild batch statistics, evaluate on validation data, write the checkpoint."""
     recipe, position = run.recipe, state.position
     now = schedule(recipe, position.step - 1, run.steps_per_epoch)
+    choice = recipe.compression
     view = views.deployed_view(
-        run.network, recipe.compression.members[0], recipe.compression, state.ranges
+        run.network, choice.members[0], choice, state.ranges, kept_masks(run, state)
     )
     if run.network.has_batch_norm():  # the stored statistics are those of the first member
         set_running_statistics(run.network, precise_statistics(run.network, run.training, view))
@@ -166,12 +174,12 @@ def _end_epoch(run: Run, state: State) -> None:
 def _finish(run: Run, state: State, seconds: float, throughput: float) -> Summary:
     """Write the model, evaluate every member on validation and test data, write the summary."""
     recipe = run.recipe
-    data_sha256 = state.position.data_sha256
-    checkpoint.save_model(run.output, run.network, recipe, state.ranges, data_sha256)
+    data_sha256, kept = state.position.data_sha256, kept_masks(run, state)
+    checkpoint.save_model(run.output, run.network, recipe, state.ranges, data_sha256, kept)
     epsilon = recipe.objective.reported_epsilon
     members: list[MemberResult] = []
     for member in recipe.compression.members:
-        view = views.deployed_view(run.network, member, recipe.compression, state.ranges)
+        view = views.deployed_view(run.network, member, recipe.compression, state.ranges, kept)
         if run.network.has_batch_norm():
             set_running_statistics(run.network, precise_statistics(run.network, run.training, view))
         members.append(
@@ -192,6 +200,7 @@ def _finish(run: Run, state: State, seconds: float, throughput: float) -> Summar
         verifier=VERIFIER,
         members=tuple(members),
         data_sha256=data_sha256,
+        start_sha256=run.start.sha256,
     )
     text = msgspec.json.format(msgspec.json.encode(summary), indent=2)
     files.write(run.output / checkpoint.METRICS_FILE, text, force=True)
@@ -251,6 +260,7 @@ def _prepare(
         )
         if recipe.objective.initialisation == "ibp":
             initialise_for_bounds(network)
+    beginning = start.load(recipe, network, splits[0].sha256, fabric.device)
     network = network.to(fabric.device)
     optimizer = torch.optim.Adam(network.parameters(), lr=recipe.optimizer.learning_rate)
     return Run(
@@ -263,6 +273,7 @@ def _prepare(
         validation,
         test,
         progress,
+        beginning,
     )
 
 

@@ -131,7 +131,10 @@ def lower(model: Model, calibration: datasets.Dataset, settings: Settings) -> Lo
     recipe = model.recipe
     epsilon = recipe.objective.certify_epsilon if settings.epsilon is None else settings.epsilon
     pattern = settings.pruned
-    whole = stages(model.network.eval(), pattern.masks(model.network, recipe.compression.pruning))
+    masks = model.masks.get(pattern.key())
+    if masks is None:
+        masks = pattern.masks(model.network, recipe.compression.pruning)
+    whole = stages(model.network.eval(), masks)
     folded = without_unread(whole) if pattern.removes_channels else whole
     widths = _widths(folded, settings)
     images = _tensor(calibration, CALIBRATION_SAMPLES)

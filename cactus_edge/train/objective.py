@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from cactus_edge.train import compress, views
 from cactus_edge.train.bounds import (
-    Bounds,
     Box,
     Statistics,
     View,
@@ -121,9 +120,13 @@ def cactus_loss(
             ranges,
             lambda moved: _certified_loss(network, images, labels, recipe.objective, now, moved),
         )
-        loss, bounds = _member_loss(network, images, labels, recipe, step, now, view)
-        if member.weight_bits() is not None:
-            ranges = compress.updated_ranges(ranges, bounds.hidden)
+        rounds = member.weight_bits() is not None
+        observed = rounds and recipe.compression.activations == "int8"
+        loss, hidden = _member_loss(
+            network, images, labels, recipe, step, now, view, observed=observed
+        )
+        if rounds:
+            ranges = compress.updated_ranges(ranges, hidden)
         losses.append(loss)
     total = torch.stack(losses).mean()
     if recipe.objective.l1:
@@ -172,12 +175,22 @@ def _member_loss(
     step: int,
     now: Schedule,
     view: View,
-) -> tuple[Tensor, Bounds]:
-    """Joint loss of one member, with the regulariser of its bounds."""
+    *,
+    observed: bool,
+) -> tuple[Tensor, Mapping[str, Box]]:
+    """Joint loss of one member with the regulariser of its bounds, and the boxes at its ReLUs.
+
+    Without a certified loss nothing is bounded, and the boxes are those of the clean batch: points
+    if they are ``observed``, none otherwise.
+    """
     logits: Tensor | None = None
     statistics: Statistics | None = None
     if now.certified_weight < 1.0 or network.has_batch_norm():  # otherwise it has no use
         logits, statistics = forward(network, images, view)
+    if recipe.objective.lambda_max == 0 and not now.regulariser_weight:
+        assert logits is not None  # lambda is 0
+        standard = functional.cross_entropy(logits, labels)
+        return standard, _activations(network, images, labels, view, statistics) if observed else {}
     case = Case(
         network=network,
         images=images,
@@ -193,7 +206,20 @@ def _member_loss(
     loss, bounds = LOSSES[recipe.objective.loss].function(case)
     if now.regulariser_weight:
         loss = loss + now.regulariser_weight * regulariser(bounds.hidden, bounds.box)
-    return loss, bounds
+    return loss, bounds.hidden
+
+
+@torch.no_grad()
+def _activations(
+    network: Network,
+    images: Tensor,
+    labels: Tensor,
+    view: View,
+    statistics: Statistics | None,
+) -> Mapping[str, Box]:
+    """The inputs of every ReLU on a clean batch, as boxes without width."""
+    point = Box(images, torch.zeros_like(images))
+    return propagate(network, point, labels, view, statistics).hidden
 
 
 def _certified_loss(

@@ -43,6 +43,16 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     augment: Literal["none", "crop", "flip-crop"] = "none"
 
 
+class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A trained network to go on from, instead of an initialisation; see ``train.start``.
+
+    Attributes:
+        source: directory of a run or its ``model.safetensors``; the key is ``from``.
+    """
+
+    source: Annotated[str, msgspec.Meta(min_length=1)] = msgspec.field(name="from")
+
+
 class NetworkChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which network of ``zoo.NETWORKS``, and a factor for the width of its hidden layers."""
 
@@ -113,7 +123,8 @@ class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         activations: quantized members propagate ``float`` or fake-quantized ``int8`` activations.
         scope: single weights are pruned ``layer`` by layer, or by their ``global`` ranking.
         prune_last: whether single weights, groups and blocks of the output layer are pruned too.
-        mask_refresh: masks are recomputed every ``step`` or every ``epoch``.
+        mask_refresh: masks are recomputed every ``step`` or every ``epoch``, or computed ``once``,
+            before the first step, and kept.
     """
 
     members: Annotated[tuple[Member, ...], msgspec.Meta(min_length=1)] = (Dense(),)
@@ -122,7 +133,7 @@ class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     activations: Literal["float", "int8"] = "float"
     scope: Literal["layer", "global"] = "layer"
     prune_last: bool = True
-    mask_refresh: Literal["step", "epoch"] = "step"
+    mask_refresh: Literal["step", "epoch", "once"] = "step"
 
     @property
     def pruning(self) -> Pruning:
@@ -167,6 +178,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         objective: see ``Objective``.
         optimizer: see ``Optimizer``.
         compression: see ``Compression``.
+        start: see ``Start``.
         seed: of initialisation, order, augmentation, attacks and draws.
         threads: of torch on the CPU; 0 leaves torch's choice.
     """
@@ -176,6 +188,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     objective: Objective
     optimizer: Optimizer
     compression: Compression = Compression()
+    start: Start | None = None
     seed: Count = 0
     threads: Count = 0
 
@@ -236,6 +249,8 @@ def format_recipe(recipe: Recipe) -> str:
             for key, value in msgspec.to_builtins(recipe.objective).items()
             if key != "options"
         }
+    if recipe.start is None:
+        del document["start"]
     scalars = {key: value for key, value in document.items() if not isinstance(value, dict)}
     return tomli_w.dumps(scalars | document)
 
@@ -288,7 +303,7 @@ def _remedy(kind: object, *, fields: bool) -> str:
     """What may be written there."""
     bare = _bare(kind)
     if isinstance(bare, type) and issubclass(bare, msgspec.Struct):
-        names = ", ".join(field.name for field in msgspec.structs.fields(bare)) or "none"
+        names = ", ".join(field.encode_name for field in msgspec.structs.fields(bare)) or "none"
         return f"; known keys: {names}" if fields else f"; needed and known keys: {names}"
     if typing.get_origin(bare) is Literal:
         return f"; use one of {', '.join(repr(choice) for choice in typing.get_args(bare))}"

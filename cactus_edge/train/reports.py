@@ -44,6 +44,7 @@ class Summary(msgspec.Struct, frozen=True):
         verifier: that computed them, and its arithmetic.
         members: accuracies per member.
         data_sha256: of the training split.
+        start_sha256: of the model that the run started from; empty if it was initialised.
     """
 
     output: str
@@ -56,6 +57,7 @@ class Summary(msgspec.Struct, frozen=True):
     verifier: str
     members: tuple[MemberResult, ...]
     data_sha256: str
+    start_sha256: str = ""
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from cactus_edge import files
 from cactus_edge.errors import DataError
-from cactus_edge.train import checkpoint, compress
+from cactus_edge.train import checkpoint, compress, views
 from cactus_edge.train.data import Samples
-from cactus_edge.train.recipe import Recipe, format_recipe
+from cactus_edge.train.recipe import Recipe, format_recipe, parse_recipe
 from cactus_edge.train.reports import EpochRow, Progress
+from cactus_edge.train.start import Beginning
 from cactus_edge.train.zoo import Network
 
 logger = logging.getLogger(__name__)
 
-_MASK = "mask/"
 _RANGE = "range/"
 _MOMENT = "optimizer/"
 _PARAMETER = "network/"
@@ -36,6 +36,7 @@ class Position(msgspec.Struct, forbid_unknown_fields=True):
 
     recipe: str
     data_sha256: str
+    start_sha256: str = ""
     step: int = 0
     loss_sum: float = 0.0
     history: list[EpochRow] = []
@@ -63,6 +64,7 @@ class Run:
     validation: Samples
     test: Samples
     progress: Progress | None
+    start: Beginning = Beginning()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -77,7 +79,18 @@ class Run:
 
 def fresh_state(run: Run, data_sha256: str) -> State:
     """The state at step 0."""
-    return State(Position(recipe=format_recipe(run.recipe), data_sha256=data_sha256))
+    choice, start = run.recipe.compression, run.start
+    position = Position(format_recipe(run.recipe), data_sha256, start.sha256)
+    masks: dict[str, compress.Masks] = {}
+    if choice.mask_refresh == "once":
+        masks |= views.masks_of(run.network, choice.members, choice)
+        masks |= {key: start.masks[key] for key in masks if key in start.masks}
+    return State(position, start.ranges, masks)
+
+
+def kept_masks(run: Run, state: State) -> Mapping[str, compress.Masks]:
+    """The masks that do not follow from the weights, by key of the pattern."""
+    return state.masks if run.recipe.compression.mask_refresh == "once" else {}
 
 
 def save_run(run: Run, state: State) -> None:
@@ -87,9 +100,8 @@ def save_run(run: Run, state: State) -> None:
         for key, value in run.optimizer.state[parameter].items():
             tensors[f"{_MOMENT}{name}/{key}"] = value
     tensors |= {_RANGE + name: value for name, value in state.ranges.items()}
-    if run.recipe.compression.mask_refresh == "epoch":
-        for key, masks in state.masks.items():
-            tensors |= {f"{_MASK}{key}/{name}": mask for name, mask in masks.items()}
+    if run.recipe.compression.mask_refresh != "step":
+        tensors |= checkpoint.named_masks(state.masks)
     progress = msgspec.json.encode(state.position).decode()
     checkpoint.save_state(run.output, tensors, progress)
 
@@ -106,9 +118,10 @@ def restored(run: Run, data_sha256: str) -> State:
         position = msgspec.json.decode(text, type=Position)
     except msgspec.DecodeError as error:
         raise DataError(f"{file}: damaged position: {error}; use --force") from error
-    for what, old, new in (
-        ("recipe", position.recipe, fresh.position.recipe),
+    for what, old, new in (  # recipes as they are read: an older text lacks newer keys
+        ("recipe", parse_recipe(position.recipe, f"{file}: recipe"), run.recipe),
         ("training data", position.data_sha256, data_sha256),
+        ("[start]", position.start_sha256, run.start.sha256),
     ):
         if old != new:
             raise DataError(
@@ -144,12 +157,7 @@ def _load_tensors(run: Run, tensors: Mapping[str, Tensor]) -> Mapping[str, compr
             "exp_avg": tensors[prefix + "exp_avg"].to(device),
             "exp_avg_sq": tensors[prefix + "exp_avg_sq"].to(device),
         }
-    masks: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith(_MASK):
-            key, layer = name.removeprefix(_MASK).split("/", 1)
-            masks.setdefault(key, {})[layer] = value.to(device)
-    return masks
+    return compress.masks_to(checkpoint.stored_masks(tensors), device)
 
 
 def write_history(output: Path, history: Sequence[EpochRow]) -> None:

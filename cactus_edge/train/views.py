@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -11,6 +12,8 @@ from cactus_edge.train.compress import Masks, pruned_weights
 from cactus_edge.train.members import MemberKind, Training
 from cactus_edge.train.recipe import Compression
 from cactus_edge.train.zoo import Network
+
+_NO_MASKS: Mapping[str, Masks] = MappingProxyType({})
 
 
 def masks_of(
@@ -40,9 +43,15 @@ def deployed_view(
     member: MemberKind,
     choice: Compression,
     ranges: Mapping[str, Tensor],
+    kept: Mapping[str, Masks] = _NO_MASKS,
 ) -> View:
-    """The view of a member in evaluation: masks of now, weights rounded, nothing adversarial."""
-    masks = member.pattern().masks(network, choice.pruning)
+    """The view of a member in evaluation: weights rounded, nothing adversarial.
+
+    Masks are the ``kept`` ones of its pattern, by key, or else those of today's weights.
+    """
+    masks = kept.get(member.pattern().key())
+    if masks is None:
+        masks = member.pattern().masks(network, choice.pruning)
     weights = {name: weight.detach() for name, weight in pruned_weights(network, masks).items()}
     return View(member.deployed_weights(weights), _shown(member, choice, ranges))
 
