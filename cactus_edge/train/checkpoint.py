@@ -150,7 +150,7 @@ def stored_masks(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     masks: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith(_MASK):
-            key, layer = name.removeprefix(_MASK).split("/", 1)
+            key, _, layer = name.removeprefix(_MASK).partition("/")
             masks.setdefault(key, {})[layer] = value
     return masks
 

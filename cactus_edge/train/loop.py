@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cactus_edge import datasets, files
 from cactus_edge.errors import DataError, OutputError, UsageError
-from cactus_edge.train import checkpoint, start, views
+from cactus_edge.train import checkpoint, importance, start, views
 from cactus_edge.train.data import augment, generator, order, select, to_samples
 from cactus_edge.train.evaluate import (
     DOMAIN,
@@ -138,7 +138,11 @@ def _refresh_masks(run: Run, state: State, index: int) -> None:
     choice = run.recipe.compression
     if choice.mask_refresh == "step":
         drawn = drawn_members(run.recipe, state.position.step)
-        state.masks = views.masks_of(run.network, drawn, choice)
+        if run.scores is None:
+            state.masks = views.masks_of(run.network, drawn, choice)
+        else:
+            masks = views.masks_of(run.scores, drawn, choice)
+            state.masks = importance.straight_through(masks, run.scores)
     elif choice.mask_refresh == "epoch" and index == 0:
         state.masks = views.masks_of(run.network, choice.members, choice)
 
@@ -262,7 +266,9 @@ def _prepare(
             initialise_for_bounds(network)
     beginning = start.load(recipe, network, splits[0].sha256, fabric.device)
     network = network.to(fabric.device)
-    optimizer = torch.optim.Adam(network.parameters(), lr=recipe.optimizer.learning_rate)
+    scores = importance.learned(network) if recipe.compression.importance == "scores" else None
+    trained = importance.trained(network, scores)
+    optimizer = torch.optim.Adam(trained.values(), lr=recipe.optimizer.learning_rate)
     return Run(
         recipe,
         output,
@@ -274,6 +280,7 @@ def _prepare(
         test,
         progress,
         beginning,
+        scores,
     )
 
 
@@ -281,7 +288,7 @@ def _clip(run: Run) -> None:
     """Clip the gradient's norm."""
     limit = run.recipe.optimizer.gradient_clip
     if limit:
-        torch.nn.utils.clip_grad_norm_(run.network.parameters(), limit)
+        torch.nn.utils.clip_grad_norm_(run.trained.values(), limit)
 
 
 def _finite(loss: Tensor, step: int) -> float:

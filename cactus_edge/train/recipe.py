@@ -125,6 +125,8 @@ class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         prune_last: whether single weights, groups and blocks of the output layer are pruned too.
         mask_refresh: masks are recomputed every ``step`` or every ``epoch``, or computed ``once``,
             before the first step, and kept.
+        importance: patterns rank weights by ``magnitude``, or by learned ``scores``, which are then
+            all that is trained; see ``train.importance``.
     """
 
     members: Annotated[tuple[Member, ...], msgspec.Meta(min_length=1)] = (Dense(),)
@@ -134,6 +136,7 @@ class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scope: Literal["layer", "global"] = "layer"
     prune_last: bool = True
     mask_refresh: Literal["step", "epoch", "once"] = "step"
+    importance: Literal["magnitude", "scores"] = "magnitude"
 
     @property
     def pruning(self) -> Pruning:
@@ -147,6 +150,18 @@ class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"draw = {self.draw}, but there are {len(self.members)} members; write 'all' or a "
                 "smaller number"
             )
+        if self.importance == "scores":
+            if self.mask_refresh != "step":
+                raise ValueError(
+                    f"importance = 'scores' with mask_refresh = '{self.mask_refresh}': scores move "
+                    "in every step; write mask_refresh = 'step'"
+                )
+            whole = [member.label() for member in self.members if not member.pattern().key()]
+            if whole:
+                raise ValueError(
+                    f"importance = 'scores' trains the choice of weights alone, but '{whole[0]}' "
+                    "keeps them all; write members that prune"
+                )
 
 
 class Optimizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -316,7 +331,7 @@ def _remedy(kind: object, *, fields: bool) -> str:
         ]
         if len(kinds) < len(options):
             texts = [_remedy(option, fields=fields).removeprefix("; ") for option in options]
-            return f"; {', or '.join(texts)}"
+            return f"; {', or '.join(text for text in texts if text)}"  # None has no remedy
         keys = [", ".join(kind.__struct_fields__) or "no more keys" for kind in kinds]
         tags = [repr(kind.__struct_config__.tag) for kind in kinds]
         texts = [f"{tag} ({text})" for tag, text in zip(tags, keys, strict=True)]

@@ -14,10 +14,11 @@ import lightning_fabric
 import msgspec
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from cactus_edge import files
 from cactus_edge.errors import DataError
-from cactus_edge.train import checkpoint, compress, views
+from cactus_edge.train import checkpoint, compress, importance, views
 from cactus_edge.train.data import Samples
 from cactus_edge.train.recipe import Recipe, format_recipe, parse_recipe
 from cactus_edge.train.reports import EpochRow, Progress
@@ -27,6 +28,7 @@ from cactus_edge.train.zoo import Network
 logger = logging.getLogger(__name__)
 
 _RANGE = "range/"
+_SCORE = "score/"
 _MOMENT = "optimizer/"
 _PARAMETER = "network/"
 
@@ -65,6 +67,12 @@ class Run:
     test: Samples
     progress: Progress | None
     start: Beginning = Beginning()
+    scores: Network | None = None  # with ``importance = "scores"``
+
+    @property
+    def trained(self) -> Mapping[str, Parameter]:
+        """What the optimizer moves, by name."""
+        return importance.trained(self.network, self.scores)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -90,13 +98,18 @@ def fresh_state(run: Run, data_sha256: str) -> State:
 
 def kept_masks(run: Run, state: State) -> Mapping[str, compress.Masks]:
     """The masks that do not follow from the weights, by key of the pattern."""
-    return state.masks if run.recipe.compression.mask_refresh == "once" else {}
+    choice = run.recipe.compression
+    if run.scores is not None:
+        return views.masks_of(run.scores, choice.members, choice)
+    return state.masks if choice.mask_refresh == "once" else {}
 
 
 def save_run(run: Run, state: State) -> None:
-    """Write the checkpoint: network, optimizer, masks, ranges and position."""
+    """Write the checkpoint: network, scores, optimizer, masks, ranges and position."""
     tensors = {_PARAMETER + name: value for name, value in run.network.state_dict().items()}
-    for name, parameter in run.network.named_parameters():
+    if run.scores is not None:
+        tensors |= {_SCORE + name: value for name, value in run.trained.items()}
+    for name, parameter in run.trained.items():
         for key, value in run.optimizer.state[parameter].items():
             tensors[f"{_MOMENT}{name}/{key}"] = value
     tensors |= {_RANGE + name: value for name, value in state.ranges.items()}
@@ -141,7 +154,7 @@ def restored(run: Run, data_sha256: str) -> State:
 
 
 def _load_tensors(run: Run, tensors: Mapping[str, Tensor]) -> Mapping[str, compress.Masks]:
-    """Put stored parameters and optimizer state into place; return the stored masks."""
+    """Put stored parameters, scores and optimizer state into place; return the stored masks."""
     device = run.fabric.device
     run.network.load_state_dict(
         {
@@ -150,8 +163,12 @@ def _load_tensors(run: Run, tensors: Mapping[str, Tensor]) -> Mapping[str, compr
             if name.startswith(_PARAMETER)
         }
     )
-    for name, parameter in run.network.named_parameters():
+    for name, parameter in run.trained.items():
+        if run.scores is not None:
+            parameter.data.copy_(tensors[_SCORE + name])
         prefix = f"{_MOMENT}{name}/"
+        if run.scores is not None and prefix + "step" not in tensors:
+            continue  # no pattern prunes this layer, so its scores never had a gradient
         run.optimizer.state[parameter] = {
             "step": tensors[prefix + "step"],
             "exp_avg": tensors[prefix + "exp_avg"].to(device),

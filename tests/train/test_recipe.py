@@ -99,6 +99,16 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
             'kind = "blocks", sparsity = 0.5, rows = 0',
             r"members\[0\]\.rows: .*at least 1",
         ),
+        (
+            'mask_refresh = "epoch"',
+            'mask_refresh = "epoch"\nimportance = "scores"',
+            r"importance = 'scores' with mask_refresh = 'epoch': .*write mask_refresh = 'step'",
+        ),
+        (
+            'mask_refresh = "epoch"',
+            'importance = "scores"',
+            r"trains the choice of weights alone, but 'dense' keeps them all; write members that",
+        ),
         ("epochs = 2", "epochs = 2\nmilestones = [0.5, 2.0]", r"milestones\[1\]: .*at most 1"),
         ("epsilon_ramp = 1", "epsilon_ramp = 5", r"must not exceed \[optimizer\] epochs = 2"),
         ("[optimizer]", "[optimizer", r"not a TOML file"),
