@@ -1,6 +1,7 @@
 """The CACTUS objective and its schedules.
 
-loss = mean over members g of [(1 - lambda) CE(g(x), y) + lambda (certified loss of g over the box)]
+loss = mean over members g of [(1 - lambda) CE(g(x), y) + lambda (certified loss of g over the box)
+                              + nrs * instability of g's ReLUs]
        + regulariser of Shi et al. (while epsilon grows) + l1 * sum |W|
 
 after Xu and Singh (2025), with a certified loss of ``losses.LOSSES``. How many members are
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from cactus_edge.train import compress, views
@@ -29,10 +30,11 @@ from cactus_edge.train.data import generator
 from cactus_edge.train.losses import LOSSES, SMALLEST_EPSILON, Case
 from cactus_edge.train.members import Member
 from cactus_edge.train.recipe import Objective, Recipe
-from cactus_edge.train.zoo import Network
+from cactus_edge.train.zoo import Network, device_of
 
 REGULARISER_TOLERANCE = 0.5
 QUARTIC_PART = 0.25  # of the epsilon ramp
+SMALLEST_SQUARE = 1e-8  # of a normalization's scale, which may be 0
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,26 @@ def regulariser(hidden: Mapping[str, Box], inputs: Box) -> Tensor:
     return total / tolerance / max(1, len(hidden))
 
 
+def instability(network: Network, hidden: Mapping[str, Box]) -> Tensor:
+    """Normalised ReLU stability of Li et al. (2023), a scalar [] in [-1, 1]; -1 is stable.
+
+    Mean over the units of all ReLUs of -tanh(1 + l u / gamma^2), where l and u bound the unit's
+    input and gamma, without gradient, is the scale of the batch normalization that yields it, or 1.
+    """
+    total, count, before = torch.zeros((), device=device_of(network)), 0, nn.Module()
+    for name, layer in network.layers():
+        if isinstance(layer, nn.ReLU):
+            box = hidden[name]
+            product = box.lower * box.upper
+            if isinstance(before, nn.BatchNorm1d | nn.BatchNorm2d):
+                square = before.weight.detach().square().clamp(min=SMALLEST_SQUARE)
+                product = product / square.reshape(1, -1, *[1] * (product.dim() - 2))
+            total = total - torch.tanh(1 + product).sum()
+            count += product.numel()
+        before = layer
+    return total / max(1, count)
+
+
 def _progress(epochs: float, length: float) -> float:
     """How much of a ramp of ``length`` epochs has passed, in [0, 1]."""
     if length == 0:
@@ -187,7 +209,8 @@ def _member_loss(
     statistics: Statistics | None = None
     if now.certified_weight < 1.0 or network.has_batch_norm():  # otherwise it has no use
         logits, statistics = forward(network, images, view)
-    if recipe.objective.lambda_max == 0 and not now.regulariser_weight:
+    objective = recipe.objective
+    if not (objective.lambda_max or objective.nrs or now.regulariser_weight):
         assert logits is not None  # lambda is 0
         standard = functional.cross_entropy(logits, labels)
         return standard, _activations(network, images, labels, view, statistics) if observed else {}
@@ -198,14 +221,16 @@ def _member_loss(
         view=view,
         logits=logits,
         statistics=statistics,
-        objective=recipe.objective,
+        objective=objective,
         epsilon=now.epsilon,
         certified_weight=now.certified_weight,
         source=generator(images.device, recipe.seed, "attack", step),
     )
-    loss, bounds = LOSSES[recipe.objective.loss].function(case)
+    loss, bounds = LOSSES[objective.loss].function(case)
     if now.regulariser_weight:
         loss = loss + now.regulariser_weight * regulariser(bounds.hidden, bounds.box)
+    if objective.nrs:
+        loss = loss + objective.nrs * instability(network, bounds.hidden)
     return loss, bounds.hidden
 
 

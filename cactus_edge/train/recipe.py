@@ -76,6 +76,7 @@ class Objective(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         epsilon_ramp: epochs over which epsilon grows.
         shi_regulariser: weight of Shi et al.'s regulariser, active while epsilon grows.
         l1: weight of the sum of absolute weights.
+        nrs: weight of the instability of ReLUs (Li et al. 2023); see ``objective.instability``.
         initialisation: ``default`` is torch's, ``ibp`` is Shi et al.'s.
     """
 
@@ -91,6 +92,7 @@ class Objective(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epsilon_ramp: NonNegative = 0.0
     shi_regulariser: NonNegative = 0.5
     l1: NonNegative = 0.0
+    nrs: NonNegative = 0.0
     initialisation: Literal["default", "ibp"] = "default"
 
     def __post_init__(self) -> None:

@@ -1,21 +1,27 @@
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional
 
-from cactus_edge.train.bounds import Box, input_box, propagate
+from cactus_edge.train.bounds import Bounds, Box, forward, input_box, propagate
 from cactus_edge.train.members import Dense
 from cactus_edge.train.objective import (
     cactus_loss,
     drawn_members,
+    instability,
     regulariser,
     schedule,
     smooth_ramp,
 )
 from cactus_edge.train.recipe import Recipe, parse_recipe
-from cactus_edge.train.zoo import build, initialise_for_bounds
+from cactus_edge.train.views import deployed_view
+from cactus_edge.train.zoo import Network, build, convolve, initialise_for_bounds
 
 
 @given(st.floats(0.0, 1.0), st.floats(0.0, 1.0))
@@ -86,6 +92,82 @@ def test_regulariser_is_finite_for_dead_and_saturated_layers(offset: float) -> N
     value.backward()
     assert bool(torch.isfinite(value)) and centre.grad is not None
     assert bool(torch.isfinite(centre.grad).all())
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "cnn-small-bn"])
+def test_instability_is_normalised_by_the_scale(architecture: str) -> None:
+    """By hand, unit by unit: only normalizations that a ReLU reads count."""
+    torch.manual_seed(0)
+    network = build(architecture, (1, 8, 8), 10, 0.1)
+    images, labels = torch.rand(4, 1, 8, 8), torch.arange(4)
+    normalized = {f"relu{name[-1]}": layer for name, layer in network.layers() if "norm" in name}
+    for layer in normalized.values():
+        torch.nn.init.uniform_(layer.get_parameter("weight"), -0.5, 0.5)
+    _, statistics = forward(network, images)
+    box = input_box(images, 0.05)
+    hidden = propagate(network, box, labels, statistics=statistics).hidden
+    terms: list[float] = []
+    for name, box in hidden.items():
+        gammas = normalized[name].get_parameter("weight") if name in normalized else torch.ones(1)
+        shape = [1, -1, *[1] * (box.centre.dim() - 2)]
+        scales = gammas.reshape(shape).expand_as(box.centre).flatten().tolist()
+        ends = zip(box.lower.flatten().tolist(), box.upper.flatten().tolist(), strict=True)
+        terms += [
+            -math.tanh(1 + lower * upper / max(scale**2, 1e-8))
+            for (lower, upper), scale in zip(ends, scales, strict=True)
+        ]
+    value = instability(network, hidden)
+    assert float(value.detach()) == pytest.approx(sum(terms) / len(terms), abs=1e-4)
+    assert -1 < float(value.detach()) < 1
+
+
+def test_instability_enters_the_loss(tiny_text: str) -> None:
+    torch.manual_seed(0)
+    network = build("cnn-tiny", (1, 8, 8), 10, 0.2)
+    images, labels = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
+    values: list[float] = []
+    for weight in (0.0, 0.5, 1.0):
+        recipe = parse_recipe(tiny_text.replace("l1 = 1e-6", f"nrs = {weight}"))
+        now = schedule(recipe, 15, 10)
+        values.append(
+            float(cactus_loss(network, images, labels, recipe, 15, now, {}, {})[0].detach())
+        )
+    assert values[2] - values[1] == pytest.approx(values[1] - values[0], rel=1e-3)
+    assert values[0] != values[1]
+
+
+@pytest.mark.parametrize(("activations", "passes"), [("float", 0), ("int8", 1)])
+def test_a_clean_loss_bounds_nothing(
+    tiny_text: str, monkeypatch: pytest.MonkeyPatch, activations: str, passes: int
+) -> None:
+    """Without a certified loss int8 ranges are those of the clean activations."""
+    torch.manual_seed(0)
+    network = build("cnn-tiny", (1, 8, 8), 10, 0.2)
+    images, labels = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
+    start, end = tiny_text.index("members = ["), tiny_text.index("activations =")
+    text = tiny_text[:start] + 'members = [{ kind = "quantized", bits = 8 }]\n' + tiny_text[end:]
+    text = text.replace('"int8"', f'"{activations}"').replace("epsilon_ramp = 1", "lambda_max = 0")
+    recipe = parse_recipe(text.replace("lambda_ramp = 1", "").replace("l1 = 1e-6", ""))
+    widths: list[float] = []
+
+    def counted(network: Network, box: Box, *rest: Any) -> Bounds:
+        widths.append(float(box.radius.max()))
+        return propagate(network, box, *rest)
+
+    monkeypatch.setattr("cactus_edge.train.objective.propagate", counted)
+    monkeypatch.setattr("cactus_edge.train.losses.base.propagate", counted)
+    now = schedule(recipe, 15, 10)
+    loss, ranges = cactus_loss(network, images, labels, recipe, 15, now, {}, {})
+    assert widths == [0.0] * passes
+    member = recipe.compression.members[0]
+    view = deployed_view(network, member, recipe.compression, {})
+    logits, _ = forward(network, images, view)
+    assert float(loss.detach()) == float(functional.cross_entropy(logits, labels).detach())
+    if passes:
+        layer = network.get_submodule("conv1")
+        assert isinstance(layer, torch.nn.Conv2d)
+        seen = convolve(layer, images, view.weights["conv1"], layer.bias).max()
+        assert float(ranges["relu1"]) == pytest.approx(float(seen.detach()), rel=1e-5)
 
 
 def test_initialisation_for_bounds_keeps_their_width() -> None:
