@@ -103,7 +103,7 @@ def forward(
             scale, shift = normalization(layer, used[name], x.dim())
             x = x * scale + shift
         elif isinstance(layer, nn.ReLU):
-            x = _activation(x, view.ranges.get(name))
+            x = activation(x, view.ranges.get(name))
         elif isinstance(layer, Resume):
             x = kept[layer.source]
         elif isinstance(layer, Add):
@@ -147,8 +147,7 @@ def propagate(
         elif isinstance(layer, nn.ReLU):
             hidden[name] = Box(centre, radius)
             ends = (
-                _activation(end, view.ranges.get(name))
-                for end in (centre - radius, centre + radius)
+                activation(end, view.ranges.get(name)) for end in (centre - radius, centre + radius)
             )
             centre, radius = _ends(*ends)
         elif isinstance(layer, nn.MaxPool2d):
@@ -225,7 +224,7 @@ def round_through(values: Tensor, step: Tensor | float) -> Tensor:
     return values + (rounded - values.detach())
 
 
-def _activation(x: Tensor, largest: Tensor | None) -> Tensor:
+def activation(x: Tensor, largest: Tensor | None) -> Tensor:
     """ReLU, and rounding to 256 values in [0, largest] where a range is given. Monotone."""
     x = functional.relu(x)
     if largest is None:

@@ -29,6 +29,7 @@ KEYS = {
     "crown-ibp": "options = { fusion = true, final_beta = 0.5 }",
     "mtl-ibp": "options = { alpha = 0.5, attack_scale = 1.5 }",
     "cc-ibp": "options = { alpha = 0.5 }",
+    "qa-ibp": "options = { margin = 0.5 }",
 }
 LOSS_NAMES = [*LOSSES, "crown-ibp per rival"]
 
@@ -95,6 +96,25 @@ def test_combinations_end_in_intervals_and_attacks(
     assert value_of(none) == pytest.approx(expected, rel=1e-5)
     half = with_loss(tiny_text, name, "options = { alpha = 0.5 }")
     assert expected < value_of(case_of(half, network, weight=weight)) < intervals
+
+
+@pytest.mark.parametrize("correct_only", [True, False])
+def test_qa_ibp_is_what_it_says(tiny_text: str, network: Network, correct_only: bool) -> None:
+    only = str(correct_only).lower()
+    keys = f"options = {{ margin = 0.3, regulariser = 1.0, correct_only = {only} }}"
+    case = case_of(with_loss(tiny_text, "qa-ibp", keys), network, weight=0.5)
+    bounds, labels = case.bounds(case.box()), case.labels
+    assert case.logits is not None
+    expected = float(functional.cross_entropy(case.logits, labels).detach())
+    for row, label in enumerate(labels.tolist()):
+        if not correct_only or int(case.logits[row].argmax()) == label:
+            for rival in set(range(10)) - {label}:
+                expected += 0.5 * max(0.0, 0.3 + float(bounds.margins[row, rival])) / len(labels)
+    for name, box in bounds.hidden.items():
+        levels = case.view.ranges[name] / 255  # activations are rounded
+        ends = [(end.clamp(0, 0.5) / levels).round() * levels for end in (box.lower, box.upper)]
+        expected += (0.5 / 0.75) * float((ends[1] - ends[0]).mean())
+    assert value_of(case) == pytest.approx(expected, rel=1e-4)
 
 
 def test_attacks_reach_as_far_as_their_scale(tiny_text: str, network: Network) -> None:
