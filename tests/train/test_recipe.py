@@ -30,7 +30,7 @@ def test_resolved_recipe_reads_back_equal(tiny: Recipe) -> None:
     assert parse_recipe(format_recipe(tiny)) == tiny
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.toml")), ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.network.name in NETWORKS
