@@ -55,6 +55,11 @@ class MissingExtraError(UsageError):
         )
         self.package = package
         self.extra = extra
+        self.purpose = purpose
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str]]:
+        """How it is sent from one process to another."""
+        return MissingExtraError, (self.package, self.extra, self.purpose)
 
 
 class UnsupportedModelError(CactusEdgeError):

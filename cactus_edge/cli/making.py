@@ -17,8 +17,10 @@ from cactus_edge.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from cactus_edge.train import EpochRow, StepReport
+    from cactus_edge.train.cost import Cost
 
 _SHOWN_FRACTION = 0.05
+_MIB = 2**20
 
 
 class _Bar:
@@ -72,6 +74,25 @@ def train(
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the run.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from a checkpoint.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    devices: Annotated[
+        int,
+        typer.Option("--devices", help="Processes, or GPUs, that share every batch."),
+    ] = 1,
+    precision: Annotated[
+        str,
+        typer.Option("--precision", help="Of training steps: 32-true or bf16-mixed."),
+    ] = "32-true",
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write logs for TensorBoard as well.")
+    ] = False,
+    checkpoint_every: Annotated[
+        float,
+        typer.Option(
+            "--checkpoint-every",
+            metavar="SECONDS",
+            help="Time between checkpoints within an epoch; one is written after every epoch.",
+        ),
+    ] = 600.0,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -87,7 +108,16 @@ def train(
     try:
         with training_bar() as progress:
             summary = run(
-                wanted, output, resume=resume, force=force, progress=progress, device=device
+                wanted,
+                output,
+                resume=resume,
+                force=force,
+                progress=progress,
+                device=device,
+                devices=devices,
+                precision=precision,
+                tensorboard=tensorboard,
+                checkpoint_seconds=checkpoint_every,
             )
     except KeyboardInterrupt:
         console.print(f"interrupted; go on with: cactus-edge train {recipe} -o {output} --resume")
@@ -99,15 +129,31 @@ def train(
             percent(member.validation.certified),
             percent(member.test.standard),
             percent(member.test.certified),
+            f"{member.microseconds_per_sample:.1f}" if member.microseconds_per_sample else "-",
         )
         for member in summary.members
     ]
     title = (
         f"{summary.output}: {summary.parameters:,} parameters, {summary.seconds:.0f} s; certified "
         f"at epsilon {summary.epsilon:g} by {summary.domain} bounds ({summary.verifier})"
+        f"{_cost(summary.cost)}"
     )
-    columns = ("member", "val std %", "val cert %", "test std %", "test cert %")
+    columns = ("member", "val std %", "val cert %", "test std %", "test cert %", "us/sample")
     emit(summary, as_json, table(title, columns, rows))
+
+
+def _cost(cost: Cost | None) -> str:
+    """What training took, as the end of a sentence."""
+    if cost is None:
+        return ""
+    gpu = f" + {cost.gpu_memory_bytes / _MIB:,.0f} MiB of GPU" if cost.gpu_memory_bytes else ""
+    processes = f" in each of {cost.devices} processes" if cost.devices > 1 else ""
+    return (
+        f"; training: {cost.seconds_per_epoch:.1f} s per epoch, {cost.samples_per_second:,.0f} "
+        f"samples/s, {cost.microseconds_per_network:.1f} us per sample and network "
+        f"({cost.networks_per_step} per step), {cost.memory_bytes / _MIB:,.0f} MiB{gpu}"
+        f"{processes}, {cost.precision}"
+    )
 
 
 def convert(

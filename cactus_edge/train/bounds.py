@@ -4,7 +4,8 @@ A ``View`` says what a member of the compression set changes: the weights of som
 activations that are fake-quantized. A box is a centre and a radius; through an affine layer
 c' = W c + b and r' = |W| r (Gowal et al. 2018). Batch normalization is an affine map with the
 statistics of the *clean* batch (Shi et al. 2021) or, in evaluation, with the running ones. The
-last layer is elided: bounds are taken on z_k - z_y, not on each logit.
+last layer is elided: bounds are taken on z_k - z_y, not on each logit. Under mixed precision layers
+compute in bfloat16; logits, statistics, margins and the boxes in ``Bounds`` are float32.
 
 Sound up to float rounding: certificates come from the deployed integers, not from here.
 """
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cactus_edge.train.share import ALONE, Share
 from cactus_edge.train.zoo import Add, Network, Resume, Weighted, convolve
 
 ACTIVATION_LEVELS = 255  # an int8 activation has 256 values: 0 to 255 steps above its zero point
@@ -86,11 +88,16 @@ def input_box(images: Tensor, epsilon: float) -> Box:
 
 
 def forward(
-    network: Network, images: Tensor, view: View = DENSE, statistics: Statistics | None = None
+    network: Network,
+    images: Tensor,
+    view: View = DENSE,
+    statistics: Statistics | None = None,
+    share: Share = ALONE,
 ) -> tuple[Tensor, Statistics]:
     """Logits [N, classes] of ``images`` [N, ...], and the batch statistics that were used.
 
-    Without ``statistics`` batch normalization uses those of this batch.
+    Without ``statistics`` batch normalization uses those of this batch, of which ``images`` may be
+    a process's ``share``.
     """
     used: dict[str, tuple[Tensor, Tensor]] = {}
     kept: dict[str, Tensor] = {}
@@ -99,7 +106,7 @@ def forward(
         if isinstance(layer, Weighted):
             x = _affine(layer, x, view.weights.get(name, layer.weight), layer.bias)
         elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            used[name] = _batch_moments(x) if statistics is None else statistics[name]
+            used[name] = _batch_moments(x, share) if statistics is None else statistics[name]
             scale, shift = normalization(layer, used[name], x.dim())
             x = x * scale + shift
         elif isinstance(layer, nn.ReLU):
@@ -112,7 +119,7 @@ def forward(
             x = layer(x)
         if name in network.kept:
             kept[name] = x
-    return x, used
+    return x.float(), used
 
 
 def propagate(
@@ -145,14 +152,14 @@ def propagate(
             scale, shift = normalization(layer, statistics[name], centre.dim())
             centre, radius = centre * scale + shift, radius * scale.abs()
         elif isinstance(layer, nn.ReLU):
-            hidden[name] = Box(centre, radius)
+            hidden[name] = Box(centre.float(), radius.float())
             ends = (
                 activation(end, view.ranges.get(name)) for end in (centre - radius, centre + radius)
             )
             centre, radius = _ends(*ends)
         elif isinstance(layer, nn.MaxPool2d):
             centre, radius = _ends(layer(centre - radius), layer(centre + radius))
-            pooled[name] = Box(centre, radius)
+            pooled[name] = Box(centre.float(), radius.float())
         elif isinstance(layer, Resume):
             centre, radius = kept[layer.source].centre, kept[layer.source].radius
         elif isinstance(layer, Add):
@@ -190,16 +197,19 @@ def attack(
     statistics: Statistics | None,
     steps: int,
     generator: torch.Generator,
+    share: Share = ALONE,
 ) -> Tensor:
     """Projected gradient ascent on the cross-entropy inside ``box``: points [N, ...].
 
-    Uniform random start; step max(1/4, 2/steps) of the radius, as in the reference code of SABR.
+    Uniform random start, drawn for the whole batch of which this is a ``share``; step
+    max(1/4, 2/steps) of the radius, as in the reference code of SABR.
     """
     frozen = View({k: w.detach() for k, w in view.weights.items()}, view.ranges)
     if statistics is not None:
         statistics = {k: (mean.detach(), var.detach()) for k, (mean, var) in statistics.items()}
     lower, upper = box.lower, box.upper
-    noise = torch.rand(box.centre.shape, generator=generator, device=box.centre.device)
+    whole = (len(box.centre) * share.count, *box.centre.shape[1:])
+    noise = share.rows(torch.rand(whole, generator=generator, device=box.centre.device))
     points = lower + noise * (upper - lower)
     size = max(0.25, 2.0 / steps)
     for _ in range(steps):
@@ -239,11 +249,11 @@ def _affine(layer: Weighted, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
     return convolve(layer, x, weight, bias)
 
 
-def _batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def _batch_moments(x: Tensor, share: Share) -> tuple[Tensor, Tensor]:
     """Mean and (biased) variance per channel over batch and space."""
     axes = [axis for axis in range(x.dim()) if axis != 1]
-    variance, mean = torch.var_mean(x, dim=axes, correction=0)
-    return mean, variance
+    variance, mean = torch.var_mean(x.float(), dim=axes, correction=0)
+    return share.moments(mean, variance)
 
 
 def normalization(
@@ -271,7 +281,7 @@ def _margins(network: Network, name: str, box: Box, labels: Tensor, view: View) 
         radius = radius[torch.arange(len(labels), device=labels.device), labels]
     else:
         radius = torch.einsum("nkf,nf->nk", differences[labels], box.radius)
-    return Box(centre, radius)
+    return Box(centre.float(), radius.float())
 
 
 def _box(lower: Tensor, upper: Tensor) -> Box:

@@ -5,6 +5,7 @@
                            shapes, recipe
     checkpoint.safetensors parameters, optimizer state, masks, ranges; metadata: position, history
     history.csv            one row per epoch
+    costs.csv              time and memory per epoch
     metrics.json           the summary, written last
 
 Each file is written to a temporary name and renamed, so a reader never sees half a file.
@@ -32,8 +33,9 @@ MODEL_FILE = "model.safetensors"
 STATE_FILE = "checkpoint.safetensors"
 RECIPE_FILE = "recipe.toml"
 HISTORY_FILE = "history.csv"
+COSTS_FILE = "costs.csv"
 METRICS_FILE = "metrics.json"
-FILES = (MODEL_FILE, STATE_FILE, RECIPE_FILE, HISTORY_FILE, METRICS_FILE)
+FILES = (MODEL_FILE, STATE_FILE, RECIPE_FILE, HISTORY_FILE, COSTS_FILE, METRICS_FILE)
 
 _MODEL_FORMAT = "cactus_edge model 1"
 _STATE_FORMAT = "cactus_edge training state 1"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cactus_edge.train.bounds import Box, round_through
+from cactus_edge.train.share import ALONE, Share
 from cactus_edge.train.zoo import Network
 
 RANGE_DECAY = 0.99  # of the moving average of activation ranges, per step
@@ -121,10 +122,13 @@ def masks_to(masks: Mapping[str, Masks], device: torch.device) -> Mapping[str, M
     }
 
 
-def updated_ranges(ranges: Mapping[str, Tensor], hidden: Mapping[str, Box]) -> Mapping[str, Tensor]:
-    """Moving averages of the largest upper bound at each ReLU, per name []."""
+def updated_ranges(
+    ranges: Mapping[str, Tensor], hidden: Mapping[str, Box], share: Share = ALONE
+) -> Mapping[str, Tensor]:
+    """Moving averages of the largest upper bound at each ReLU, over all processes, per name []."""
     seen = {
-        name: box.upper.detach().amax().clamp(min=SMALLEST_SCALE) for name, box in hidden.items()
+        name: share.largest(box.upper.detach().amax()).clamp(min=SMALLEST_SCALE)
+        for name, box in hidden.items()
     }
     return {
         name: ranges[name] * RANGE_DECAY + value * (1 - RANGE_DECAY) if name in ranges else value

@@ -1,12 +1,14 @@
 """Accuracies of a trained network, and batch statistics rebuilt from the data.
 
 Every certified accuracy here is interval-certified in floats and says so; the certificate of the
-deployed integers comes from ``cactus_edge.certify``.
+deployed integers comes from ``cactus_edge.certify``. Everything here is float32, whatever
+precision training has: neither bfloat16 nor TF32, which GPUs otherwise use in convolutions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 
 import msgspec
 import torch
@@ -23,7 +25,8 @@ from cactus_edge.train.bounds import (
     running_statistics,
 )
 from cactus_edge.train.data import Samples, select
-from cactus_edge.train.zoo import Network
+from cactus_edge.train.share import ALONE, Share
+from cactus_edge.train.zoo import Network, device_of
 
 BATCH = 500
 DOMAIN = "interval"
@@ -43,32 +46,50 @@ class Accuracy(msgspec.Struct, frozen=True):
 
 
 @torch.no_grad()
-def accuracy(network: Network, samples: Samples, epsilon: float, view: View = DENSE) -> Accuracy:
-    """Standard and interval-certified accuracy of a view, with the running batch statistics."""
+def accuracy(
+    network: Network,
+    samples: Samples,
+    epsilon: float,
+    view: View = DENSE,
+    share: Share = ALONE,
+) -> Accuracy:
+    """Standard and interval-certified accuracy of a view, with the running batch statistics.
+
+    Every process of ``share`` takes its part of the batches and gets the whole result.
+    """
     statistics = running_statistics(network)
-    correct = robust = 0
-    for images, labels in _batches(samples):
-        logits, _ = forward(network, images, view, statistics)
-        bounds = propagate(network, input_box(images, epsilon), labels, view, statistics)
-        hit = logits.argmax(1) == labels
-        correct += int(hit.sum())
-        robust += int((hit & certified(bounds.margins, labels)).sum())
+    hits: list[Tensor] = [torch.zeros(2, dtype=torch.int64, device=samples.labels.device)]
+    with _full_precision(device_of(network)):
+        for images, labels in _batches(samples, share):
+            logits, _ = forward(network, images, view, statistics)
+            bounds = propagate(network, input_box(images, epsilon), labels, view, statistics)
+            hit = logits.argmax(1) == labels
+            both = hit & certified(bounds.margins, labels)
+            hits.append(torch.stack([hit.sum(), both.sum()]))
+    correct, robust = share.total(torch.stack(hits).sum(0)).tolist()
     return Accuracy(correct / len(samples), robust / len(samples))
 
 
 @torch.no_grad()
-def precise_statistics(network: Network, samples: Samples, view: View = DENSE) -> Statistics:
+def precise_statistics(
+    network: Network, samples: Samples, view: View = DENSE, share: Share = ALONE
+) -> Statistics:
     """Mean batch statistics over a split: the 'precise' estimate instead of a moving average."""
-    sums: dict[str, tuple[Tensor, Tensor]] = {}
-    batches = 0
-    for images, _ in _batches(samples):
-        _, used = forward(network, images, view)
-        for name, (mean, variance) in used.items():
-            if name in sums:
-                mean, variance = sums[name][0] + mean, sums[name][1] + variance
-            sums[name] = (mean, variance)
-        batches += 1
-    return {name: (mean / batches, variance / batches) for name, (mean, variance) in sums.items()}
+    sums = {
+        name: torch.zeros_like(torch.stack(moments))
+        for name, moments in running_statistics(network).items()
+    }
+    with _full_precision(device_of(network)):
+        for images, _ in _batches(samples, share):
+            _, used = forward(network, images, view)
+            for name, moments in used.items():
+                sums[name] += torch.stack(moments)
+    batches = -(-len(samples) // BATCH)
+    result: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, added in sums.items():
+        mean, variance = share.total(added) / batches
+        result[name] = mean, variance
+    return result
 
 
 @torch.no_grad()
@@ -82,7 +103,22 @@ def set_running_statistics(network: Network, statistics: Statistics) -> None:
         layer.running_var.copy_(variance)
 
 
-def _batches(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
-    """All samples, in order."""
-    for start in range(0, len(samples), BATCH):
+def _batches(samples: Samples, share: Share) -> Iterator[tuple[Tensor, Tensor]]:
+    """All samples, in order; of several processes each takes every so manieth batch."""
+    for start in range(share.rank * BATCH, len(samples), share.count * BATCH):
         yield select(samples, slice(start, start + BATCH))
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Generator[None]:
+    """Layers compute in float32."""
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed

@@ -9,21 +9,27 @@ training only the validation split is looked at; the test split is evaluated onc
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning_fabric
 import msgspec
 import torch
-from torch import Tensor
 
 from cactus_edge import datasets, files
-from cactus_edge.errors import DataError, OutputError, UsageError
-from cactus_edge.train import checkpoint, importance, start, views
+from cactus_edge.errors import DataError
+from cactus_edge.train import checkpoint, execution, importance, processes, start, views
+from cactus_edge.train.compress import Masks
+from cactus_edge.train.cost import (
+    EpochCost,
+    peak_memory,
+    read_costs,
+    step_time,
+    summarise,
+    write_costs,
+)
 from cactus_edge.train.data import augment, generator, order, select, to_samples
 from cactus_edge.train.evaluate import (
     DOMAIN,
@@ -32,9 +38,13 @@ from cactus_edge.train.evaluate import (
     precise_statistics,
     set_running_statistics,
 )
+from cactus_edge.train.execution import Execution, Flag
+from cactus_edge.train.logs import Logs
+from cactus_edge.train.members import Member
 from cactus_edge.train.objective import cactus_loss, drawn_members, schedule
 from cactus_edge.train.recipe import Recipe, format_recipe
 from cactus_edge.train.reports import EpochRow, MemberResult, Progress, StepReport, Summary
+from cactus_edge.train.share import Share
 from cactus_edge.train.state import (
     Position,
     Run,
@@ -52,6 +62,15 @@ logger = logging.getLogger(__name__)
 REPORT_INTERVAL = 0.25  # seconds between two progress reports
 
 
+class Job(msgspec.Struct, frozen=True):
+    """What every process of a run is told."""
+
+    recipe: Recipe
+    output: Path
+    resume: bool
+    execution: Execution
+
+
 def train(
     recipe: Recipe,
     output: Path,
@@ -60,6 +79,10 @@ def train(
     force: bool = False,
     progress: Progress | None = None,
     device: str = "auto",
+    devices: int = 1,
+    precision: str = execution.FULL_PRECISION,
+    tensorboard: bool = False,
+    checkpoint_seconds: float = execution.CHECKPOINT_SECONDS,
 ) -> Summary:
     """Train a network and write the run's directory.
 
@@ -70,84 +93,164 @@ def train(
         force: replace a run in ``output``.
         progress: receives reports.
         device: ``auto``, ``cpu`` or ``cuda``.
+        devices: processes that share every batch; a script that asks for several needs the usual
+            ``if __name__ == "__main__":``.
+        precision: of training steps, ``32-true`` or ``bf16-mixed``.
+        tensorboard: write logs for TensorBoard as well.
+        checkpoint_seconds: time between two checkpoints within an epoch.
 
     Raises:
         OutputError: ``output`` holds a run, and neither ``resume`` nor ``force`` is given.
         DataError: data, start or checkpoint do not fit the recipe.
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
     """
+    chosen = Execution(device, devices, precision, tensorboard, checkpoint_seconds)
+    execution.check(chosen, recipe)
     start.refuse_itself(recipe, output)
-    _claim(output, resume=resume, force=force)
-    fabric = _fabric(device)
+    execution.claim(output, resume=resume, force=force)
+    job = Job(recipe, output, resume, chosen)
+    fabric = execution.fabric_for(chosen)
+    if devices > 1:
+        return processes.launch(fabric, _train, job, progress)
+    return _train(fabric, job, progress, None)
+
+
+def _train(
+    fabric: lightning_fabric.Fabric, job: Job, progress: Progress | None, stop: Flag | None
+) -> Summary:
+    """The whole run, in one of its processes; without ``stop`` it listens to Ctrl-C itself."""
+    recipe, output = job.recipe, job.output
     training, validation = datasets.load_training(recipe.data.name, recipe.data.validation)
     test = datasets.load(recipe.data.name, "test")  # here, so that a missing file is noticed now
-    run = _prepare(recipe, output, fabric, (training, validation, test), progress)
-    state = restored(run, training.sha256) if resume else fresh_state(run, training.sha256)
+    run = _prepare(job, fabric, (training, validation, test), progress)
+    state = restored(run, training.sha256) if job.resume else fresh_state(run, training.sha256)
     finished = output / checkpoint.METRICS_FILE
-    if resume and finished.exists() and state.position.step == run.total_steps:
+    if job.resume and finished.exists() and state.position.step == run.total_steps:
         logger.info("%s: the run is complete", output)
         return msgspec.json.decode(finished.read_bytes(), type=Summary)
-    files.write(output / checkpoint.RECIPE_FILE, format_recipe(recipe).encode(), force=True)
+    costs = read_costs(output, len(state.position.history)) if job.resume else []
+    if run.share.first:
+        files.write(output / checkpoint.RECIPE_FILE, format_recipe(recipe).encode(), force=True)
+        write_history(output, state.position.history)  # a killed run may have an older one
     started, first_step = time.monotonic(), state.position.step
-    with _threads(recipe.threads), _interruptible() as interrupted:
-        _fit(run, state, interrupted, started)
+    listening = execution.interruptible() if stop is None else nullcontext(stop)
+    with execution.threads(recipe.threads, run.share.count), listening as interrupted:
+        _fit(run, state, interrupted, started, costs)
         seconds = time.monotonic() - started
         done = (state.position.step - first_step) * recipe.optimizer.batch_size
-        return _finish(run, state, seconds, done / seconds if seconds else 0.0)
+        return _finish(run, state, seconds, done / seconds if seconds else 0.0, costs)
 
 
-def _fit(run: Run, state: State, interrupted: threading.Event, started: float) -> None:
+def _fit(run: Run, state: State, interrupted: Flag, started: float, costs: list[EpochCost]) -> None:
     """The loop itself, from the state's position to the last epoch."""
     recipe, position = run.recipe, state.position
     batch, per_epoch = recipe.optimizer.batch_size, run.steps_per_epoch
-    first_step, reported = position.step, started
-    while position.step < run.total_steps:
-        epoch, offset = divmod(position.step, per_epoch)
+    first_step, reported, saved = position.step, started, started
+    logs = _logs(run, position, costs)
+    while len(position.history) < recipe.optimizer.epochs:
+        epoch = len(position.history)
         indices = order(len(run.training), recipe.seed, epoch)
-        for index in range(offset, per_epoch):
+        began, before = time.monotonic(), position.step
+        for index in range(position.step - epoch * per_epoch, per_epoch):
             _refresh_masks(run, state, index)
-            chosen = indices[index * batch : (index + 1) * batch].to(run.fabric.device)
-            images, labels = select(run.training, chosen)
-            shake = generator(run.fabric.device, recipe.seed, "augment", position.step)
-            images = augment(images, recipe.data.augment, shake)
-            now = schedule(recipe, position.step, per_epoch)
-            for group in run.optimizer.param_groups:
-                group["lr"] = now.learning_rate
-
-            loss, state.ranges = cactus_loss(
-                run.network, images, labels, recipe, position.step, now, state.masks, state.ranges
-            )
-            run.optimizer.zero_grad(set_to_none=True)
-            run.fabric.backward(loss)
-            _clip(run)
-            run.optimizer.step()
-
+            loss = _step(run, state, indices[index * batch : (index + 1) * batch])
             position.step += 1
+            loss, stop = _agreed(run, loss, interrupted)
             position.loss_sum += _finite(loss, position.step)
-            if interrupted.is_set():
+            if stop:
                 save_run(run, state)
                 raise KeyboardInterrupt
-            if time.monotonic() - reported > REPORT_INTERVAL:
-                reported = time.monotonic()
+            now = time.monotonic()
+            if now - saved > run.execution.checkpoint_seconds:
+                save_run(run, state)
+                saved = time.monotonic()
+            if now - reported > REPORT_INTERVAL:
+                reported = now
                 _report(run, position, first_step, started, loss)
-        _end_epoch(run, state)
+        trained = time.monotonic()
+        row = _end_epoch(run, state)
+        saved = time.monotonic()
+        memory, gpu_memory = peak_memory(run.fabric.device, run.share)
+        samples = (position.step - before) * batch
+        cost = EpochCost(row.epoch, samples, trained - began, saved - trained, memory, gpu_memory)
+        costs.append(cost)
+        if run.share.first:
+            write_costs(run.output, costs)
+        if logs is not None:
+            logs.epoch(row, cost)
+        if run.progress is not None:
+            run.progress.epoch(row)
+    if logs is not None:
+        logs.close()
 
 
 def _refresh_masks(run: Run, state: State, index: int) -> None:
     """Recompute masks where they are due at the epoch's step ``index``."""
     choice = run.recipe.compression
     if choice.mask_refresh == "step":
-        drawn = drawn_members(run.recipe, state.position.step)
-        if run.scores is None:
-            state.masks = views.masks_of(run.network, drawn, choice)
-        else:
-            masks = views.masks_of(run.scores, drawn, choice)
-            state.masks = importance.straight_through(masks, run.scores)
+        state.masks = _masks(run, state, drawn_members(run.recipe, state.position.step))
     elif choice.mask_refresh == "epoch" and index == 0:
-        state.masks = views.masks_of(run.network, choice.members, choice)
+        state.masks = _masks(run, state, choice.members)
 
 
-def _end_epoch(run: Run, state: State) -> None:
+def _masks(run: Run, state: State, members: Sequence[Member]) -> Mapping[str, Masks]:
+    """The masks of some members now: kept, or of the weights, or of their scores."""
+    choice = run.recipe.compression
+    if run.scores is not None:
+        return importance.straight_through(views.masks_of(run.scores, members, choice), run.scores)
+    if choice.mask_refresh == "once":
+        return state.masks
+    return views.masks_of(run.network, members, choice)
+
+
+def _step(run: Run, state: State, chosen: torch.Tensor) -> float:
+    """One step of the optimizer on this process's share of a batch; the loss of the share."""
+    recipe, position = run.recipe, state.position
+    images, labels = select(run.training, chosen.to(run.fabric.device))
+    shake = generator(run.fabric.device, recipe.seed, "augment", position.step)
+    images = augment(images, recipe.data.augment, shake)
+    now = schedule(recipe, position.step, run.steps_per_epoch)
+    for group in run.optimizer.param_groups:
+        group["lr"] = now.learning_rate
+    images, labels = run.share.rows(images), run.share.rows(labels)
+    with run.fabric.autocast():
+        loss, state.ranges = cactus_loss(
+            run.network,
+            images,
+            labels,
+            recipe,
+            position.step,
+            now,
+            state.masks,
+            state.ranges,
+            run.share,
+        )
+    run.optimizer.zero_grad(set_to_none=True)
+    run.fabric.backward(loss)
+    run.share.average_gradients(run.trained.values())
+    _clip(run)
+    run.optimizer.step()
+    return float(loss.detach())
+
+
+def _agreed(run: Run, loss: float, interrupted: Flag) -> tuple[float, bool]:
+    """The loss of the whole batch, and whether any process is to stop."""
+    share = run.share
+    if share.count == 1:
+        return loss, interrupted.is_set()
+    told = torch.tensor([loss, interrupted.is_set()], dtype=torch.float64, device=run.fabric.device)
+    total, stop = share.total(told).tolist()
+    return total / share.count, stop > 0
+
+
+def _logs(run: Run, position: Position, costs: list[EpochCost]) -> Logs | None:
+    """Logs for TensorBoard, where they are asked for, with the epochs that are done."""
+    if not (run.execution.tensorboard and run.share.first):
+        return None
+    return Logs(run.output, position.history, {cost.epoch: cost for cost in costs})
+
+
+def _end_epoch(run: Run, state: State) -> EpochRow:
     """Rebuild batch statistics, evaluate on validation data, write the checkpoint."""
     recipe, position = run.recipe, state.position
     now = schedule(recipe, position.step - 1, run.steps_per_epoch)
@@ -156,8 +259,12 @@ def _end_epoch(run: Run, state: State) -> None:
         run.network, choice.members[0], choice, state.ranges, kept_masks(run, state)
     )
     if run.network.has_batch_norm():  # the stored statistics are those of the first member
-        set_running_statistics(run.network, precise_statistics(run.network, run.training, view))
-    reached = accuracy(run.network, run.validation, recipe.objective.reported_epsilon, view)
+        set_running_statistics(
+            run.network, precise_statistics(run.network, run.training, view, run.share)
+        )
+    reached = accuracy(
+        run.network, run.validation, recipe.objective.reported_epsilon, view, run.share
+    )
     row = EpochRow(
         epoch=position.step // run.steps_per_epoch,
         epsilon=now.epsilon,
@@ -170,27 +277,33 @@ def _end_epoch(run: Run, state: State) -> None:
     position.history.append(row)
     position.loss_sum = 0.0
     save_run(run, state)
-    write_history(run.output, position.history)
-    if run.progress is not None:
-        run.progress.epoch(row)
+    if run.share.first:
+        write_history(run.output, position.history)
+    return row
 
 
-def _finish(run: Run, state: State, seconds: float, throughput: float) -> Summary:
+def _finish(
+    run: Run, state: State, seconds: float, throughput: float, costs: list[EpochCost]
+) -> Summary:
     """Write the model, evaluate every member on validation and test data, write the summary."""
     recipe = run.recipe
     data_sha256, kept = state.position.data_sha256, kept_masks(run, state)
-    checkpoint.save_model(run.output, run.network, recipe, state.ranges, data_sha256, kept)
+    if run.share.first:
+        checkpoint.save_model(run.output, run.network, recipe, state.ranges, data_sha256, kept)
     epsilon = recipe.objective.reported_epsilon
     members: list[MemberResult] = []
     for member in recipe.compression.members:
         view = views.deployed_view(run.network, member, recipe.compression, state.ranges, kept)
         if run.network.has_batch_norm():
-            set_running_statistics(run.network, precise_statistics(run.network, run.training, view))
+            set_running_statistics(
+                run.network, precise_statistics(run.network, run.training, view, run.share)
+            )
         members.append(
             MemberResult(
                 member=member.label(),
-                validation=accuracy(run.network, run.validation, epsilon, view),
-                test=accuracy(run.network, run.test, epsilon, view),
+                validation=accuracy(run.network, run.validation, epsilon, view, run.share),
+                test=accuracy(run.network, run.test, epsilon, view, run.share),
+                microseconds_per_sample=_member_cost(run, state, member),
             )
         )
     summary = Summary(
@@ -205,52 +318,55 @@ def _finish(run: Run, state: State, seconds: float, throughput: float) -> Summar
         members=tuple(members),
         data_sha256=data_sha256,
         start_sha256=run.start.sha256,
+        cost=summarise(
+            costs,
+            samples_per_epoch=run.steps_per_epoch * recipe.optimizer.batch_size,
+            networks_per_step=len(drawn_members(recipe, 0)),
+            device=run.fabric.device,
+            devices=run.share.count,
+            precision=run.execution.precision,
+        ),
     )
     text = msgspec.json.format(msgspec.json.encode(summary), indent=2)
-    files.write(run.output / checkpoint.METRICS_FILE, text, force=True)
+    if run.share.first:
+        files.write(run.output / checkpoint.METRICS_FILE, text, force=True)
     return summary
+
+
+def _member_cost(run: Run, state: State, member: Member) -> float:
+    """Microseconds per sample of a last training step with one member alone; changes nothing."""
+    recipe, share = run.recipe, run.share
+    alone = msgspec.structs.replace(recipe.compression, members=(member,), draw="all")
+    alone = msgspec.structs.replace(recipe, compression=alone)
+    step = run.total_steps - 1
+    images, labels = select(run.training, slice(0, recipe.optimizer.batch_size))
+    images, labels = share.rows(images), share.rows(labels)
+    now = schedule(recipe, step, run.steps_per_epoch)
+
+    def once() -> None:
+        masks = _masks(run, state, (member,))
+        with run.fabric.autocast():
+            loss, _ = cactus_loss(
+                run.network, images, labels, alone, step, now, masks, state.ranges, share
+            )
+        run.optimizer.zero_grad(set_to_none=True)
+        run.fabric.backward(loss)
+        share.average_gradients(run.trained.values())
+
+    return round(1e6 * step_time(once, run.fabric.device) / recipe.optimizer.batch_size, 3)
 
 
 # --- preparation ---------------------------------------------------------------------------------
 
 
-def _claim(output: Path, *, resume: bool, force: bool) -> None:
-    """Make the directory; refuse or remove an earlier run."""
-    if resume and force:
-        raise UsageError("give either --resume or --force, not both")
-    present = [name for name in checkpoint.FILES if (output / name).exists()]
-    if present and not (resume or force):
-        raise OutputError(
-            f"{output} holds a run already ({', '.join(present)}); use --resume to go on with it, "
-            "--force to replace it, or another directory"
-        )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if force:
-            for name in present:
-                (output / name).unlink()
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be used as an output directory: {error}") from error
-
-
-def _fabric(device: str) -> lightning_fabric.Fabric:
-    """Fabric on one device."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"unknown device '{device}'; use auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("torch finds no CUDA device; use --device cpu")
-    accelerator = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    return lightning_fabric.Fabric(accelerator=accelerator, devices=1)
-
-
 def _prepare(
-    recipe: Recipe,
-    output: Path,
+    job: Job,
     fabric: lightning_fabric.Fabric,
     splits: tuple[datasets.Dataset, datasets.Dataset, datasets.Dataset],
     progress: Progress | None,
 ) -> Run:
     """Network, optimizer and data on the device."""
+    recipe = job.recipe
     samples, validation, test = (to_samples(split, fabric.device) for split in splits)
     batch = recipe.optimizer.batch_size
     if len(samples) < batch:
@@ -271,7 +387,7 @@ def _prepare(
     optimizer = torch.optim.Adam(trained.values(), lr=recipe.optimizer.learning_rate)
     return Run(
         recipe,
-        output,
+        job.output,
         fabric,
         network,
         optimizer,
@@ -279,6 +395,8 @@ def _prepare(
         validation,
         test,
         progress,
+        job.execution,
+        Share(fabric.global_rank, fabric.world_size),
         beginning,
         scores,
     )
@@ -291,18 +409,17 @@ def _clip(run: Run) -> None:
         torch.nn.utils.clip_grad_norm_(run.trained.values(), limit)
 
 
-def _finite(loss: Tensor, step: int) -> float:
-    """The loss as a number; training that diverged stops here."""
-    value = float(loss.detach())
-    if not value < float("inf"):
+def _finite(loss: float, step: int) -> float:
+    """The loss; training that diverged stops here."""
+    if not loss < float("inf"):
         raise DataError(
-            f"the loss is {value} after step {step}; use a smaller [optimizer] learning_rate or a "
+            f"the loss is {loss} after step {step}; use a smaller [optimizer] learning_rate or a "
             "longer [objective] epsilon_ramp"
         )
-    return value
+    return loss
 
 
-def _report(run: Run, position: Position, first_step: int, started: float, loss: Tensor) -> None:
+def _report(run: Run, position: Position, first_step: int, started: float, loss: float) -> None:
     """Throughput and remaining time for the progress display."""
     if run.progress is None:
         return
@@ -312,43 +429,8 @@ def _report(run: Run, position: Position, first_step: int, started: float, loss:
             epoch=(position.step - 1) // run.steps_per_epoch + 1,
             step=position.step,
             total_steps=run.total_steps,
-            loss=float(loss.detach()),
+            loss=loss,
             samples_per_second=rate * run.recipe.optimizer.batch_size,
             seconds_left=(run.total_steps - position.step) / rate,
         )
     )
-
-
-# --- process-wide settings, restored afterwards --------------------------------------------------
-
-
-@contextmanager
-def _threads(count: int) -> Generator[None]:
-    """Run torch with ``count`` threads (0: as it is)."""
-    before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _interruptible() -> Generator[threading.Event]:
-    """An event that Ctrl-C sets; a second Ctrl-C interrupts at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event  # signals reach the main thread only
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def handle(_number: int, _frame: object) -> None:
-        signal.signal(signal.SIGINT, before)
-        event.set()
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)

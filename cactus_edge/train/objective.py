@@ -30,6 +30,7 @@ from cactus_edge.train.data import generator
 from cactus_edge.train.losses import LOSSES, SMALLEST_EPSILON, Case
 from cactus_edge.train.members import Member
 from cactus_edge.train.recipe import Objective, Recipe
+from cactus_edge.train.share import ALONE, Share
 from cactus_edge.train.zoo import Network, device_of
 
 REGULARISER_TOLERANCE = 0.5
@@ -98,6 +99,7 @@ def cactus_loss(
     now: Schedule,
     masks: Mapping[str, compress.Masks],
     ranges: Mapping[str, Tensor],
+    share: Share = ALONE,
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """The loss [] of one step and the updated activation ranges.
 
@@ -110,6 +112,7 @@ def cactus_loss(
         now: the schedule at ``step``.
         masks: key of a pattern -> masks.
         ranges: ReLU name -> largest activation, as observed so far.
+        share: the process's part of the batch that ``images`` are.
     """
     losses: list[Tensor] = []
     for member in drawn_members(recipe, step):
@@ -120,15 +123,17 @@ def cactus_loss(
             recipe.compression,
             pruning,
             ranges,
-            lambda moved: _certified_loss(network, images, labels, recipe.objective, now, moved),
+            lambda moved: _certified_loss(
+                network, images, labels, recipe.objective, now, moved, share
+            ),
         )
         rounds = member.weight_bits() is not None
         observed = rounds and recipe.compression.activations == "int8"
         loss, hidden = _member_loss(
-            network, images, labels, recipe, step, now, view, observed=observed
+            network, images, labels, recipe, step, now, view, share, observed=observed
         )
         if rounds:
-            ranges = compress.updated_ranges(ranges, hidden)
+            ranges = compress.updated_ranges(ranges, hidden, share)
         losses.append(loss)
     total = torch.stack(losses).mean()
     if recipe.objective.l1:
@@ -138,24 +143,25 @@ def cactus_loss(
     return total, ranges
 
 
-def regulariser(hidden: Mapping[str, Box], inputs: Box) -> Tensor:
+def regulariser(hidden: Mapping[str, Box], inputs: Box, share: Share = ALONE) -> Tensor:
     """Shi et al. (2021): bounds keep the input's width, ReLUs stay balanced. A scalar [].
 
     Mean over ReLUs of [relu(t - r_in / r) + relu(t - balance of means) + relu(t - balance of
     variances)] / t; a balance is min(a, 1/a) of the active to inactive ratio a.
     """
     tolerance, tiny = REGULARISER_TOLERANCE, 1e-12  # tiny keeps values and gradients finite
-    width = inputs.radius.mean()
+    width = share.mean(inputs.radius.mean())
     total = torch.zeros_like(width)
     for box in hidden.values():
         active, inactive = (box.lower > 0).float(), (box.upper < 0).float()
         centre = box.centre
-        spread = (centre - centre.mean()) ** 2
-        ratios = (
-            (centre * active).mean() / (-(centre * inactive).mean()).clamp(min=tiny),
-            (spread * active).sum() / (spread * inactive).sum().clamp(min=tiny),
+        spread = (centre - share.mean(centre.mean())) ** 2
+        positive, negative, radius = share.means(
+            (centre * active).mean(), (centre * inactive).mean(), box.radius.mean()
         )
-        total = total + functional.relu(tolerance - width / box.radius.mean().clamp(min=tiny))
+        above, below = share.means((spread * active).sum(), (spread * inactive).sum())
+        ratios = (positive / (-negative).clamp(min=tiny), above / below.clamp(min=tiny))
+        total = total + functional.relu(tolerance - width / radius.clamp(min=tiny))
         for ratio in ratios:
             balance = torch.minimum(ratio, 1 / ratio.clamp(min=tiny))
             total = total + functional.relu(tolerance - balance)
@@ -197,6 +203,7 @@ def _member_loss(
     step: int,
     now: Schedule,
     view: View,
+    share: Share,
     *,
     observed: bool,
 ) -> tuple[Tensor, Mapping[str, Box]]:
@@ -208,7 +215,7 @@ def _member_loss(
     logits: Tensor | None = None
     statistics: Statistics | None = None
     if now.certified_weight < 1.0 or network.has_batch_norm():  # otherwise it has no use
-        logits, statistics = forward(network, images, view)
+        logits, statistics = forward(network, images, view, share=share)
     objective = recipe.objective
     if not (objective.lambda_max or objective.nrs or now.regulariser_weight):
         assert logits is not None  # lambda is 0
@@ -225,10 +232,11 @@ def _member_loss(
         epsilon=now.epsilon,
         certified_weight=now.certified_weight,
         source=generator(images.device, recipe.seed, "attack", step),
+        share=share,
     )
     loss, bounds = LOSSES[objective.loss].function(case)
     if now.regulariser_weight:
-        loss = loss + now.regulariser_weight * regulariser(bounds.hidden, bounds.box)
+        loss = loss + now.regulariser_weight * regulariser(bounds.hidden, bounds.box, share)
     if objective.nrs:
         loss = loss + objective.nrs * instability(network, bounds.hidden)
     return loss, bounds.hidden
@@ -254,11 +262,15 @@ def _certified_loss(
     objective: Objective,
     now: Schedule,
     view: View,
+    share: Share,
 ) -> Tensor:
     """What weight perturbations raise: the interval loss, over the loss's share of the box."""
-    share = LOSSES[objective.loss].share(objective)
-    statistics = forward(network, images, view)[1] if network.has_batch_norm() else None
-    box = input_box(images, max(now.epsilon * share, SMALLEST_EPSILON))
+    view = View(share.replicated(view.weights), view.ranges)  # gradients of the whole batch
+    statistics = None
+    if network.has_batch_norm():
+        statistics = forward(network, images, view, share=share)[1]
+    scale = LOSSES[objective.loss].share(objective)
+    box = input_box(images, max(now.epsilon * scale, SMALLEST_EPSILON))
     return functional.cross_entropy(
         propagate(network, box, labels, view, statistics).margins, labels
     )

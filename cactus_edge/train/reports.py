@@ -7,6 +7,7 @@ from typing import Protocol
 
 import msgspec
 
+from cactus_edge.train.cost import Cost
 from cactus_edge.train.evaluate import Accuracy
 
 
@@ -23,11 +24,19 @@ class EpochRow(msgspec.Struct, frozen=True):
 
 
 class MemberResult(msgspec.Struct, frozen=True):
-    """Accuracies of one member of the compression set."""
+    """One member of the compression set.
+
+    Attributes:
+        member: its label.
+        validation: accuracies on the held-out part of the training data.
+        test: accuracies on the test split.
+        microseconds_per_sample: of a training step with this member alone: loss and gradient.
+    """
 
     member: str
     validation: Accuracy
     test: Accuracy
+    microseconds_per_sample: float = 0.0
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -45,6 +54,7 @@ class Summary(msgspec.Struct, frozen=True):
         members: accuracies per member.
         data_sha256: of the training split.
         start_sha256: of the model that the run started from; empty if it was initialised.
+        cost: time and memory; runs before version 0.1 lack it.
     """
 
     output: str
@@ -58,6 +68,7 @@ class Summary(msgspec.Struct, frozen=True):
     members: tuple[MemberResult, ...]
     data_sha256: str
     start_sha256: str = ""
+    cost: Cost | None = None
 
 
 @dataclass(frozen=True)

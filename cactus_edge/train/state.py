@@ -20,8 +20,10 @@ from cactus_edge import files
 from cactus_edge.errors import DataError
 from cactus_edge.train import checkpoint, compress, importance, views
 from cactus_edge.train.data import Samples
+from cactus_edge.train.execution import FULL_PRECISION, Execution
 from cactus_edge.train.recipe import Recipe, format_recipe, parse_recipe
 from cactus_edge.train.reports import EpochRow, Progress
+from cactus_edge.train.share import Share
 from cactus_edge.train.start import Beginning
 from cactus_edge.train.zoo import Network
 
@@ -42,6 +44,7 @@ class Position(msgspec.Struct, forbid_unknown_fields=True):
     step: int = 0
     loss_sum: float = 0.0
     history: list[EpochRow] = []
+    precision: str = FULL_PRECISION
 
 
 @dataclass
@@ -66,6 +69,8 @@ class Run:
     validation: Samples
     test: Samples
     progress: Progress | None
+    execution: Execution
+    share: Share
     start: Beginning = Beginning()
     scores: Network | None = None  # with ``importance = "scores"``
 
@@ -88,7 +93,12 @@ class Run:
 def fresh_state(run: Run, data_sha256: str) -> State:
     """The state at step 0."""
     choice, start = run.recipe.compression, run.start
-    position = Position(format_recipe(run.recipe), data_sha256, start.sha256)
+    position = Position(
+        format_recipe(run.recipe),
+        data_sha256,
+        start.sha256,
+        precision=run.execution.precision,
+    )
     masks: dict[str, compress.Masks] = {}
     if choice.mask_refresh == "once":
         masks |= views.masks_of(run.network, choice.members, choice)
@@ -106,6 +116,8 @@ def kept_masks(run: Run, state: State) -> Mapping[str, compress.Masks]:
 
 def save_run(run: Run, state: State) -> None:
     """Write the checkpoint: network, scores, optimizer, masks, ranges and position."""
+    if not run.share.first:
+        return
     tensors = {_PARAMETER + name: value for name, value in run.network.state_dict().items()}
     if run.scores is not None:
         tensors |= {_SCORE + name: value for name, value in run.trained.items()}
@@ -135,6 +147,7 @@ def restored(run: Run, data_sha256: str) -> State:
         ("recipe", parse_recipe(position.recipe, f"{file}: recipe"), run.recipe),
         ("training data", position.data_sha256, data_sha256),
         ("[start]", position.start_sha256, run.start.sha256),
+        ("--precision", position.precision, fresh.position.precision),
     ):
         if old != new:
             raise DataError(

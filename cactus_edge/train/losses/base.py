@@ -3,7 +3,7 @@
 A loss bounds the worst cross-entropy of one member of the compression set over a box around each
 image. It returns the member's joint loss, in which ``Case.joint`` mixes the standard
 cross-entropy, and the bounds it took: their hidden boxes feed the regulariser and the activation
-ranges.
+ranges. Losses are means over the samples, so that processes can share a batch (see ``share``).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from cactus_edge.train.bounds import (
     input_box,
     propagate,
 )
+from cactus_edge.train.share import ALONE, Share
 from cactus_edge.train.zoo import Network
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Case:
         epsilon: radius of the box at this step.
         certified_weight: lambda at this step.
         source: randomness of this step's attack.
+        share: the process's part of the batch that ``images`` are.
     """
 
     network: Network
@@ -63,6 +65,7 @@ class Case:
     epsilon: float
     certified_weight: float
     source: torch.Generator
+    share: Share = ALONE
 
     @property
     def growth(self) -> float:
@@ -83,9 +86,15 @@ class Case:
 
     def attacked(self, box: Box) -> Tensor:
         """Points [N, ...] of ``box`` with a high cross-entropy, without gradient."""
-        steps = self.objective.attack_steps
         return attack(
-            self.network, box, self.labels, self.view, self.statistics, steps, self.source
+            self.network,
+            box,
+            self.labels,
+            self.view,
+            self.statistics,
+            self.objective.attack_steps,
+            self.source,
+            self.share,
         )
 
     def logits_at(self, points: Tensor) -> Tensor:
