@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import msgspec
 import torch
@@ -112,7 +113,7 @@ def _batches(samples: Samples, share: Share) -> Iterator[tuple[Tensor, Tensor]]:
 @contextmanager
 def _full_precision(device: torch.device) -> Generator[None]:
     """Layers compute in float32."""
-    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    backends: tuple[Any, ...] = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [backend.allow_tf32 for backend in backends]
     for backend in backends:
         backend.allow_tf32 = False

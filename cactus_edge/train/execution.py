@@ -18,7 +18,7 @@ from typing import Literal, Protocol, get_args
 import lightning_fabric
 import msgspec
 import torch
-from lightning_fabric.plugins.environments import LightningEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
 from cactus_edge.errors import DataError, MissingExtraError, OutputError, UsageError
 from cactus_edge.train import checkpoint, logs

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch.nn import Parameter
+from torch import Tensor
 
 from cactus_edge.train.compress import SMALLEST_SCALE, Masks
 from cactus_edge.train.zoo import Network
@@ -33,7 +33,7 @@ def learned(network: Network) -> Network:
     return scores
 
 
-def trained(network: Network, scores: Network | None) -> Mapping[str, Parameter]:
+def trained(network: Network, scores: Network | None) -> Mapping[str, Tensor]:
     """What the optimizer moves, by name: all parameters, or else the scores of every layer."""
     if scores is None:
         return dict(network.named_parameters())

@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lightning_fabric
 import msgspec
@@ -47,7 +47,8 @@ def launch(
     with on_interrupt(stop.set):
         try:
             listener.start()
-            result = fabric.launch(_in_process, work, job, stop, sender, os.getpid())
+            start: Any = fabric.launch  # its annotation leaves out the arguments
+            result = start(_in_process, work, job, stop, sender, os.getpid())
         except Exception as error:  # Fabric reports a process's error as a text
             failures.append(ToolError(f"a training process failed: {error}"))
         finally:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -24,9 +23,6 @@ from cactus_edge.train.recipe import Recipe
 from cactus_edge.train.zoo import Network
 
 logger = logging.getLogger(__name__)
-
-_NO_RANGES: Mapping[str, Tensor] = MappingProxyType({})
-_NO_MASKS: Mapping[str, Masks] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -40,8 +36,8 @@ class Beginning:
     """
 
     sha256: str = ""
-    ranges: Mapping[str, Tensor] = _NO_RANGES
-    masks: Mapping[str, Masks] = _NO_MASKS
+    ranges: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    masks: Mapping[str, Masks] = field(default_factory=dict[str, Masks])
 
 
 def refuse_itself(recipe: Recipe, output: Path) -> None:

@@ -14,7 +14,6 @@ import lightning_fabric
 import msgspec
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from cactus_edge import files
 from cactus_edge.errors import DataError
@@ -75,7 +74,7 @@ class Run:
     scores: Network | None = None  # with ``importance = "scores"``
 
     @property
-    def trained(self) -> Mapping[str, Parameter]:
+    def trained(self) -> Mapping[str, Tensor]:
         """What the optimizer moves, by name."""
         return importance.trained(self.network, self.scores)
 
