@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Share:
         values: tuple[Tensor, ...] = _Replicated.apply(*weights.values())  # type: ignore[assignment]
         return dict(zip(weights, values, strict=True))
 
-    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replace every gradient by the mean over the processes."""
         if self.count == 1:
             return
