@@ -23,7 +23,7 @@ from cactus_edge.errors import DataError
 from cactus_edge.train.checkpoint import COSTS_FILE
 from cactus_edge.train.share import ALONE, Share
 
-REPETITIONS = 3  # of a member's timed step, after one that is not timed
+REPETITIONS = 3  # of a member's timed step; training has just warmed up what it calls
 
 
 class EpochCost(msgspec.Struct, frozen=True):
@@ -122,13 +122,13 @@ def peak_memory(device: torch.device, share: Share = ALONE) -> tuple[int, int]:
 def step_time(step: Callable[[], None], device: torch.device) -> float:
     """Seconds of ``step``: the median of a few repetitions."""
     times: list[float] = []
-    for _ in range(1 + REPETITIONS):
+    for _ in range(REPETITIONS):
         began = time.perf_counter()
         step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+    return statistics.median(times)
 
 
 def write_costs(output: Path, rows: Sequence[EpochCost]) -> None:

@@ -30,7 +30,7 @@ from cactus_edge.train.cost import (
     summarise,
     write_costs,
 )
-from cactus_edge.train.data import augment, generator, order, select, to_samples
+from cactus_edge.train.data import augment, generator, order, select
 from cactus_edge.train.evaluate import (
     DOMAIN,
     VERIFIER,
@@ -42,9 +42,9 @@ from cactus_edge.train.execution import Execution, Flag
 from cactus_edge.train.logs import Logs
 from cactus_edge.train.members import Member
 from cactus_edge.train.objective import cactus_loss, drawn_members, schedule
+from cactus_edge.train.prepare import Job, prepare
 from cactus_edge.train.recipe import Recipe, format_recipe
 from cactus_edge.train.reports import EpochRow, MemberResult, Progress, StepReport, Summary
-from cactus_edge.train.share import Share
 from cactus_edge.train.state import (
     Position,
     Run,
@@ -55,20 +55,11 @@ from cactus_edge.train.state import (
     save_run,
     write_history,
 )
-from cactus_edge.train.zoo import build, initialise_for_bounds, parameter_count
+from cactus_edge.train.zoo import parameter_count
 
 logger = logging.getLogger(__name__)
 
 REPORT_INTERVAL = 0.25  # seconds between two progress reports
-
-
-class Job(msgspec.Struct, frozen=True):
-    """What every process of a run is told."""
-
-    recipe: Recipe
-    output: Path
-    resume: bool
-    execution: Execution
 
 
 def train(
@@ -122,7 +113,7 @@ def _train(
     recipe, output = job.recipe, job.output
     training, validation = datasets.load_training(recipe.data.name, recipe.data.validation)
     test = datasets.load(recipe.data.name, "test")  # here, so that a missing file is noticed now
-    run = _prepare(job, fabric, (training, validation, test), progress)
+    run = prepare(job, fabric, (training, validation, test), progress)
     state = restored(run, training.sha256) if job.resume else fresh_state(run, training.sha256)
     finished = output / checkpoint.METRICS_FILE
     if job.resume and finished.exists() and state.position.step == run.total_steps:
@@ -350,56 +341,11 @@ def _member_cost(run: Run, state: State, member: Member) -> float:
                 run.network, images, labels, alone, step, now, masks, state.ranges, share
             )
         run.optimizer.zero_grad(set_to_none=True)
-        run.fabric.backward(loss)
-        share.average_gradients(run.trained.values())
+        if loss.requires_grad:  # a member without scores trains none
+            run.fabric.backward(loss)
+            share.average_gradients(run.trained.values())
 
     return round(1e6 * step_time(once, run.fabric.device) / recipe.optimizer.batch_size, 3)
-
-
-# --- preparation ---------------------------------------------------------------------------------
-
-
-def _prepare(
-    job: Job,
-    fabric: lightning_fabric.Fabric,
-    splits: tuple[datasets.Dataset, datasets.Dataset, datasets.Dataset],
-    progress: Progress | None,
-) -> Run:
-    """Network, optimizer and data on the device."""
-    recipe = job.recipe
-    samples, validation, test = (to_samples(split, fabric.device) for split in splits)
-    batch = recipe.optimizer.batch_size
-    if len(samples) < batch:
-        raise DataError(
-            f"[optimizer] batch_size: {batch} is more than the {len(samples)} training samples"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        network = build(
-            recipe.network.name, samples.input_shape, splits[0].classes, recipe.network.width
-        )
-        if recipe.objective.initialisation == "ibp":
-            initialise_for_bounds(network)
-    beginning = start.load(recipe, network, splits[0].sha256, fabric.device)
-    network = network.to(fabric.device)
-    scores = importance.learned(network) if recipe.compression.importance == "scores" else None
-    trained = importance.trained(network, scores)
-    optimizer = torch.optim.Adam(trained.values(), lr=recipe.optimizer.learning_rate)
-    return Run(
-        recipe,
-        job.output,
-        fabric,
-        network,
-        optimizer,
-        samples,
-        validation,
-        test,
-        progress,
-        job.execution,
-        Share(fabric.global_rank, fabric.world_size),
-        beginning,
-        scores,
-    )
 
 
 def _clip(run: Run) -> None:

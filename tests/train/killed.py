@@ -1,7 +1,8 @@
 """Kills training runs for ``test_execution.py``: `killed.py RECIPE OUTPUT SEED`.
 
-Every run is a fork of this process, which has only one thread, so that torch is imported once.
-Prints at which step each of the killed runs had arrived.
+Every run is a fork of this process, so that torch and the data are imported once. A run is killed
+a drawn number of steps after its start and a drawn fraction of a step later: while it computes, or
+while it writes. Prints the steps at which the checkpoints of the killed runs were.
 """
 
 from __future__ import annotations
@@ -11,49 +12,73 @@ import os
 import random
 import signal
 import sys
-import time
+import threading
 from pathlib import Path
 
 import msgspec
 import torch
 
-from cactus_edge.train import load_recipe, train
-from cactus_edge.train.checkpoint import METRICS_FILE, STATE_FILE, load_state
+from cactus_edge import datasets
+from cactus_edge.train import load_recipe, loop, train
+from cactus_edge.train.checkpoint import METRICS_FILE, load_state
+from cactus_edge.train.reports import EpochRow, StepReport
 from cactus_edge.train.state import Position
 
 KILLS = 6
+LONGEST = 0.02  # seconds from a step's report to the kill: about one step and its checkpoint
 
 
-def started(recipe: Path, output: Path) -> int:
-    """A process that trains or goes on; its number."""
+class Killer:
+    """Kills its process soon after the given number of reports; never if it is negative."""
+
+    def __init__(self, reports: int, seconds: float) -> None:
+        self.left, self.seconds = reports, seconds
+
+    def step(self, report: StepReport) -> None:
+        del report
+        self.left -= 1
+        if self.left == 0:
+            kill = (os.getpid(), signal.SIGKILL)
+            threading.Timer(self.seconds, os.kill, kill).start()
+
+    def epoch(self, row: EpochRow) -> None:
+        pass
+
+
+def run(recipe: Path, output: Path, killer: Killer) -> bool:
+    """Train, or go on, in a fork; whether it was killed."""
     child = os.fork()
     if child == 0:
         try:
-            train(load_recipe(recipe), output, resume=True, device="cpu", checkpoint_seconds=0.02)
+            train(
+                load_recipe(recipe),
+                output,
+                resume=True,
+                progress=killer,
+                device="cpu",
+                checkpoint_seconds=0.0,
+            )
         finally:
             os._exit(0 if (output / METRICS_FILE).exists() else 1)
-    return child
+    _, status = os.waitpid(child, 0)
+    assert status in (0, signal.SIGKILL)
+    return status != 0
 
 
 def main() -> None:
     recipe, output, source = Path(sys.argv[1]), Path(sys.argv[2]), random.Random(sys.argv[3])
+    loop.REPORT_INTERVAL = -1.0
     torch.set_num_threads(1)
-    began = time.monotonic()
-    os.waitpid(started(recipe, output / "whole"), 0)
-    seconds = time.monotonic() - began
+    datasets.load("digits", "test")
+    assert not run(recipe, output / "whole", Killer(-1, 0.0))
     steps: list[int] = []
-    while len(steps) < KILLS:
-        child = started(recipe, output / "parts")
-        time.sleep(source.uniform(0.1, 0.6) * seconds)
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if not os.WIFSIGNALED(status):  # it was faster
-            break
-        state = output / "parts" / STATE_FILE
-        text = load_state(state.parent)[1] if state.exists() else '{"recipe":"","data_sha256":""}'
+    for _ in range(KILLS):
+        killer = Killer(source.randint(1, 9), source.uniform(0.0, LONGEST))
+        assert run(recipe, output / "parts", killer)
+        text = load_state(output / "parts")[1]
         steps.append(msgspec.json.decode(text, type=Position).step)
-    _, status = os.waitpid(started(recipe, output / "parts"), 0)
-    print(json.dumps({"steps": steps, "status": status, "seconds": seconds}))
+    assert not run(recipe, output / "parts", Killer(-1, 0.0))
+    print(json.dumps(steps))
 
 
 if __name__ == "__main__":

@@ -52,9 +52,9 @@ class InterruptAfterEpoch(Patient):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
-def test_killed_runs_end_in_the_same_bytes(tiny_text: str, tmp_path: Path) -> None:
+def test_killed_runs_end_in_the_same_bytes(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
-    path.write_text(tiny_text.replace("epochs = 2", "epochs = 3"))
+    path.write_text(KILLED)
     done = subprocess.run(
         [sys.executable, HERE / "killed.py", path, tmp_path, "7"],
         cwd=ROOT,
@@ -65,13 +65,36 @@ def test_killed_runs_end_in_the_same_bytes(tiny_text: str, tmp_path: Path) -> No
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["status"] == 0 and len(result["steps"]) >= 2
-    assert any(step % 9 for step in result["steps"])  # 9 steps per epoch: killed within one
+    steps = json.loads(done.stdout)
+    assert len(steps) == 6 and steps == sorted(steps) and steps[-1] > 12
+    assert any(step % 12 for step in steps)  # killed within an epoch: little is lost
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for name in (MODEL_FILE, STATE_FILE, HISTORY_FILE):
         assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
     assert sorted(p.name for p in parts.iterdir()) == sorted(checkpoint.FILES)  # nothing left over
+
+
+KILLED = """
+seed = 3
+threads = 1
+[data]
+name = "digits"
+augment = "crop"
+[network]
+name = "mlp"
+width = 0.25
+[objective]
+epsilon = 0.02
+epsilon_ramp = 1
+[compression]
+members = [{ kind = "dense" }, { kind = "pruned-quantized", sparsity = 0.5, bits = 4 }]
+draw = "one"
+activations = "int8"
+mask_refresh = "epoch"
+[optimizer]
+epochs = 4
+batch_size = 100
+"""
 
 
 def test_interruption_in_the_last_step_of_an_epoch_loses_no_row(
