@@ -110,8 +110,12 @@ def test_instability_is_normalised_by_the_scale(architecture: str) -> None:
     for name, box in hidden.items():
         gammas = normalized[name].get_parameter("weight") if name in normalized else torch.ones(1)
         shape = [1, -1, *[1] * (box.centre.dim() - 2)]
-        scales = gammas.reshape(shape).expand_as(box.centre).flatten().tolist()
-        ends = zip(box.lower.flatten().tolist(), box.upper.flatten().tolist(), strict=True)
+        scales = gammas.detach().reshape(shape).expand_as(box.centre).flatten().tolist()
+        ends = zip(
+            box.lower.detach().flatten().tolist(),
+            box.upper.detach().flatten().tolist(),
+            strict=True,
+        )
         terms += [
             -math.tanh(1 + lower * upper / max(scale**2, 1e-8))
             for (lower, upper), scale in zip(ends, scales, strict=True)
