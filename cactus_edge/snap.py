@@ -25,6 +25,8 @@ from cactus_edge.graph import Graph, Linear
 _DELTAS = (4e-4, 2e-4, 8e-4, 1e-4, 1.2e-3, 5e-5, 2.5e-5, 1.6e-3, 1.2e-5, 6e-6)
 _HALVES = 12
 _LEAST_CHANNELS = 16
+# Scales that are tried together: those of all open channels, or several of few channels.
+_TRIALS = 64
 # Far from the wanted scale the search goes on in these steps, upwards only: nothing is clipped.
 _STRIDE = 1.1
 LARGEST_CHANGE = 4.0
@@ -61,12 +63,16 @@ def snap(make: Make, wanted: FloatArray, smallest: FloatArray, ratio: float) -> 
     chosen = unchanged.copy()
     queues = [candidates(float(w), float(s), ratio) for w, s in zip(wanted, smallest, strict=True)]
     solved = np.zeros(wanted.size, bool)
-    for turn in range(max(map(len, queues), default=0)):
-        open_ = [i for i in np.flatnonzero(~solved) if turn < len(queues[i])]
-        if not open_:
-            break
-        chosen[open_] = [queues[i][turn] for i in open_]
-        solved = _agreeing(make, chosen, solved, open_)
+    turn = 0
+    while open_ := [i for i in np.flatnonzero(~solved).tolist() if turn < len(queues[i])]:
+        ahead = max(1, _TRIALS // len(open_)) if chosen.size > 1 else 1
+        turns = range(turn, turn + ahead)
+        trials = [(i, queues[i][k]) for k in turns for i in open_ if k < len(queues[i])]
+        agreeing = _agreeing(make, trials, whole=chosen.size == 1)
+        for (i, scale), agrees in zip(trials, agreeing, strict=True):
+            if agrees and not solved[i]:
+                chosen[i], solved[i] = scale, True
+        turn += ahead
     chosen[~solved] = unchanged[~solved]
     if chosen.size > 1 and solved.any():
         # The trials saw other neighbours; what counts is the layer as it ships.
@@ -77,22 +83,19 @@ def snap(make: Make, wanted: FloatArray, smallest: FloatArray, ratio: float) -> 
     return Snapped(chosen.view(np.uint32), solved, change)
 
 
-def _agreeing(
-    make: Make, chosen: npt.NDArray[np.float32], solved: npt.NDArray[np.bool_], open_: list[int]
-) -> npt.NDArray[np.bool_]:
-    """``solved`` after a trial of the open scales."""
-    result = solved.copy()
-    bits = chosen.view(np.uint32)
-    if chosen.size == 1:
-        result[0] = not universal.disagreeing_channels(*make(bits, None))
-        return result
+def _agreeing(make: Make, trials: list[tuple[int, np.float32]], *, whole: bool) -> list[bool]:
+    """Whether profiles agree on each (channel, scale); ``whole``: on the layer under one scale."""
+    if whole:
+        ((_, scale),) = trials
+        return [not universal.disagreeing_channels(*make(np.array([scale]).view(np.uint32), None))]
     # Some profiles treat narrow layers, and what is left over from whole vectors of channels, in
     # another way (always TFLite Micro's): the trial has neither.
-    count = _LEAST_CHANNELS * -(-len(open_) // _LEAST_CHANNELS)
-    rows = (open_ * _LEAST_CHANNELS)[:count]
-    bad = {rows[i] for i in universal.disagreeing_channels(*make(bits[rows], rows))}
-    result[open_] = [i not in bad for i in open_]
-    return result
+    count = _LEAST_CHANNELS * -(-len(trials) // _LEAST_CHANNELS)
+    padded = (trials * _LEAST_CHANNELS)[:count]
+    bits = np.array([scale for _, scale in padded]).view(np.uint32)
+    bad = universal.disagreeing_channels(*make(bits, [i for i, _ in padded]))
+    wrong = {position % len(trials) for position in bad}
+    return [position not in wrong for position in range(len(trials))]
 
 
 def candidates(wanted: float, smallest: float, ratio: float) -> list[np.float32]:
