@@ -37,7 +37,7 @@ def trained(network: Network, scores: Network | None) -> Mapping[str, Tensor]:
     """What the optimizer moves, by name: all parameters, or else the scores of every layer."""
     if scores is None:
         return dict(network.named_parameters())
-    return {f"{name}.weight": layer.weight for name, layer in scores.weighted()}
+    return {f"{name}.weight": layer.get_parameter("weight") for name, layer in scores.weighted()}
 
 
 def straight_through(masks: Mapping[str, Masks], scores: Network) -> Mapping[str, Masks]:

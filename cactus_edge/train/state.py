@@ -70,7 +70,7 @@ class Run:
     progress: Progress | None
     execution: Execution
     share: Share
-    start: Beginning = Beginning()
+    start: Beginning = field(default_factory=Beginning)
     scores: Network | None = None  # with ``importance = "scores"``
 
     @property
