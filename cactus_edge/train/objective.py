@@ -28,7 +28,7 @@ from cactus_edge.train.bounds import (
 )
 from cactus_edge.train.data import generator
 from cactus_edge.train.losses import LOSSES, SMALLEST_EPSILON, Case
-from cactus_edge.train.members import Member
+from cactus_edge.train.members import Dense, Member
 from cactus_edge.train.recipe import Objective, Recipe
 from cactus_edge.train.share import ALONE, Share
 from cactus_edge.train.zoo import Network, device_of
@@ -47,12 +47,14 @@ class Schedule:
         certified_weight: lambda.
         regulariser_weight: of Shi et al.'s regulariser.
         learning_rate: of Adam.
+        compressed: whether the members are trained, or still the whole network alone.
     """
 
     epsilon: float
     certified_weight: float
     regulariser_weight: float
     learning_rate: float
+    compressed: bool = True
 
 
 def schedule(recipe: Recipe, step: int, steps_per_epoch: int) -> Schedule:
@@ -66,6 +68,7 @@ def schedule(recipe: Recipe, step: int, steps_per_epoch: int) -> Schedule:
         certified_weight=objective.lambda_max * _progress(epoch, objective.lambda_ramp),
         regulariser_weight=objective.shi_regulariser * (1.0 - grown),
         learning_rate=optimizer.learning_rate * optimizer.decay**passed,
+        compressed=epoch >= recipe.compression.warmup,
     )
 
 
@@ -115,7 +118,7 @@ def cactus_loss(
         share: the process's part of the batch that ``images`` are.
     """
     losses: list[Tensor] = []
-    for member in drawn_members(recipe, step):
+    for member in drawn_members(recipe, step) if now.compressed else (Dense(),):
         pruning = masks.get(member.pattern().key(), {})
         view = views.training_view(
             network,

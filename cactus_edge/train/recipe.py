@@ -129,6 +129,7 @@ class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             before the first step, and kept.
         importance: patterns rank weights by ``magnitude``, or by learned ``scores``, which are then
             all that is trained; see ``train.importance``.
+        warmup: epochs in which the whole network is trained alone, before the members are.
     """
 
     members: Annotated[tuple[Member, ...], msgspec.Meta(min_length=1)] = (Dense(),)
@@ -139,6 +140,7 @@ class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prune_last: bool = True
     mask_refresh: Literal["step", "epoch", "once"] = "step"
     importance: Literal["magnitude", "scores"] = "magnitude"
+    warmup: NonNegative = 0.0
 
     @property
     def pruning(self) -> Pruning:
@@ -151,6 +153,12 @@ class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(
                 f"draw = {self.draw}, but there are {len(self.members)} members; write 'all' or a "
                 "smaller number"
+            )
+        if self.warmup and (self.mask_refresh == "once" or self.importance == "scores"):
+            raise ValueError(
+                "[compression] warmup trains weights before any are chosen, but mask_refresh = "
+                "'once' and importance = 'scores' choose among those of the start; write [start] "
+                "from = the run of a recipe without members"
             )
         if self.importance == "scores":
             if self.mask_refresh != "step":
@@ -216,6 +224,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(
                 f"[objective] warmup + epsilon_ramp and lambda_ramp must not exceed [optimizer] "
                 f"epochs = {self.optimizer.epochs}"
+            )
+        if self.compression.warmup > self.optimizer.epochs:
+            raise ValueError(
+                f"[compression] warmup must not exceed [optimizer] epochs = {self.optimizer.epochs}"
             )
 
 

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from cactus_edge.errors import DataError
 from cactus_edge.train.bounds import Bounds, Box, forward, input_box, propagate
 from cactus_edge.train.members import Dense
 from cactus_edge.train.objective import (
@@ -19,8 +22,8 @@ from cactus_edge.train.objective import (
     schedule,
     smooth_ramp,
 )
-from cactus_edge.train.recipe import Recipe, parse_recipe
-from cactus_edge.train.views import deployed_view
+from cactus_edge.train.recipe import Compression, Recipe, parse_recipe
+from cactus_edge.train.views import deployed_view, masks_of
 from cactus_edge.train.zoo import Network, build, convolve, initialise_for_bounds
 
 
@@ -182,6 +185,36 @@ def test_initialisation_for_bounds_keeps_their_width() -> None:
     hidden = propagate(network, input_box(images, 0.01), torch.zeros(8, dtype=torch.long)).hidden
     ratio = float((hidden["relu3"].radius.mean() / hidden["relu1"].radius.mean()).detach())
     assert 0.2 < ratio < 5
+
+
+def test_members_come_after_their_warmup(tiny_text: str) -> None:
+    """Until then the loss is that of the network without a compression set."""
+    warm = parse_recipe(tiny_text.replace("[compression]", "[compression]\nwarmup = 1"))
+    plain = msgspec.structs.replace(warm, compression=Compression())
+    assert [schedule(warm, step, 4).compressed for step in range(6)] == [False] * 4 + [True] * 2
+    assert schedule(plain, 0, 4).compressed
+    torch.manual_seed(0)
+    network = build("cnn-tiny", (1, 8, 8), 10)
+    images, labels = torch.rand(8, 1, 8, 8), torch.arange(8)
+    masks = masks_of(network, warm.compression.members, warm.compression)
+    now = schedule(warm, 3, 4)
+    losses = [
+        cactus_loss(network, images, labels, recipe, 3, at, masks, {})[0].item()
+        for recipe, at in ((warm, now), (plain, now), (warm, replace(now, compressed=True)))
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('mask_refresh = "epoch"', 'mask_refresh = "once"\nwarmup = 1'),
+        ("activations", "warmup = 3\nactivations"),
+    ],
+)
+def test_a_warmup_that_cannot_be(tiny_text: str, old: str, new: str) -> None:
+    with pytest.raises(DataError, match=r"\[compression\] warmup"):
+        parse_recipe(tiny_text.replace(old, new))
 
 
 def test_one_member_is_drawn_repeatably(tiny_text: str, tiny: Recipe) -> None:
