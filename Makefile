@@ -1,6 +1,6 @@
 # Every target builds .venv first if it is missing or older than what defines it.
 
-.PHONY: install demo test check evidence bench docs clean
+.PHONY: install demo test check evidence evidence-training bench docs clean
 .DEFAULT_GOAL := test
 
 BIN := .venv/bin
@@ -48,6 +48,10 @@ check: $(STAMP)
 
 evidence: $(STAMP)
 	$(BIN)/pytest -m evidence -s
+
+# Hours; CACTUS_EDGE_SEEDS=0 trains one seed of three.
+evidence-training: $(STAMP)
+	$(BIN)/pytest -m evidence -s tests/evidence/test_training.py
 
 bench: $(STAMP)
 	$(BIN)/pytest -m evidence -s tests/evidence/test_performance.py
