@@ -13,7 +13,16 @@ from typing import Annotated
 import typer
 
 import cactus_edge
-from cactus_edge.cli import faults, inspecting, kernels, making, properties, proving, running
+from cactus_edge.cli import (
+    faults,
+    inspecting,
+    kernels,
+    making,
+    properties,
+    proving,
+    running,
+    searching,
+)
 from cactus_edge.cli.output import console
 from cactus_edge.errors import CactusEdgeError, ToolError
 
@@ -25,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (making, inspecting, proving, properties, faults, running, kernels):
+for module in (making, searching, inspecting, proving, properties, faults, running, kernels):
     module.register(app)
 
 
