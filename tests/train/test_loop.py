@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from cactus_edge.errors import DataError, OutputError, UsageError
 from cactus_edge.train import checkpoint, load_model, load_network, loop, train
 from cactus_edge.train.checkpoint import HISTORY_FILE, METRICS_FILE, MODEL_FILE, STATE_FILE
 from cactus_edge.train.recipe import Recipe, format_recipe, load_recipe, parse_recipe
-from cactus_edge.train.reports import EpochRow, StepReport
+from cactus_edge.train.reports import EpochRow, StepReport, Summary
 from cactus_edge.train.zoo import Network
 
 
@@ -46,14 +47,35 @@ def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "REPORT_INTERVAL", -1.0)
 
 
-def test_run_leaves_readable_files(tiny_text: str, tmp_path: Path) -> None:
-    recipe = parse_recipe(tiny_text.replace("epochs = 2", "epochs = 1"))
+@pytest.fixture(scope="module")
+def finished(few_text: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
+    """A run of one epoch in a folder that holds a file of somebody else's."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    run.mkdir()
+    (run / "notes.txt").write_text("mine")
     before = torch.get_num_threads()
-    summary = train(recipe, tmp_path / "run", device="cpu")
-    assert torch.get_num_threads() == before
-    assert files(tmp_path / "run") == sorted(checkpoint.FILES)
-    assert load_recipe(tmp_path / "run" / "recipe.toml") == recipe
-    stored = json.loads((tmp_path / "run" / METRICS_FILE).read_text())
+    torch.set_num_threads(2)
+    summary = train(parse_recipe(one_epoch(few_text)), run, device="cpu")
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+    return run, summary
+
+
+@pytest.fixture
+def copied(finished: tuple[Path, Summary], tmp_path: Path) -> Path:
+    """The same run, to be damaged."""
+    return shutil.copytree(finished[0], tmp_path / "copied")
+
+
+def one_epoch(text: str) -> str:
+    return text.replace("epochs = 2", "epochs = 1")
+
+
+def test_run_leaves_readable_files(few_text: str, finished: tuple[Path, Summary]) -> None:
+    recipe, (run, summary) = parse_recipe(one_epoch(few_text)), finished
+    assert files(run) == sorted([*checkpoint.FILES, "notes.txt"])
+    assert load_recipe(run / "recipe.toml") == recipe
+    stored = json.loads((run / METRICS_FILE).read_text())
     assert stored == json.loads(msgspec.json.encode(summary))
     assert [m.member for m in summary.members] == [
         "dense",
@@ -63,66 +85,66 @@ def test_run_leaves_readable_files(tiny_text: str, tmp_path: Path) -> None:
     ]
     assert all(0 <= m.test.certified <= m.test.standard <= 1 for m in summary.members)
     assert (summary.domain, summary.epsilon) == ("interval", 0.05)
-    assert (tmp_path / "run" / HISTORY_FILE).read_text().startswith("epoch,epsilon,")
-    model = load_model(tmp_path / "run")
+    assert (run / HISTORY_FILE).read_text().startswith("epoch,epsilon,")
+    model = load_model(run)
     assert sorted(model.ranges) == ["relu1", "relu2", "relu3"]
     assert model.recipe == recipe and model.metadata.data_sha256 == summary.data_sha256
-    network, _ = load_network(tmp_path / "run" / MODEL_FILE)
+    network, _ = load_network(run / MODEL_FILE)
     assert network(torch.rand(2, 1, 8, 8)).shape == (2, 10)
 
 
 @pytest.mark.usefixtures("every_step")
 @pytest.mark.parametrize(
-    ("network", "step"),  # nine steps per epoch
-    [(name, step) for name in ("cnn-tiny", "cnn-small-bn") for step in (4, 9, 13)]
-    + [("resnet-8", 13)],
+    ("network", "draw"), [("cnn-tiny", '"all"'), ("cnn-small-bn", '"all"'), ("resnet-8", '"one"')]
 )
 def test_resumed_run_equals_uninterrupted_run(
-    tiny_text: str, tmp_path: Path, network: str, step: int
+    few_text: str, tmp_path: Path, network: str, draw: str
 ) -> None:
-    text = tiny_text.replace("cnn-tiny", network).replace('name = "digits"', DATA)
+    """Interrupted within an epoch, at its end and in the next one; an epoch has nine steps."""
+    text = few_text.replace("cnn-tiny", network).replace("[data]", '[data]\naugment = "flip-crop"')
     text = text.replace("l1 = 1e-6", 'loss = "sabr"\nattack_steps = 1')
-    recipe = parse_recipe(text)
+    recipe = parse_recipe(text.replace("[compression]", f"[compression]\ndraw = {draw}"))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(recipe, whole, device="cpu")
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe, parts, progress=InterruptAfter(step), device="cpu")
-    assert METRICS_FILE not in files(parts)
+    for step, epochs in ((4, 0), (9, 1), (13, 0)):
+        follower = InterruptAfter(step)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, parts, resume=step > 4, progress=follower, device="cpu")
+        assert METRICS_FILE not in files(parts)
+        assert len(follower.rows) == epochs
     follower = InterruptAfter(-1)
     train(recipe, parts, resume=True, progress=follower, device="cpu")
-    assert len(follower.rows) == 2 - step // 9
+    assert len(follower.rows) == 1
     for name in (MODEL_FILE, STATE_FILE, HISTORY_FILE):
         assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
 
 
-DATA = 'name = "digits"\naugment = "flip-crop"'
+def test_complete_run_is_not_repeated(few_text: str, finished: tuple[Path, Summary]) -> None:
+    run, first = finished
+    before = (run / MODEL_FILE).stat().st_mtime_ns
+    assert train(parse_recipe(one_epoch(few_text)), run, resume=True, device="cpu") == first
+    assert (run / MODEL_FILE).stat().st_mtime_ns == before
 
 
-def test_complete_run_is_not_repeated(tiny_text: str, tmp_path: Path) -> None:
-    recipe = parse_recipe(tiny_text.replace("epochs = 2", "epochs = 1"))
-    first = train(recipe, tmp_path, device="cpu")
-    assert train(recipe, tmp_path, resume=True, device="cpu") == first
-
-
-def test_members_take_turns(tiny_text: str, tmp_path: Path) -> None:
-    text = tiny_text.replace("[compression]", '[compression]\ndraw = "one"')
-    train(parse_recipe(text.replace("epochs = 2", "epochs = 1")), tmp_path, device="cpu")
+def test_members_take_turns(few_text: str, tmp_path: Path) -> None:
+    text = few_text.replace("[compression]", '[compression]\ndraw = "one"')
+    train(parse_recipe(one_epoch(text)), tmp_path, device="cpu")
     assert METRICS_FILE in files(tmp_path)
 
 
-def test_existing_run_is_neither_lost_nor_mixed(tiny: Recipe, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    train(tiny, tmp_path, device="cpu")
+def test_existing_run_is_neither_lost_nor_mixed(few_text: str, copied: Path) -> None:
+    recipe = parse_recipe(one_epoch(few_text))
     with pytest.raises(OutputError, match=r"holds a run already .*--resume .*--force"):
-        train(tiny, tmp_path, device="cpu")
+        train(recipe, copied, device="cpu")
     with pytest.raises(UsageError, match="not both"):
-        train(tiny, tmp_path, resume=True, force=True)
-    other = parse_recipe(format_recipe(tiny).replace("seed = 3", "seed = 4"))
+        train(recipe, copied, resume=True, force=True)
+    other = parse_recipe(format_recipe(recipe).replace("seed = 3", "seed = 4"))
     with pytest.raises(DataError, match="made with another recipe"):
-        train(other, tmp_path, resume=True, device="cpu")
-    train(other, tmp_path, force=True, device="cpu")
-    assert load_network(tmp_path)[1] == other
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+        train(other, copied, resume=True, device="cpu")
+    assert load_network(copied)[1] == recipe
+    train(other, copied, force=True, device="cpu")
+    assert load_network(copied)[1] == other
+    assert (copied / "notes.txt").read_text() == "mine"
 
 
 def test_other_mistakes_are_named(tiny: Recipe, tiny_text: str, tmp_path: Path) -> None:
@@ -137,9 +159,9 @@ def test_other_mistakes_are_named(tiny: Recipe, tiny_text: str, tmp_path: Path) 
 
 
 def test_divergence_stops_and_keeps_the_last_checkpoint(
-    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = loop.cactus_loss
+    recipe, honest = parse_recipe(few_text), loop.cactus_loss
 
     def diverging(network: Network, *rest: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         loss, ranges = honest(network, *rest)
@@ -147,15 +169,13 @@ def test_divergence_stops_and_keeps_the_last_checkpoint(
 
     monkeypatch.setattr(loop, "cactus_loss", diverging)
     with pytest.raises(DataError, match="the loss is nan after step 13; use a smaller"):
-        train(tiny, tmp_path, device="cpu")
+        train(recipe, tmp_path, device="cpu")
     monkeypatch.undo()
-    assert train(tiny, tmp_path, resume=True, device="cpu").epochs == 2
+    assert train(recipe, tmp_path, resume=True, device="cpu").epochs == 2
 
 
-def test_damaged_files_are_named(tiny_text: str, tmp_path: Path) -> None:
-    recipe = parse_recipe(tiny_text.replace("epochs = 2", "epochs = 1"))
-    run = tmp_path / "run"
-    train(recipe, run, device="cpu")
+def test_damaged_files_are_named(few_text: str, copied: Path, tmp_path: Path) -> None:
+    recipe, run = parse_recipe(one_epoch(few_text)), copied
     with pytest.raises(DataError, match="no such file"):
         load_network(tmp_path / "nothing")
     with pytest.raises(DataError, match="expected a 'cactus_edge model 1' file"):

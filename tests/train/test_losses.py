@@ -197,10 +197,10 @@ class StopAt:
 
 @pytest.mark.parametrize("name", KEYS)
 def test_resumed_run_equals_uninterrupted_run(
-    tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    few_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr("cactus_edge.train.loop.REPORT_INTERVAL", -1.0)
-    chosen = with_loss(tiny_text.replace('"cnn-tiny"', '"mlp"'), name)
+    chosen = with_loss(few_text.replace('"cnn-tiny"', '"mlp"'), name)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(chosen, whole, device="cpu")
     with pytest.raises(KeyboardInterrupt):
@@ -283,7 +283,7 @@ def registered(monkeypatch: pytest.MonkeyPatch, table: Mapping[str, CertifiedLos
 
 
 def test_documented_loss_can_be_added(
-    tiny_text: str, tmp_path: Path, network: Network, monkeypatch: pytest.MonkeyPatch
+    few_text: str, tmp_path: Path, network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = documented_loss()
     line = f'"exp-ibp": CertifiedLoss({module.__name__}.loss, {module.__name__}.Options)'
@@ -293,11 +293,11 @@ def test_documented_loss_can_be_added(
     values = [
         float(entry.function(case_of(chosen, network))[0].detach())
         for chosen in (
-            with_loss(tiny_text, "exp-ibp", f"options = {{ alpha = {alpha} }}")
+            with_loss(few_text, "exp-ibp", f"options = {{ alpha = {alpha} }}")
             for alpha in (0, 0.5, 1)
         )
     ]
     assert values[0] < values[1] < values[2]
-    assert values[2] == pytest.approx(value_of(case_of(with_loss(tiny_text, "ibp"), network)))
-    short = with_loss(tiny_text.replace("epochs = 2", "epochs = 1"), "exp-ibp")
+    assert values[2] == pytest.approx(value_of(case_of(with_loss(few_text, "ibp"), network)))
+    short = with_loss(few_text.replace("epochs = 2", "epochs = 1"), "exp-ibp")
     assert train(short, tmp_path, device="cpu").epochs == 1

@@ -86,8 +86,9 @@ def distance(made: Model, graph: Graph, data: Dataset) -> float:
 @pytest.mark.parametrize("architecture", sorted(NETWORKS))
 @pytest.mark.parametrize(("bits", "sparsity"), [(8, 0.0), (4, 0.6)])
 def test_every_network_lowers(architecture: str, bits: int, sparsity: float) -> None:
-    side = 28 if architecture in ("cnn-medium", "cnn-small", "cnn-small-bn") else 8
+    side = 16 if architecture in ("cnn-medium", "cnn-small", "cnn-small-bn") else 8
     width = {"cnn-medium": 0.25, "cnn-5": 0.125, "cnn-7": 0.05, "resnet-8": 0.25, "ds-cnn": 0.25}
+    width |= {"mlp": 0.5, "cnn-small": 0.5, "cnn-small-bn": 0.5}
     data = images((side, side, 1))
     made = model(architecture, (1, side, side), width.get(architecture, 1.0))
     lowering = lower(made, data, Settings(bits, sparsity, 0.05))
@@ -257,7 +258,7 @@ def test_edges_of_another_width(bits: int, edge_bits: int) -> None:
 )
 def test_a_channel_whose_weights_all_but_vanished(factor: float, bias: float) -> None:
     """Training leaves such weights beside an ordinary bias, or one that shuts the channel."""
-    made, data = model("cnn-tiny", (1, 8, 8)), images((8, 8, 1))
+    made, data = model("cnn-tiny", (1, 8, 8), 0.5), images((8, 8, 1))
     first = made.network.weighted()[0][1]
     assert first.bias is not None
     with torch.no_grad():
@@ -297,7 +298,7 @@ def test_normalization_is_folded_exactly() -> None:
 
 
 def test_a_wrong_layer_is_caught_by_the_shadow() -> None:
-    made = model("cnn-tiny", (1, 8, 8))
+    made = model("cnn-tiny", (1, 8, 8), 0.5)
     folded = stages(made.network, {})
     pixels = torch.rand(16, 1, 8, 8, dtype=torch.float64)
     widths = {stage.name: 8 for stage in folded if isinstance(stage, Layer)}
@@ -325,7 +326,7 @@ def test_plain_scales_are_not_universal_and_say_so() -> None:
 
 
 def test_convert_is_deterministic_and_refuses_to_overwrite(tmp_path: Path) -> None:
-    network = model("cnn-tiny", (1, 8, 8)).network
+    network = model("cnn-tiny", (1, 8, 8), 0.25).network
     train = datasets.load("digits", "train")
     save_model(tmp_path, network, recipe(), {}, train.sha256)
     first = convert(tmp_path, tmp_path / "a.tflite", bits=4, sparsity=0.5)

@@ -131,10 +131,10 @@ def five(text: str, refresh: str, draw: str) -> str:
 
 @pytest.mark.parametrize("refresh", ["step", "epoch"])
 def test_five_members_drawn_in_twos_resume_to_the_bit(
-    tiny_text: str, tmp_path: Path, refresh: str, monkeypatch: pytest.MonkeyPatch
+    few_text: str, tmp_path: Path, refresh: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "REPORT_INTERVAL", -1.0)
-    recipe = parse_recipe(five(tiny_text, refresh, "2"))
+    recipe = parse_recipe(five(few_text, refresh, "2"))
     assert parse_recipe(format_recipe(recipe)) == recipe
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     summary = train(recipe, whole, device="cpu")
@@ -256,7 +256,7 @@ def test_every_kind_stands_in_the_manual() -> None:
     assert len({kind.__struct_config__.tag for kind in kinds}) == len(kinds)
 
 
-def test_a_member_is_one_file_and_one_line(tmp_path: Path, tiny_text: str) -> None:
+def test_a_member_is_one_file_and_one_line(tmp_path: Path, few_text: str) -> None:
     """What the manual says about a member of one's own, done to a copy of the package."""
     section = manual().split("### A member of your own")[1].split("\n## ")[0]
     module, line = (part.split("```")[0] for part in section.split("```python\n")[1:3])
@@ -270,7 +270,7 @@ def test_a_member_is_one_file_and_one_line(tmp_path: Path, tiny_text: str) -> No
     assert text.count("    | Structured\n") == 1
     text = text.replace("    | Structured\n", f"    | Structured\n    {registered}\n")
     registry.write_text(text.replace("\nMember = (", f"{imported}\n\nMember = ("), "utf-8")
-    recipe = tiny_text.replace('kind = "dense"', 'kind = "fewer-inputs", sparsity = 0.5')
+    recipe = few_text.replace('kind = "dense"', 'kind = "fewer-inputs", sparsity = 0.5')
     (tmp_path / "r.toml").write_text(recipe.replace("epochs = 2", "epochs = 1"), encoding="utf-8")
     program = """
 import sys
