@@ -1,19 +1,16 @@
 """Stock runtimes in a child process, so that a crash of theirs is a message and not ours.
 
 The child reads requests from standard input and answers on standard output, both as length-prefixed
-records: a line of JSON that tells the sizes, then raw bytes. It is this module run as a program.
+records: a line of JSON that tells the sizes, then raw bytes. Its program is ``served``.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from types import TracebackType
-from typing import IO, Any
+from pathlib import Path
 
 import numpy as np
 
@@ -24,8 +21,9 @@ from cactus_edge.graph import Graph, Int64Array
 Part = tuple[Graph, Int64Array]
 Shipped = tuple[Graph, bytes]
 TIMEOUT = 600.0
-ARENA_BYTES = 32 << 20
-_XNNPACK_QUANTIZED = 3  # TFLITE_XNNPACK_DELEGATE_FLAG_QS8 | FLAG_QU8
+# By its path: with ``-m`` Python would import this package first, and with it Numba.
+_PROGRAM = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+_SERVED = str(Path(__file__).with_name("served.py"))
 
 
 class Worker:
@@ -63,7 +61,7 @@ class Worker:
         request = [json.dumps(head).encode(), b"\n", *models, *(b.tobytes() for b in batches)]
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "cactus_edge.validate.child"],
+                [sys.executable, "-c", _PROGRAM, _SERVED],
                 input=b"".join(request),
                 capture_output=True,
                 timeout=TIMEOUT,
@@ -96,107 +94,3 @@ def core_bytes(graph: Graph) -> bytes:
         UnsupportedModelError: the graph cannot be written.
     """
     return write_tflite(Graph(graph.tensors, graph.core, graph.core_input, graph.logits))
-
-
-def serve(source: IO[bytes], target: IO[bytes]) -> None:
-    """Answer one request."""
-    head = json.loads(source.readline())
-    models = [source.read(size) for size in head["models"]]
-    module, mode = importlib.import_module(head["module"]), head["mode"]
-    outputs: list[np.ndarray[Any, Any]] = []
-    for model, shape in zip(models, head["shapes"], strict=True):
-        batch = np.frombuffer(source.read(int(np.prod(shape))), np.int8).reshape(shape)
-        call = _micro(module, model) if mode == "micro" else _stock(module, mode, model)
-        outputs.append(np.stack([call(sample[None]) for sample in batch]))
-    answer = json.dumps({"shapes": [output.shape for output in outputs]}).encode() + b"\n"
-    target.write(answer + b"".join(output.tobytes() for output in outputs))
-
-
-def _micro(module: Any, model: bytes) -> Any:
-    interpreter = module.Interpreter.from_bytes(model, arena_size=ARENA_BYTES)
-
-    def call(sample: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        interpreter.set_input(sample, 0)
-        interpreter.invoke()
-        return interpreter.get_output(0)[0].copy()
-
-    return call
-
-
-def _stock(module: Any, mode: str, model: bytes) -> Any:
-    options: dict[str, Any] = {}
-    resolver = mode
-    if mode == "XNNPACK":
-        resolver = "BUILTIN_WITHOUT_DEFAULT_DELEGATES"
-        options["experimental_delegates"] = [_XnnpackDelegate()]
-    interpreter = module.Interpreter(
-        model_content=model,
-        num_threads=1,
-        experimental_op_resolver_type=getattr(module.OpResolverType, resolver),
-        **options,
-    )
-    interpreter.allocate_tensors()
-    source = interpreter.get_input_details()[0]["index"]
-    target = interpreter.get_output_details()[0]["index"]
-
-    def call(sample: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        interpreter.set_tensor(source, sample)
-        interpreter.invoke()
-        return interpreter.get_tensor(target)[0].copy()
-
-    return call
-
-
-class _XnnpackDelegate:
-    """XNNPACK for int8 inside tflite-runtime, which does not use it by itself.
-
-    The library exports the C functions; the Python interface offers no way to set the flags.
-    """
-
-    def __init__(self) -> None:
-        import ctypes
-        from pathlib import Path
-
-        folder = Path(str(importlib.import_module("tflite_runtime").__file__)).parent
-        library = ctypes.PyDLL(str(next(folder.glob("_pywrap*.so"))))
-
-        class Options(ctypes.Structure):
-            # The first two fields are all that is set; the rest is larger than any version's.
-            _fields_ = [
-                ("num_threads", ctypes.c_int32),
-                ("flags", ctypes.c_uint32),
-                ("rest", ctypes.c_uint8 * 256),
-            ]
-
-        create = library.TfLiteXNNPackDelegateCreate
-        create.restype, create.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-        options = Options(num_threads=1, flags=_XNNPACK_QUANTIZED)
-        self._pointer = create(ctypes.byref(options))
-        if not self._pointer:
-            raise RuntimeError("the XNNPACK delegate could not be created")
-
-    def _get_native_delegate_pointer(self) -> int:
-        """What the interpreter asks for; the delegate lives as long as the process."""
-        return self._pointer
-
-
-class _QuietOutput:
-    """Keeps a runtime's own messages out of the answer: C libraries print to descriptor 1."""
-
-    def __enter__(self) -> IO[bytes]:
-        self._answer = os.fdopen(os.dup(1), "wb")
-        os.dup2(2, 1)
-        return self._answer
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._answer.close()
-
-
-if __name__ == "__main__":
-    with _QuietOutput() as answer:
-        serve(sys.stdin.buffer, answer)
