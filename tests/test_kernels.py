@@ -163,6 +163,7 @@ def _copy_of_channel(channel: int, zero_point: int) -> Conv2D:
 
 
 # ---------------------------------------------------------------------- random graphs
+@settings(max_examples=40)
 @given(graphs(), st.sampled_from(sorted(profiles.PROFILES)), st.sampled_from(COUNTS), st.randoms())
 def test_random_graphs(graph: Graph, profile: str, count: int, random: object) -> None:
     rng = np.random.default_rng(random.randint(0, 1 << 31))  # type: ignore[attr-defined]
@@ -199,14 +200,14 @@ def _mixed(graph: Graph, rng: np.random.Generator) -> Graph:
     return profiles.resolve(replace(graph, operators=operators))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(graphs(), st.integers(0, 1 << 31), st.sampled_from(COUNTS))
 def test_every_channel_may_round_differently(graph: Graph, seed: int, count: int) -> None:
     rng = np.random.default_rng(seed)
     assert_equal_to_reference(_mixed(graph, rng), random_inputs(rng, graph, count))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(graphs(), st.integers(0, 1 << 31), st.sampled_from(COUNTS))
 def test_twins(graph: Graph, seed: int, count: int) -> None:
     """The graphs that certification runs: doubled channels, half of the weights zero."""
@@ -218,7 +219,7 @@ def test_twins(graph: Graph, seed: int, count: int) -> None:
     assert_equal_to_reference(doubled, random_inputs(rng, doubled, count))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(graphs(), st.integers(0, 1 << 31))
 def test_uint8_activations(graph: Graph, seed: int) -> None:
     """The same graphs with every activation stored as uint8."""

@@ -204,10 +204,10 @@ def test_verb_takes_several_models_and_threads_and_draws(
     again.write_bytes(small_model.read_bytes())
     plot, roofline = tmp_path / "plot.svg", tmp_path / "roofline.svg"
     arguments = (
-        "bench", small_model, again, "--threads", 1, "--threads", 2, "--rounds", 1, "--batch", 1,
-        "--no-starts", "--peer", "litert-xnnpack", "--plot", plot, "--roofline", roofline,
+        "bench", small_model, "--rounds", 1, "--batch", 1, "--no-starts",
+        "--peer", "litert-xnnpack", "--plot", plot, "--roofline", roofline,
     )  # fmt: skip
-    code, out, _ = call(capsys, *arguments, "--json")
+    code, out, _ = call(capsys, *arguments, again, "--threads", 1, "--threads", 2, "--json")
     assert code == 0
     shown = json.loads(out)
     assert [(row["model"], row["threads"]) for row in shown] == [

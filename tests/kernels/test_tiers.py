@@ -15,7 +15,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 layouts, counts = st.sampled_from(Layout), st.sampled_from(COUNTS)
 
 
-@settings(max_examples=400)
+@settings(max_examples=160)
 @given(SEEDS, counts, st.sampled_from(PROFILES), layouts, st.integers(1, 3))
 def test_random_graphs(seed: int, count: int, profile: str, layout: Layout, threads: int) -> None:
     case = random_case(seed, count, profile)
@@ -24,7 +24,7 @@ def test_random_graphs(seed: int, count: int, profile: str, layout: Layout, thre
         assert_equal(case, tier, layout, threads, expected)
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(SEEDS, st.sampled_from((1, 2, 9)), st.sampled_from(Rounding), layouts)
 def test_largest_accumulators(seed: int, count: int, rounding: Rounding, layout: Layout) -> None:
     case = extreme_case(np.random.default_rng(seed), rounding, count)
