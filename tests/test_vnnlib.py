@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from fractions import Fraction
+from functools import cache, reduce
 from itertools import product
 
 import numpy as np
@@ -34,6 +35,7 @@ def parse(text: str) -> vnnlib.Query:
     return vnnlib.parse(text.encode(), "q.vnnlib")
 
 
+@cache
 def model(seed: int = 0, **options: object) -> Graph:
     return random_graph(np.random.default_rng(seed), shape=(1, 2), depth=1, classes=3, **options)  # type: ignore[arg-type]
 
@@ -171,20 +173,21 @@ def test_exponential_normal_forms_are_refused_quickly() -> None:
 
 
 def test_long_files_take_linear_time() -> None:
-    count = 3000
+    """Processor time, which another process does not lengthen; squares would take ten times it."""
+    count = 2000
     names = "".join(f"(declare-const X_{i} Real)" for i in range(count))
     bounds = "".join(f"(assert (<= X_{i} 0.5))\n(assert (>= X_{i} 0.25))" for i in range(count))
-    total = " ".join(f"(* 1.5 Y_{i % 2})" for i in range(20000))
+    total = " ".join(f"(* 1.5 Y_{i % 2})" for i in range(8000))
     text = names + FLAT[FLAT.index("(declare-const Y_0") :] + bounds + f"(assert (< (+ {total}) 1))"
-    begin = time.perf_counter()
+    begin = time.process_time()
     (case,) = parse(text).cases
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 4
     assert len(case.lower) == count
-    assert case.unsafe[0][0].terms == ((("Y", 0), Fraction(-15000)), (("Y", 1), Fraction(-15000)))
-    product_ = "(* " + "1 " * 100000 + "(+ " + "Y_0 " * 100000 + "))"
-    begin = time.perf_counter()
+    assert case.unsafe[0][0].terms == ((("Y", 0), Fraction(-6000)), (("Y", 1), Fraction(-6000)))
+    product_ = "(* " + "1 " * 25000 + "(+ " + "Y_0 " * 25000 + "))"
+    begin = time.process_time()
     parse(FLAT + BOX + f"(assert (< {product_} 1))")
-    assert time.perf_counter() - begin < 20
+    assert time.process_time() - begin < 5
 
 
 TOKENS = st.sampled_from(
@@ -252,11 +255,15 @@ def formulas(draw: st.DrawFn, depth: int = 3) -> str:
     return f"({draw(st.sampled_from(['and', 'or']))} {' '.join(parts)})"
 
 
-def value(text: list[str], logits: list[int]) -> Fraction | bool:
-    """An evaluator of its own: consumes tokens, knows nothing of normal forms."""
+def value(text: list[str], logits: np.ndarray) -> np.ndarray:
+    """An evaluator of its own: consumes tokens, knows nothing of normal forms.
+
+    ``logits`` are binary64 [outputs, points]: all values are small multiples of small powers of
+    two, so that nothing is ever rounded.
+    """
     token = text.pop(0)
     if token != "(":
-        return Fraction(logits[int(token[2:])]) if token[0] == "Y" else Fraction(token)
+        return logits[int(token[2:])] if token[0] == "Y" else np.full(len(GRID), float(token))
     operator = text.pop(0)
     arguments = []
     while text[0] != ")":
@@ -265,32 +272,32 @@ def value(text: list[str], logits: list[int]) -> Fraction | bool:
     pairs = list(zip(arguments, arguments[1:], strict=False))
     match operator:
         case "and":
-            return all(arguments)
+            return reduce(np.logical_and, arguments)
         case "or":
-            return any(arguments)
+            return reduce(np.logical_or, arguments)
         case "not":
-            return not arguments[0]
+            return ~arguments[0]
         case "+":
-            return sum(arguments, Fraction(0))
+            return sum(arguments[1:], arguments[0])
         case "-":
-            return -arguments[0] if not pairs else arguments[0] - sum(arguments[1:], Fraction(0))
+            return -arguments[0] if not pairs else arguments[0] - sum(arguments[1:])
         case "*":
             return arguments[0] * arguments[1] * arguments[2]
         case "<=":
-            return all(a <= b for a, b in pairs)
+            return reduce(np.logical_and, [a <= b for a, b in pairs])
         case ">=":
-            return all(a >= b for a, b in pairs)
+            return reduce(np.logical_and, [a >= b for a, b in pairs])
         case "<":
-            return all(a < b for a, b in pairs)
+            return reduce(np.logical_and, [a < b for a, b in pairs])
         case ">":
-            return all(a > b for a, b in pairs)
+            return reduce(np.logical_and, [a > b for a, b in pairs])
         case "!=":
             return arguments[0] != arguments[1]
         case _:
-            return all(a == b for a, b in pairs)
+            return reduce(np.logical_and, [a == b for a, b in pairs])
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(text=formulas())
 @example("(!= Y_0 1)")
 @example("(not (!= Y_0 1))")
@@ -309,7 +316,7 @@ def test_integer_atoms_say_what_the_formula_says(text: str) -> None:
     else:
         violated = [case.specification.violated(point) for point in GRID]
     tokens = text.replace("(", " ( ").replace(")", " ) ").split()
-    assert violated == [value(list(tokens), list(point)) for point in GRID]
+    assert violated == value(tokens, np.array(GRID, float).T).tolist()
 
 
 # ---------------------------------------------------------------- binding to a model
@@ -333,7 +340,7 @@ def intervals(draw: st.DrawFn) -> tuple[inputs.InputMap, Fraction, Fraction]:
     return mapping, min(ends), max(ends)
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(interval=intervals(), strict=st.tuples(st.booleans(), st.booleans()))
 def test_real_inputs_become_every_integer_that_a_quantizer_makes(
     interval: tuple[inputs.InputMap, Fraction, Fraction], strict: tuple[bool, bool]
@@ -350,15 +357,15 @@ def test_real_inputs_become_every_integer_that_a_quantizer_makes(
     slack = Fraction(0) if mapping.exact else SLACK
     a, b = lower / mapping.scale, upper / mapping.scale
     a, b = a - abs(a) * slack, b + abs(b) * slack
-    reached = set()
-    for level in range(least - 700, greatest + 701):
-        # Quotients that may be stored as this level: a closed interval, ties included.
-        low, high = (level - mapping.zero_point + Fraction(s, 2) for s in (-1, 1))
-        below = high > a or (high == a and not strict[0])
-        above = low < b or (low == b and not strict[1])
-        if below and above:
-            reached.add(min(max(level, least), greatest))
-    assert reached and found == [min(reached), max(reached)]
+    levels = np.arange(least - 700, greatest + 701, dtype=object)  # Python's integers: exact
+    # Quotients that may be stored as a level: a closed interval, ties included; in halves.
+    low, high = (2 * (levels - mapping.zero_point) + side for side in (-1, 1))
+    above_a = high * a.denominator - 2 * a.numerator
+    below_b = 2 * b.numerator - low * b.denominator
+    inside = (above_a > 0) | ((above_a == 0) & (not strict[0]))
+    inside &= (below_b > 0) | ((below_b == 0) & (not strict[1]))
+    reached = np.clip(levels[inside], least, greatest)
+    assert reached.size and found == [reached.min(), reached.max()]
 
 
 def test_a_box_of_reals_is_the_box_of_the_perturbation() -> None:
