@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 
@@ -105,15 +106,15 @@ def needed_margin(
 
     None where the label's greatest logit does not lead the rival's greatest one.
     """
-    own, other = units(graph, op, label, rival)
-    own_most = _Logit.of(graph, op, label).stored(np.array(own_bounds[1]))
-    if own_most < _Logit.of(graph, op, rival).stored(np.array(rival_bounds[1])) + gap:
+    pair = _Pair.of(graph, op, label, rival, gap, own_bounds, rival_bounds)
+    own_most = pair.own.stored(np.array(own_bounds[1]))
+    if own_most < pair.rival.stored(np.array(rival_bounds[1])) + gap:
         return None
-    low = own * own_bounds[0] - other * rival_bounds[1]
-    high = own * own_bounds[1] - other * rival_bounds[0] + 1
+    low, most = pair.margins
+    high = most + 1
     while low < high:
         middle = (low + high) >> 1
-        if proved(graph, op, label, rival, gap, middle, own_bounds, rival_bounds):
+        if pair.holds(middle):
             high = middle
         else:
             low = middle + 1
@@ -142,19 +143,10 @@ def proved(
         own_bounds: least and greatest accumulator ``a_label``.
         rival_bounds: least and greatest accumulator ``a_rival``.
     """
-    own, other = units(graph, op, label, rival)
-    if margin > own * own_bounds[1] - other * rival_bounds[0]:
-        return True  # no pair of accumulators, so no input
-    pair = _Pair(
-        _Logit.of(graph, op, label),
-        _Logit.of(graph, op, rival),
-        (own, other),
-        gap,
-        max(margin, own * own_bounds[0] - other * rival_bounds[1]),
-        own_bounds,
-        rival_bounds,
-    )
-    return pair.holds()
+    pair = _Pair.of(graph, op, label, rival, gap, own_bounds, rival_bounds)
+    least, most = pair.margins
+    # Beyond ``most`` there is no pair of accumulators, so no input.
+    return margin > most or pair.holds(max(margin, least))
 
 
 @dataclass(frozen=True)
@@ -218,23 +210,49 @@ class _Logit:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A claim: with these bounds and this margin, ``own`` leads ``rival`` by ``gap``."""
+    """A claim: with these bounds and a margin, ``own`` leads ``rival`` by ``gap``."""
 
     own: _Logit
     rival: _Logit
     parts: tuple[int, int]
     gap: int
-    margin: int
     own_bounds: tuple[int, int]
     rival_bounds: tuple[int, int]
 
-    def holds(self) -> bool:
+    @staticmethod
+    def of(
+        graph: Graph,
+        op: Linear,
+        label: int,
+        rival: int,
+        gap: int,
+        own_bounds: tuple[int, int],
+        rival_bounds: tuple[int, int],
+    ) -> _Pair:
+        """Arguments as for ``proved``."""
+        logits = _Logit.of(graph, op, label), _Logit.of(graph, op, rival)
+        return _Pair(*logits, units(graph, op, label, rival), gap, own_bounds, rival_bounds)
+
+    @property
+    def margins(self) -> tuple[int, int]:
+        """The least and the greatest margin of accumulators within the bounds."""
+        own, other = self.parts
+        least = own * self.own_bounds[0] - other * self.rival_bounds[1]
+        return least, own * self.own_bounds[1] - other * self.rival_bounds[0]
+
+    @cached_property
+    def _ends(self) -> tuple[Int64Array, Int64Array]:
+        """The rival's least and greatest accumulator, and what is stored of them."""
         ends = np.array(self.rival_bounds, np.int64)
-        if not self._led(ends, self.rival.stored(ends)):
+        return ends, self.rival.stored(ends)
+
+    def holds(self, margin: int) -> bool:
+        """Whether the claim holds with a margin within ``margins``."""
+        if not self._led(margin, *self._ends):
             return False  # no need to look at every level
-        lowest, highest = self.rival.stored(np.array(self.rival_bounds, np.int64)).tolist()
+        lowest, highest = self._ends[1].tolist()
         if self.own.limits[1] - self.own.limits[0] < _NARROW_LEVELS:
-            return self._at(range(lowest, highest + 1))
+            return self._at(margin, range(lowest, highest + 1))
         own_lowest, own_highest = self.own.stored(np.array(self.own_bounds, np.int64)).tolist()
         # Lower levels are led by the label's least logit, levels from ``lost`` on by none.
         lowest = max(lowest, own_lowest - self.gap + 1)
@@ -242,32 +260,32 @@ class _Pair:
         if lowest > highest:
             return True
         ends = {lowest, highest} | ({lost} if lowest < lost < highest else set[int]())
-        if not self._at(sorted(ends)):
+        if not self._at(margin, sorted(ends)):
             return False
         inner = range(lowest + 1, min(highest, lost))
         if len(inner) <= _FEW:
-            return self._at(inner)
-        return all(self._between_lines(level) for level in (inner[0], inner[-1]))
+            return self._at(margin, inner)
+        return all(self._between_lines(margin, level) for level in (inner[0], inner[-1]))
 
-    def _at(self, reachable: Sequence[int]) -> bool:
+    def _at(self, margin: int, reachable: Sequence[int]) -> bool:
         """Whether the label leads wherever the rival reaches one of these levels."""
         levels = np.array(reachable, np.int64)
-        return self._led(self.rival.least(levels, self.rival_bounds), levels)
+        return self._led(margin, self.rival.least(levels, self.rival_bounds), levels)
 
-    def _led(self, points: Int64Array, levels: Int64Array) -> bool:
+    def _led(self, margin: int, points: Int64Array, levels: Int64Array) -> bool:
         """Whether the label leads ``levels`` where the rival's accumulators are ``points``."""
         own, other = self.parts
-        least = -(-(self.margin + other * points) // own)
+        least = -(-(margin + other * points) // own)
         impossible = least > self.own_bounds[1]
         leads = self.own.stored(np.clip(least, *self.own_bounds)) >= levels + self.gap
         return bool((impossible | leads).all())
 
-    def _between_lines(self, level: int) -> bool:
+    def _between_lines(self, margin: int, level: int) -> bool:
         """Whether the margin excludes what breaking the claim at ``level`` would need."""
         own, other = self.parts
         same = (own, self.own) == (other, self.rival)
         if same and self.gap == 0:
-            return self.margin > -own  # a rival at the level means a label at the level
+            return margin > -own  # a rival at the level means a label at the level
         largest = max(abs(end) for end in self.own_bounds)
         behind = level + self.gap - 1 - self.own.zero_point + self.own.deviation(largest)
         largest = max(abs(end) for end in self.rival_bounds)
@@ -275,4 +293,4 @@ class _Pair:
         broken = own * behind / self.own.factor  # exact: Fractions
         broken -= other * reached / self.rival.factor  # exact: Fractions
         strict = self.own.rounding is Rounding.SINGLE and self.own.factor != 1
-        return self.margin >= broken if strict else self.margin > broken
+        return margin >= broken if strict else margin > broken

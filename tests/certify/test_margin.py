@@ -182,12 +182,12 @@ def check_pair(
     def by_certifier(value: int) -> bool:
         return margin.proved(layer, label, rival, gap, value, own, other)
 
-    low, high = least, most + 1
-    assert by_certifier(high), "no pair of accumulators has such a margin"
+    assert by_certifier(most + 1), "no pair of accumulators has such a margin"
+    found = margin.needed_margin(layer, label, rival, gap, own, other)
+    low, high = (least, most + 1) if found is None else (found, found)
     while low < high:
         middle = (low + high) >> 1
         low, high = (low, middle) if by_certifier(middle) else (middle + 1, high)
-    found = margin.needed_margin(layer, label, rival, gap, own, other)
     op = linear(graph)
     assert check_margin.needed_margin(graph, op, label, rival, gap, own, other) == found
     ends = np.array([own[1], other[1]]), np.array([label, rival])
