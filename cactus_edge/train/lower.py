@@ -129,7 +129,7 @@ def lower(model: Model, calibration: datasets.Dataset, settings: Settings) -> Lo
         ToolError: the integers differ from the fake-quantized network by more than one step.
     """
     recipe = model.recipe
-    epsilon = recipe.objective.certify_epsilon if settings.epsilon is None else settings.epsilon
+    epsilon = recipe.objective.reported_epsilon if settings.epsilon is None else settings.epsilon
     pattern = settings.pruned
     masks = model.masks.get(pattern.key())
     if masks is None:
