@@ -119,7 +119,7 @@ def forward(
             x = layer(x)
         if name in network.kept:
             kept[name] = x
-    return x.float(), used
+    return _full(x), used
 
 
 def propagate(
@@ -152,14 +152,14 @@ def propagate(
             scale, shift = normalization(layer, statistics[name], centre.dim())
             centre, radius = centre * scale + shift, radius * scale.abs()
         elif isinstance(layer, nn.ReLU):
-            hidden[name] = Box(centre.float(), radius.float())
+            hidden[name] = Box(_full(centre), _full(radius))
             ends = (
                 activation(end, view.ranges.get(name)) for end in (centre - radius, centre + radius)
             )
             centre, radius = _ends(*ends)
         elif isinstance(layer, nn.MaxPool2d):
             centre, radius = _ends(layer(centre - radius), layer(centre + radius))
-            pooled[name] = Box(centre.float(), radius.float())
+            pooled[name] = Box(_full(centre), _full(radius))
         elif isinstance(layer, Resume):
             centre, radius = kept[layer.source].centre, kept[layer.source].radius
         elif isinstance(layer, Add):
@@ -252,7 +252,7 @@ def _affine(layer: Weighted, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
 def _batch_moments(x: Tensor, share: Share) -> tuple[Tensor, Tensor]:
     """Mean and (biased) variance per channel over batch and space."""
     axes = [axis for axis in range(x.dim()) if axis != 1]
-    variance, mean = torch.var_mean(x.float(), dim=axes, correction=0)
+    variance, mean = torch.var_mean(_full(x), dim=axes, correction=0)
     return share.moments(mean, variance)
 
 
@@ -281,7 +281,12 @@ def _margins(network: Network, name: str, box: Box, labels: Tensor, view: View) 
         radius = radius[torch.arange(len(labels), device=labels.device), labels]
     else:
         radius = torch.einsum("nkf,nf->nk", differences[labels], box.radius)
-    return Box(centre.float(), radius.float())
+    return Box(_full(centre), _full(radius))
+
+
+def _full(x: Tensor) -> Tensor:
+    """Values of mixed precision as float32."""
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def _box(lower: Tensor, upper: Tensor) -> Box:

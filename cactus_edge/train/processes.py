@@ -7,6 +7,7 @@ it does not matter whether the terminal sends it to all of them. If the caller i
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,10 @@ from cactus_edge.train.reports import EpochRow, Progress, StepReport
 
 Job = TypeVar("Job", bound=msgspec.Struct)
 Result = TypeVar("Result")
+
+# Fabric logs the start of every process at this level; they import this module before they start.
+logging.getLogger(lightning_fabric.__name__).setLevel(logging.WARNING)
+
 Work = Callable[[lightning_fabric.Fabric, Job, Progress | None, Flag], Result]
 
 
@@ -44,13 +49,14 @@ def launch(
     listener = threading.Thread(target=_listen, args=(receiver, progress, failures), daemon=True)
     others, port = set(multiprocessing.active_children()), os.environ.get("MASTER_PORT")
     result: Result | None = None
+    died: ToolError | None = None
     with on_interrupt(stop.set):
         try:
             listener.start()
             start: Any = fabric.launch  # its annotation leaves out the arguments
             result = start(_in_process, work, job, stop, sender, os.getpid())
         except Exception as error:  # Fabric reports a process's error as a text
-            failures.append(ToolError(f"a training process failed: {error}"))
+            died = ToolError(f"a training process failed: {error}")
         finally:
             for process in set(multiprocessing.active_children()) - others:
                 process.kill()
@@ -61,6 +67,8 @@ def launch(
                 os.environ.pop("MASTER_PORT", None)
     if failures:
         raise failures[0]
+    if died is not None:
+        raise died
     assert result is not None  # the first process returned it
     return result
 

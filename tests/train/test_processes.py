@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from cactus_edge.errors import DataError, MissingExtraError, UsageError
-from cactus_edge.train import train
+from cactus_edge.errors import DataError, MissingExtraError, ToolError, UsageError
+from cactus_edge.train import processes, train
 from cactus_edge.train.checkpoint import HISTORY_FILE, MODEL_FILE
+from cactus_edge.train.execution import Execution, Flag, claim, fabric_for
+from cactus_edge.train.prepare import Job
 from cactus_edge.train.recipe import Recipe, parse_recipe
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+from cactus_edge.train.reports import EpochRow, Progress
+from tests.train.two_processes import Interrupting, work
 
 RECIPE = """
 seed = 3
@@ -31,6 +36,7 @@ width = 0.25
 [objective]
 epsilon = 0.05
 epsilon_ramp = 2
+nrs = 0.01
 lambda_ramp = 1
 loss = "sabr"
 attack_steps = 1
@@ -38,7 +44,6 @@ attack_steps = 1
 members = [
     { kind = "pruned", sparsity = 0.5 },
     { kind = "quantized", bits = 4 },
-    { kind = "perturbed", bits = 4 },
 ]
 activations = "int8"
 [optimizer]
@@ -49,36 +54,107 @@ learning_rate = 1e-3
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    path = tmp_path / "recipe.toml"
-    path.write_text(RECIPE)
-    done = subprocess.run(
-        [sys.executable, HERE / "two_processes.py", path, tmp_path / "two"],
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert max(result["differences"]) < 1e-9  # double precision: only the order of sums differs
-    assert result["interrupted"] and result["epochs"] == [[], [1, 2]]
-    assert result["summary"]["cost"]["devices"] == 2
+    recipe, directory = parse_recipe(RECIPE), tmp_path / "two"
+    execution = Execution(device="cpu", devices=2)
+    claim(directory, resume=False, force=False)
+    progress = Interrupting(step=4)  # four steps per epoch
+    watchdog = threading.Timer(300.0, kill_children)
+    watchdog.start()
+    try:
+        worst, step, summary = processes.launch(
+            fabric_for(execution), work, Job(recipe, directory, False, execution), progress
+        )
+    finally:
+        watchdog.cancel()
+    assert worst < 1e-13  # double precision, and sums in another order
+    assert 4 <= step < 8  # both stopped at the same one, or they would wait for each other
+    assert progress.epochs == [1, 2]
+    assert summary.cost is not None and summary.cost.devices == 2
+    assert "MASTER_PORT" not in os.environ
 
-    one = train(parse_recipe(RECIPE), tmp_path / "one", device="cpu")
-    ours, alone = (
-        [
-            [float(cell) for cell in line.split(",")]
-            for line in (tmp_path / name / HISTORY_FILE).read_text().splitlines()[1:]
-        ]
-        for name in ("two", "one")
-    )
-    torch.testing.assert_close(torch.tensor(ours), torch.tensor(alone), rtol=1e-3, atol=2e-3)
-    weights, expected = (load_file(tmp_path / name / MODEL_FILE) for name in ("two", "one"))
+    one = train(recipe, tmp_path / "one", device="cpu")
+    assert [m.member for m in summary.members] == [m.member for m in one.members]
+    ours, alone = (rows(path / HISTORY_FILE) for path in (directory, tmp_path / "one"))
+    torch.testing.assert_close(ours, alone, rtol=1e-3, atol=2e-3)
+    weights, expected = (weights_of(path / MODEL_FILE) for path in (directory, tmp_path / "one"))
     for name, value in expected.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4, msg=name)
-    assert [m["member"] for m in result["summary"]["members"]] == [m.member for m in one.members]
+
+
+def weights_of(model: Path) -> dict[str, torch.Tensor]:
+    """A stored model; of biases that normalization takes away again, what it leaves of them.
+
+    Their gradient is 0 up to rounding, which Adam turns into steps of the full learning rate.
+    """
+    tensors = load_file(model)
+    for number in (1, 2):
+        tensors[f"norm{number}.running_mean"] -= tensors.pop(f"conv{number}.bias")
+    return tensors
+
+
+def rows(history: Path) -> torch.Tensor:
+    lines = history.read_text().splitlines()[1:]
+    return torch.tensor([[float(cell) for cell in line.split(",")] for line in lines])
+
+
+def kill_children() -> None:
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+class Nothing(msgspec.Struct):
+    """A job that needs no telling."""
+
+
+class InThisProcess:
+    """Fabric whose first process is the caller."""
+
+    global_rank = 0
+
+    def launch(self, function: Callable[..., object], *arguments: object) -> object:
+        return function(self, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "message"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
+        (DataError("no such digits"), DataError, "^no such digits$"),
+        (MissingExtraError("pillow", "images", "reading"), MissingExtraError, "reading needs the"),
+        (ValueError("odd"), ToolError, "a training process failed: odd"),
+        (None, None, ""),
+    ],
+)
+def test_what_a_process_tells_and_raises_arrives(
+    raised: BaseException | None,
+    expected: type[BaseException] | None,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(processes.os, "getppid", os.getpid)
+    row = EpochRow(1, 0.1, 0.5, 1e-3, 2.0, 0.5, 0.25)
+    told: list[object] = []
+
+    class Listening(Interrupting):
+        def epoch(self, row: EpochRow) -> None:
+            told.append(row)
+
+    def telling(_fabric: object, _job: Nothing, progress: Progress | None, stop: Flag) -> int:
+        assert progress is not None and not stop.is_set()
+        progress.epoch(row)
+        if raised is not None:
+            raise raised
+        return 7
+
+    fabric: Any = InThisProcess()
+    before = signal.getsignal(signal.SIGINT)
+    if expected is None:
+        assert processes.launch(fabric, telling, Nothing(), Listening(0)) == 7
+    else:
+        with pytest.raises(expected, match=message):
+            processes.launch(fabric, telling, Nothing(), Listening(0))
+    assert told == [row]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_what_cannot_be_done_is_refused_at_once(
