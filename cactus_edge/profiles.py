@@ -342,7 +342,10 @@ def resolve(graph: Graph, name: str = DEFAULT) -> Graph:
             return replace(op, requantization=chosen)
         return op
 
-    return replace(graph, operators=tuple(resolved(op) for op in graph.operators))
+    operators = tuple(resolved(op) for op in graph.operators)
+    if all(new is old for new, old in zip(operators, graph.operators, strict=True)):
+        return graph
+    return replace(graph, operators=operators)
 
 
 def _require_covering_windows(graph: Graph, op: Conv2D, profile: Profile) -> None:

@@ -8,7 +8,7 @@ excluded, an input is found that breaks the claim, or the budget is spent.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -21,9 +21,9 @@ from cactus_edge.certify.linear import finder, lp
 from cactus_edge.certify.linear.goals import Goal, PairGoal, pair_goal
 from cactus_edge.certify.linear.lp import Relaxation
 from cactus_edge.certify.linear.network import Network, network
-from cactus_edge.certify.linear.search import Budget, Outcome, Seconds, Tree
+from cactus_edge.certify.linear.search import Budget, Evaluate, Outcome, Seconds, Tree
 from cactus_edge.execute import execute
-from cactus_edge.graph import Graph, Int64Array
+from cactus_edge.graph import BoolArray, Graph, Int64Array
 from cactus_edge.proofs import Leaf, Proof
 
 _SHARE = 0.75  # float: of the time that is left, for branch and bound; the rest is for CP-SAT
@@ -122,7 +122,7 @@ class Decider:
             share = until if effort.method != "complete" else now + _SHARE * (until - now)
             outcome = self.search(box, goal, label, effort, share)
             if outcome.counterexample is not None:
-                point = self._stored(outcome.counterexample)
+                [point] = self._stored(outcome.counterexample)
                 return Decision(tuple(proofs), False, "complete", point)
             if outcome.nodes is None and effort.method == "complete":
                 point = self._find(box, goal, label, until)
@@ -163,19 +163,19 @@ class Decider:
         ends = box[0].reshape(-1) - zero_point, box[1].reshape(-1) - zero_point
         left = until - time.monotonic()
         _, point = finder.find(self.network, relaxation, ends, goal, left)
-        return (
-            self._stored(point) if point is not None and self._evaluated(label)(point)[0] else None
-        )
+        if point is None or not self._evaluated(label)(point[None])[0][0]:
+            return None
+        return self._stored(point)[0]
 
-    def _stored(self, point: Int64Array) -> Int64Array:
+    def _stored(self, points: Int64Array) -> Int64Array:
         shape = self.graph.tensors[self.graph.core_input].shape[1:]
-        return point.reshape(shape) + self.network.zero_points[self.graph.core_input]
+        return points.reshape(-1, *shape) + self.network.zero_points[self.graph.core_input]
 
-    def _evaluated(self, label: int) -> Callable[[Int64Array], tuple[bool, Int64Array]]:
-        def evaluate(point: Int64Array) -> tuple[bool, Int64Array]:
-            logits = execute(self.graph, self._stored(point)[None]).reshape(1, -1)
-            wrong = decision.surely_wrong(self.graph, logits, np.array([label]))
-            return bool(wrong[0]), logits[0]
+    def _evaluated(self, label: int) -> Evaluate:
+        def evaluate(points: Int64Array) -> tuple[BoolArray, Int64Array]:
+            logits = execute(self.graph, self._stored(points)).reshape(len(points), -1)
+            labels = np.full(len(points), label)
+            return decision.surely_wrong(self.graph, logits, labels), logits
 
         return evaluate
 

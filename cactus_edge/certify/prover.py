@@ -17,7 +17,7 @@ from cactus_edge.certify.decide import Decider, Decision, Effort, method_of
 from cactus_edge.certify.linear.goals import AtomGoal, Goal, pair_goal
 from cactus_edge.certify.linear.search import Budget, Seconds, Tree
 from cactus_edge.execute import execute
-from cactus_edge.graph import Graph, Int64Array
+from cactus_edge.graph import BoolArray, Graph, Int64Array
 from cactus_edge.proofs import Leaf, Proof, Split
 from cactus_edge.specification import Atom, Disjunct, Specification
 
@@ -101,10 +101,10 @@ class Prover:
         entry = self.graph.core_input
         zero_point, shape = network.zero_points[entry], self.graph.tensors[entry].shape[1:]
 
-        def evaluate(point: Int64Array) -> tuple[bool, Int64Array]:
-            stored = point.reshape(shape) + zero_point
-            logits = execute(self.graph, stored[None]).reshape(-1).astype(np.int64)
-            return not goal.holds(logits), logits
+        def evaluate(points: Int64Array) -> tuple[BoolArray, Int64Array]:
+            stored = points.reshape(-1, *shape) + zero_point
+            logits = execute(self.graph, stored).reshape(len(points), -1)
+            return np.array([not goal.holds(row) for row in logits]), logits
 
         complete = effort.method == "complete"
         ends = box[0].reshape(-1) - zero_point, box[1].reshape(-1) - zero_point

