@@ -28,7 +28,7 @@ from cactus_edge.check_flips import flipped, flips
 from cactus_edge.csource import Layout, generate
 from cactus_edge.datasets import Dataset
 from cactus_edge.errors import UsageError
-from cactus_edge.execute import accumulate, execute, execute_all
+from cactus_edge.execute import accumulate, execute, execute_all, run_operator
 from cactus_edge.fault_report import Fault, FaultModel
 from cactus_edge.graph import (
     Conv2D,
@@ -47,6 +47,9 @@ from cactus_edge.inputs import Perturbation
 from cactus_edge.semantics import Rounding
 from firmware_sim.host import run_source
 from tests.graphs import TINY_SHAPES, enumerate_box, random_box, random_graph
+
+BATCH = 64
+"""Faulty layers whose outputs are carried through the rest of a network at once."""
 
 
 @dataclass
@@ -139,7 +142,6 @@ def exhaust(
     counted = effort is not None and effort.counted
     certifier = FaultCertifier(graph, faults, effort=effort)
     sample = certifier.samples(0, stored[None], lower[None], upper[None], labels)[0]
-    every = np.repeat(labels, len(points))
     arithmetics = distinct(graph)
     if not sample.findings:
         wrong = [decision.surely_wrong(g, execute(g, stored[None]), labels)[0] for g in arithmetics]
@@ -158,24 +160,45 @@ def exhaust(
         for resolved in arithmetics:
             layer = resolved.operators[index]
             assert isinstance(layer, Linear)
+            known = execute_all(resolved, points)
             safe = 0
-            for tensor, place, bit, faulty in flipped_tensors(layer, faults.bits, faults.bias_bits):
+            sites = flipped_tensors(layer, faults.bits, faults.bias_bits)
+            while part := list(itertools.islice(sites, BATCH)):
+                changed = [faulty for *_, faulty in part]
                 if faults.folded:
                     zero_point = graph.tensors[op.inputs[0]].zero_point
-                    faulty = folded_before(layer, faulty, zero_point)
-                changed = with_operator(resolved, index, faulty)
-                logits = execute(changed, points)
-                tally.executed += len(points)
-                wrong = decision.surely_wrong(changed, logits, every)
-                broken += int(wrong.any())
-                safe += int(not wrong.any())
-                if finding.verdict == "certified" and (
-                    wrong.any() or (decision.predict(logits) != label).any()
-                ):
-                    tally.broken.append(f"{op.name} {tensor} {place} bit {bit}")
+                    changed = [folded_before(layer, faulty, zero_point) for faulty in changed]
+                logits = logits_with(resolved, known, index, changed)
+                tally.executed += len(logits)
+                every = np.full(len(logits), label)
+                wrong = decision.surely_wrong(resolved, logits, every).reshape(len(part), -1)
+                wrong = wrong.any(axis=1)
+                broken += int(wrong.sum())
+                safe += int((~wrong).sum())
+                others = (decision.predict(logits) != label).reshape(len(part), -1).any(axis=1)
+                if finding.verdict == "certified":
+                    for i in np.flatnonzero(wrong | others).tolist():
+                        tensor, place, bit, _ = part[i]
+                        tally.broken.append(f"{op.name} {tensor} {place} bit {bit}")
             if counted:
                 assert finding.safe <= safe
         tally.missed += int(broken > 0 and finding.verdict != "refuted")
+
+
+def logits_with(
+    graph: Graph, known: dict[int, np.ndarray], index: int, faulty: list[Linear]
+) -> np.ndarray:
+    """Logits [layers x points, classes] with each of some operators in place of ``index``.
+
+    ``known`` are the activations without them.
+    """
+    values = {tensor: np.concatenate([value] * len(faulty)) for tensor, value in known.items()}
+    outputs = [run_operator(graph, op, [known[op.inputs[0]]]) for op in faulty]
+    values[faulty[0].output] = np.concatenate(outputs)
+    for op in graph.operators[index + 1 :]:
+        values[op.output] = run_operator(graph, op, [values[i] for i in op.inputs])
+    logits = values[graph.logits]
+    return logits.reshape(len(logits), -1)
 
 
 def reproduces(
