@@ -1,0 +1,141 @@
+"""Makes the trained models of ``models/``: train, convert, certify, check, and write a card.
+
+`python tools/zoo.py` makes all, `python tools/zoo.py mnist-0.1` one. Runs are kept in
+``build/zoo`` and resumed; the data sets have to be where `CACTUS_EDGE_DATA` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import msgspec  # noqa: E402
+
+from cactus_edge import files  # noqa: E402
+from cactus_edge.certificate import Head, Summary  # noqa: E402
+from cactus_edge.certificate_stream import reading  # noqa: E402
+from cactus_edge.cli import run  # noqa: E402
+
+BUILD, MODELS = ROOT / "build" / "zoo", ROOT / "models"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model: its recipe, how it is converted, and what is certified."""
+
+    title: str
+    recipe: str
+    data: str
+    epsilon: str
+    convert: tuple[str, ...]
+
+
+ENTRIES = {
+    "digits-0.05": Entry(
+        "8x8 digits, embedded in scikit-learn", "digits", "digits", "0.05", ("--member", "2")
+    ),
+    "mnist-0.1": Entry("MNIST", "mnist-cactus", "mnist", "0.1", ("--sparsity", "0.95")),
+    "mnist-0.3": Entry("MNIST", "mnist-0.3", "mnist", "0.3", ("--sparsity", "0.8")),
+    "fashion-mnist-0.1": Entry(
+        "Fashion-MNIST", "fashion-quick", "fashion-mnist", "0.1", ("--sparsity", "0.5")
+    ),
+    "turbofan-0.01": Entry(
+        "Health of turbofan engines (NASA FD001)", "turbofan", "turbofan", "0.01",
+        ("--sparsity", "0.5"),
+    ),
+}  # fmt: skip
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """What ``certificate.json`` holds: a certificate without its samples."""
+
+    head: Head
+    summary: Summary
+
+
+class Metrics(msgspec.Struct, frozen=True):
+    """What the card takes from a run's ``metrics.json``."""
+
+    parameters: int
+
+
+def call(*arguments: object) -> None:
+    """A verb; the program ends where it fails."""
+    code = run([str(argument) for argument in arguments])
+    if code != 0:
+        raise SystemExit(code)
+
+
+def make(name: str) -> None:
+    """Everything about one model."""
+    entry, work, target = ENTRIES[name], BUILD / name, MODELS / name
+    recipe = ROOT / "recipes" / f"{entry.recipe}.toml"
+    call("train", recipe, "--output", work / "run", "--resume")
+    model, certificate = work / "model.tflite", work / "certificate.jsonl"
+    call("convert", work / "run", *entry.convert, "-o", model, "--force")
+    samples = ("--data", entry.data, "--eps", entry.epsilon)
+    call("certify", model, *samples, "-o", certificate, "--force")
+    call("check", certificate, model, "--data", entry.data)
+    target.mkdir(parents=True, exist_ok=True)
+    for file in (model, work / "run" / "model.safetensors", work / "run" / "recipe.toml"):
+        shutil.copyfile(file, target / file.name)
+    with reading(certificate) as reader:
+        for _ in reader.lines():
+            pass
+        assert reader.tail is not None  # all lines were read
+        claim = Claim(reader.head, reader.tail.summary)
+    summary = msgspec.json.format(msgspec.json.encode(claim), indent=2)
+    files.write(target / "certificate.json", summary + b"\n", force=True)
+    metrics = msgspec.json.decode((work / "run" / "metrics.json").read_bytes(), type=Metrics)
+    text = card(name, entry, claim.summary, metrics, model.stat().st_size)
+    files.write(target / "README.md", text.encode(), force=True)
+
+
+def card(name: str, entry: Entry, summary: Summary, metrics: Metrics, size: int) -> str:
+    """What the model is and what holds for it."""
+    total = sum(summary.verdicts.values())
+    options = " ".join(shlex.quote(word) for word in entry.convert)
+    return f"""# {name}: {entry.title}
+
+| | |
+| --- | --- |
+| network | {metrics.parameters:,} parameters before pruning; recipe `recipes/{entry.recipe}.toml` |
+| file | `model.tflite`, {size:,} bytes, made with `convert {options}` |
+| test split | {total:,} samples |
+| standard accuracy | {100 * summary.standard_accuracy:.2f} % |
+| certified at {entry.epsilon} | {100 * summary.certified_accuracy:.2f} % |
+
+Certified are the integers of `model.tflite`, by interval bounds with elided margin: for every input
+within {entry.epsilon} of a sample, in units of the input's range, each runtime that the certificate
+names decides for the label. `certificate.json` has its head and summary. To make the certificate
+with all its lines, and to check it:
+
+```bash
+cactus-edge certify models/{name}/model.tflite \\
+    --data {entry.data} --eps {entry.epsilon} -o {name}.jsonl
+cactus-edge check {name}.jsonl models/{name}/model.tflite --data {entry.data}
+```
+
+`model.safetensors` is the trained network, `recipe.toml` its resolved recipe. `python tools/zoo.py
+{name}` makes everything anew. The certificate says nothing about inputs that are not near a sample
+of the test split, nor about cameras and sensors in front of the network.
+"""
+
+
+def main() -> None:
+    """Make what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[[], *ENTRIES], help="all, if none is given")
+    for name in parser.parse_args().names or ENTRIES:
+        make(name)
+
+
+if __name__ == "__main__":
+    main()
