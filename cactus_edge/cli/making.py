@@ -120,7 +120,12 @@ def train(
                 checkpoint_seconds=checkpoint_every,
             )
     except KeyboardInterrupt:
-        console.print(f"interrupted; go on with: cactus-edge train {recipe} -o {output} --resume")
+        same = f" --devices {devices}" if devices > 1 else ""
+        same += "" if precision == "32-true" else f" --precision {precision}"
+        console.print(
+            f"interrupted; go on with: cactus-edge train {recipe} -o {output} --resume{same}",
+            highlight=False,
+        )
         raise typer.Exit(130) from None
     rows = [
         (
@@ -151,7 +156,7 @@ def _cost(cost: Cost | None) -> str:
     return (
         f"; training: {cost.seconds_per_epoch:.1f} s per epoch, {cost.samples_per_second:,.0f} "
         f"samples/s, {cost.microseconds_per_network:.1f} us per sample and network "
-        f"({cost.networks_per_step} per step), {cost.memory_bytes / _MIB:,.0f} MiB{gpu}"
+        f"({cost.networks_per_step:.3g} per step), {cost.memory_bytes / _MIB:,.0f} MiB{gpu}"
         f"{processes}, {cost.precision}"
     )
 

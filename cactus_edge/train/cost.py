@@ -36,6 +36,7 @@ class EpochCost(msgspec.Struct, frozen=True):
         evaluation_seconds: batch statistics, validation and checkpoint after the epoch.
         memory_bytes: the most that the process had by then, or the largest process.
         gpu_memory_bytes: the most that tensors took on a GPU; 0 without one.
+        evaluations: sum over these samples of the members that were evaluated.
     """
 
     epoch: int
@@ -44,6 +45,7 @@ class EpochCost(msgspec.Struct, frozen=True):
     evaluation_seconds: float
     memory_bytes: int
     gpu_memory_bytes: int
+    evaluations: int = 0
 
     @property
     def samples_per_second(self) -> float:
@@ -58,7 +60,7 @@ class Cost(msgspec.Struct, frozen=True):
         seconds_per_epoch: of training.
         evaluation_seconds_per_epoch: of what comes after it.
         samples_per_second: of training.
-        networks_per_step: members that a step evaluates.
+        networks_per_step: members that a step evaluates, on average.
         microseconds_per_network: time per sample and evaluated member.
         memory_bytes: the most that a process had.
         gpu_memory_bytes: the most that a process's tensors took on a GPU; 0 without one.
@@ -71,7 +73,7 @@ class Cost(msgspec.Struct, frozen=True):
     seconds_per_epoch: float
     evaluation_seconds_per_epoch: float
     samples_per_second: float
-    networks_per_step: int
+    networks_per_step: float
     microseconds_per_network: float
     memory_bytes: int
     gpu_memory_bytes: int
@@ -85,14 +87,15 @@ def summarise(
     rows: Sequence[EpochCost],
     *,
     samples_per_epoch: int,
-    networks_per_step: int,
     device: torch.device,
     devices: int,
     precision: str,
 ) -> Cost:
     """The costs of a run from those of its epochs."""
     samples = sum(row.samples for row in rows)
-    rate = samples / max(sum(row.seconds for row in rows), 1e-9)
+    seconds = sum(row.seconds for row in rows)
+    rate = samples / max(seconds, 1e-9)
+    evaluations = sum(row.evaluations for row in rows)
     cuda = device.type == "cuda"
     return Cost(
         seconds_per_epoch=_short(samples_per_epoch / rate if rate else 0.0),
@@ -100,8 +103,8 @@ def summarise(
             statistics.fmean(row.evaluation_seconds for row in rows) if rows else 0.0
         ),
         samples_per_second=_short(rate),
-        networks_per_step=networks_per_step,
-        microseconds_per_network=_short(1e6 / (rate * networks_per_step) if rate else 0.0),
+        networks_per_step=_short(evaluations / max(samples, 1)),
+        microseconds_per_network=_short(1e6 * seconds / max(evaluations, 1)),
         memory_bytes=max((row.memory_bytes for row in rows), default=0),
         gpu_memory_bytes=max((row.gpu_memory_bytes for row in rows), default=0),
         device=torch.cuda.get_device_name(device) if cuda else "cpu",

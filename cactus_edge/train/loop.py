@@ -162,8 +162,16 @@ def _fit(run: Run, state: State, interrupted: Flag, started: float, costs: list[
         row = _end_epoch(run, state)
         saved = time.monotonic()
         memory, gpu_memory = peak_memory(run.fabric.device, run.share)
-        samples = (position.step - before) * batch
-        cost = EpochCost(row.epoch, samples, trained - began, saved - trained, memory, gpu_memory)
+        evaluations = batch * sum(_networks(run, step) for step in range(before, position.step))
+        cost = EpochCost(
+            epoch=row.epoch,
+            samples=(position.step - before) * batch,
+            seconds=trained - began,
+            evaluation_seconds=saved - trained,
+            memory_bytes=memory,
+            gpu_memory_bytes=gpu_memory,
+            evaluations=evaluations,
+        )
         costs.append(cost)
         if run.share.first:
             write_costs(run.output, costs)
@@ -173,6 +181,12 @@ def _fit(run: Run, state: State, interrupted: Flag, started: float, costs: list[
             run.progress.epoch(row)
     if logs is not None:
         logs.close()
+
+
+def _networks(run: Run, step: int) -> int:
+    """How many members a step evaluates."""
+    compressed = schedule(run.recipe, step, run.steps_per_epoch).compressed
+    return len(drawn_members(run.recipe, step)) if compressed else 1
 
 
 def _refresh_masks(run: Run, state: State, index: int) -> None:
@@ -312,7 +326,6 @@ def _finish(
         cost=summarise(
             costs,
             samples_per_epoch=run.steps_per_epoch * recipe.optimizer.batch_size,
-            networks_per_step=len(drawn_members(recipe, 0)),
             device=run.fabric.device,
             devices=run.share.count,
             precision=run.execution.precision,

@@ -167,6 +167,7 @@ def test_costs_survive_a_resumption(quick: Recipe, tmp_path: Path) -> None:
     first, second = read_costs(tmp_path, 2)
     assert (first.epoch, second.epoch) == (1, 2)
     assert (first.samples, second.samples) == (9 * 128, 8 * 128)  # the step before Ctrl-C is lost
+    assert (first.evaluations, second.evaluations) == (4 * first.samples, 4 * second.samples)
     assert read_costs(tmp_path, 1) == [first]
     cost = summary.cost
     assert cost is not None and (cost.networks_per_step, cost.devices) == (4, 1)
