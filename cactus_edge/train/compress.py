@@ -56,13 +56,20 @@ def magnitude_masks(
 
 def quantization_step(weight: Tensor, bits: int) -> Tensor:
     """Step per output channel, [out, 1, ...]: largest magnitude / (2^(bits-1) - 1)."""
-    largest = weight.detach().flatten(1).abs().amax(1).clamp(min=SMALLEST_SCALE)
+    largest = weight.flatten(1).abs().amax(1).clamp(min=SMALLEST_SCALE)
     return (largest / (2 ** (bits - 1) - 1)).reshape(-1, *[1] * (weight.dim() - 1))
 
 
 def fake_quantize(weight: Tensor, bits: int) -> Tensor:
-    """Round ``weight`` [out, ...] to its channels' steps; straight-through gradient."""
-    return round_through(weight, quantization_step(weight, bits))
+    """Round ``weight`` [out, ...] to its channels' steps; straight-through gradient.
+
+    The gradient passes through the rounding, not past the step: the largest weight of a channel
+    moves all its levels (Esser et al. 2020). Without that part networks of few bits diverge.
+    """
+    step = quantization_step(weight, bits)
+    rounded = round_through(weight, step.detach())
+    error = ((rounded - weight) / step).detach()
+    return rounded + error * (step - step.detach())
 
 
 def perturbation(
@@ -74,7 +81,7 @@ def perturbation(
     Weights that are exactly 0 (pruned) stay 0, as they do in rounding.
     """
     radius = {
-        name: quantization_step(weight, bits) / 2 * (weight.detach() != 0)
+        name: quantization_step(weight.detach(), bits) / 2 * (weight.detach() != 0)
         for name, weight in weights.items()
     }
     offsets = {name: torch.zeros_like(weight) for name, weight in weights.items()}

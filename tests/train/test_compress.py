@@ -59,11 +59,20 @@ def test_rounding_errs_by_half_a_step_and_never_clips(bits: int, seed: int, rows
     assert int(levels.abs().max().round()) == 2 ** (bits - 1) - 1
 
 
-def test_rounding_passes_the_gradient_through() -> None:
-    weight = torch.randn(3, 4, requires_grad=True)
-    compress.fake_quantize(weight, 3).sum().backward()
-    assert weight.grad is not None
-    torch.testing.assert_close(weight.grad, torch.ones(3, 4))
+@given(bits=st.integers(2, 8), seed=st.integers(0, 50))
+def test_rounding_passes_the_gradient_through(bits: int, seed: int) -> None:
+    """And the largest weight of a channel gets what it does to the others, as its step grows."""
+    source = torch.Generator().manual_seed(seed)
+    weight = torch.randn(3, 4, generator=source, dtype=torch.float64).requires_grad_()
+    direction = torch.randn(3, 4, generator=source, dtype=torch.float64)
+    rounded = compress.fake_quantize(weight, bits)
+    (gradient,) = torch.autograd.grad((rounded * direction).sum(), weight)
+    step = compress.quantization_step(weight, bits).detach()
+    errors = (rounded.detach() - weight.detach()) / step
+    largest = torch.nn.functional.one_hot(weight.detach().abs().argmax(1), 4)
+    through_step = (direction * errors).sum(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    expected = direction + largest * weight.detach().sign() * through_step
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_quantization_commutes_with_folding_a_scale_per_channel() -> None:
