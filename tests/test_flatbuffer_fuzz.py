@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cactus_edge.errors import UnsupportedModelError
 from cactus_edge.flatbuffer import read_tflite, write_tflite
 
-CASES_PER_FILE = 700
+CASES_PER_FILE = 350
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,14 @@ def groups(matrix: Matrix, m: int) -> list[Matrix]:
     return [matrix[:, start : start + m] for start in range(0, matrix.shape[1], m)]
 
 
+def block_sums(matrix: Matrix, rows: int, inputs: int) -> Matrix:
+    """The sum of each block; the last ones may be smaller."""
+    starts = [
+        np.arange(0, size, step) for size, step in zip(matrix.shape, (rows, inputs), strict=True)
+    ]
+    return np.add.reduceat(np.add.reduceat(matrix.astype(np.float64), starts[0], 0), starts[1], 1)
+
+
 def blocks_of(matrix: Matrix, rows: int, inputs: int) -> list[Matrix]:
     return [
         matrix[top : top + rows, left : left + inputs]

@@ -16,7 +16,7 @@ from cactus_edge.train.members import (
     layout,
 )
 from cactus_edge.train.zoo import Network, build
-from tests.train.networks import blocks_of, deployed, groups, networks, written
+from tests.train.networks import block_sums, blocks_of, deployed, groups, networks, written
 
 
 # ---------------------------------------------------------------------- the deployed order
@@ -90,14 +90,12 @@ def test_blocks_prune_the_weakest_whole_blocks(
             fits = fits and layer.in_features >= inputs
         assert (name in found) == fits
     for name, mask in found.items():
-        parts = blocks_of(mask, rows, inputs)
-        assert all(part.all() or not part.any() for part in parts)
-        pruned = sum(not part.any() for part in parts)
-        assert pruned == min(round(sparsity * len(parts)), len(parts) - 1)
-        energy = [(part**2).mean() for part in blocks_of(weights[name], rows, inputs)]
-        kept = [e for e, part in zip(energy, parts, strict=True) if part.any()]
-        gone = [e for e, part in zip(energy, parts, strict=True) if not part.any()]
-        assert max(gone, default=0.0) <= min(kept) * (1 + 1e-5)
+        sizes, kept = (block_sums(m, rows, inputs) for m in (np.ones(mask.shape), mask))
+        assert ((kept == 0) | (kept == sizes)).all()
+        pruned = int((kept == 0).sum())
+        assert pruned == min(round(sparsity * kept.size), kept.size - 1)
+        energy = block_sums(weights[name].astype(np.float64) ** 2, rows, inputs) / sizes
+        assert energy[kept == 0].max(initial=0.0) <= energy[kept > 0].min() * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("bits", [2, 8])
