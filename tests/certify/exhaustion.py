@@ -10,7 +10,7 @@ from cactus_edge import check_bounds, check_margin, decision
 from cactus_edge.certify import margin
 from cactus_edge.certify.engine import cover
 from cactus_edge.certify.twin import twin
-from cactus_edge.execute import execute
+from cactus_edge.execute import execute, execute_all
 from cactus_edge.graph import Graph
 from tests.graphs import TINY_SHAPES, enumerate_box, random_box, random_graph
 
@@ -61,8 +61,8 @@ def exhaust(graph: Graph, seed: int, tally: Tally, radius: int = 3) -> None:
         tally.points += len(points)
         logits = execute(group.graph, points).reshape(len(points), -1)
         doubled = twin(group.graph)
-        stacked = doubled.stack(lower[None], upper[None])
-        low, high = doubled.split(graph.logits, execute(doubled.graph, stacked))
+        values = execute_all(doubled.graph, doubled.stack(lower[None], upper[None]))
+        low, high = doubled.split(graph.logits, values[graph.logits])
         tally.violations += int((logits < low).sum() + (logits > high).sum())
         tally.bounds += 2 * low.size
         tally.attained += int((logits.min(axis=0) == low[0]).sum())
@@ -71,42 +71,34 @@ def exhaust(graph: Graph, seed: int, tally: Tally, radius: int = 3) -> None:
             group.graph, (lower[None], upper[None])
         )
         tally.checker_differences += int((check_low != low).sum() + (check_high != high).sum())
-        _margins(group.graph, (lower, upper), logits, (low, high), tally)
+        layer = margin.last_layer(group.graph)
+        assert layer is not None, "every tiny graph ends in FULLY_CONNECTED"
+        source = doubled.split(layer.source, values[layer.source])
+        _margins(group.graph, layer, source, logits, (low, high), tally)
 
 
 def _margins(
     graph: Graph,
-    box: tuple[np.ndarray, np.ndarray],
+    layer: margin.LastLayer,
+    source: tuple[np.ndarray, np.ndarray],
     logits: np.ndarray,
     bounds: tuple[np.ndarray, np.ndarray],
     tally: Tally,
 ) -> None:
-    layer = margin.last_layer(graph)
-    assert layer is not None, "every tiny graph ends in FULLY_CONNECTED"
-    source = _hidden(graph, layer.source, box)
-    classes = logits.shape[1]
-    for label in range(classes):
-        labels = np.array([label])
-        gaps = decision.gaps(graph, label, classes)
-        plain, proved = margin.wins(layer, *source, labels, gaps[None])
-        truth = (logits[:, label][:, None] >= logits + gaps).all(axis=0)
-        rivals = np.arange(classes) != label
-        tally.pairs += int(rivals.sum())
-        tally.true_pairs += int((truth & rivals).sum())
-        tally.proved_by_bounds += int((plain[0] & rivals).sum())
-        tally.proved_by_margin += int((proved[0] & rivals).sum())
-        tally.false_proofs += int((proved[0] & ~truth & rivals).sum())
+    """``source`` and ``bounds`` are lower and upper ends of the last layer's input and output."""
+    labels = np.arange(logits.shape[1])
+    gaps = np.stack([decision.gaps(graph, label, labels.size) for label in labels.tolist()])
+    ends = (np.repeat(end.reshape(1, -1), labels.size, axis=0) for end in source)
+    plain, proved = margin.wins(layer, *ends, labels, gaps)
+    truth = (logits.T[:, :, None] >= logits + gaps[:, None]).all(axis=1)
+    rivals = labels[:, None] != labels
+    tally.pairs += int(rivals.sum())
+    tally.true_pairs += int((truth & rivals).sum())
+    tally.proved_by_bounds += int((plain & rivals).sum())
+    tally.proved_by_margin += int((proved & rivals).sum())
+    tally.false_proofs += int((proved & ~truth & rivals).sum())
+    for label in labels.tolist():
         whole = check_margin.holds(
             graph, (bounds[0][0], bounds[1][0]), (source[0][0], source[1][0]), label
         )
-        tally.checker_differences += int(whole != bool(proved[0][rivals].all()))
-
-
-def _hidden(
-    graph: Graph, tensor: int, box: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    from cactus_edge.execute import execute_all
-
-    doubled = twin(graph)
-    values = execute_all(doubled.graph, doubled.stack(box[0][None], box[1][None]))
-    return doubled.split(tensor, values[tensor])
+        tally.checker_differences += int(whole != bool(proved[label].all()))

@@ -126,15 +126,15 @@ def points_break_an_interval() -> bool:
         lower, upper = random_box(np.random.default_rng(seed), graph, 4)
         points = enumerate_box(lower, upper)
         logits = execute(graph, points).reshape(len(points), -1)
-        for label in range(logits.shape[1]):
-            gaps = decision.gaps(graph, label, logits.shape[1])[None]
-            ends = lower[None], upper[None]
-            low, high, _, proved = engine._Engine(graph, None).prove(*ends, np.array([label]), gaps)
-            if (logits < low).any() or (logits > high).any():
-                return True
-            leads = (logits[:, label][:, None] >= logits + gaps).all(axis=0)
-            if (proved[0] & ~leads).any():
-                return True
+        labels = np.arange(logits.shape[1])
+        gaps = np.stack([decision.gaps(graph, label, labels.size) for label in labels.tolist()])
+        ends = (np.repeat(end[None], labels.size, axis=0) for end in (lower, upper))
+        low, high, _, proved = engine._Engine(graph, None).prove(*ends, labels, gaps)
+        if (logits < low[0]).any() or (logits > high[0]).any():
+            return True
+        leads = (logits.T[:, :, None] >= logits + gaps[:, None]).all(axis=1)
+        if (proved & ~leads).any():
+            return True
     return False
 
 
