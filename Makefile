@@ -1,6 +1,6 @@
 # Every target builds .venv first if it is missing or older than what defines it.
 
-.PHONY: install demo test check evidence evidence-training bench docs clean
+.PHONY: install demo test check evidence evidence-training bench zoo docs clean
 .DEFAULT_GOAL := test
 
 BIN := .venv/bin
@@ -55,6 +55,10 @@ evidence-training: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/pytest -m evidence -s tests/evidence/test_performance.py
+
+# The models of the repository; under an hour on two cores.
+zoo: $(STAMP)
+	$(BIN)/python tools/zoo.py
 
 docs: $(STAMP)
 	$(BIN)/cactus-edge supported-ops --write docs/operators.md
