@@ -21,7 +21,7 @@ from cactus_edge.certify.query import POINTS, Answer, Verifier
 from cactus_edge.certify.radius import radii
 from cactus_edge.errors import DataError, OutputError, UsageError
 from cactus_edge.execute import execute
-from cactus_edge.graph import Graph, Int64Array, Quantization
+from cactus_edge.graph import BoolArray, Graph, Int64Array, Quantization
 from cactus_edge.inputs import Perturbation
 from cactus_edge.proofs import Leaf, Proof
 from cactus_edge.specification import Atom, Specification
@@ -31,18 +31,23 @@ from tests.graphs import TINY_SHAPES, enumerate_box, random_box, random_graph
 SETTINGS = Settings(steps=12, restarts=1)
 
 
+def under_every_profile(graph: Graph, points: Int64Array) -> Int64Array:
+    """Stored logits, int64 [profiles, points, classes]."""
+    outside = profiles.uncovered(graph)
+    names = [name for name in profiles.PROFILES if name not in outside]
+    return np.stack([execute(graph, points, name).reshape(len(points), -1) for name in names])
+
+
 @dataclass(frozen=True)
 class Truth:
-    """Stored logits of every point of a box under every profile, int64 [profiles x points, n]."""
+    """Whatever stored logits some point of a box has under some profile, int64 [found, classes]."""
 
     logits: Int64Array
 
     @staticmethod
     def of(graph: Graph, lower: Int64Array, upper: Int64Array) -> Truth:
-        points = enumerate_box(lower, upper)
-        names = [name for name in profiles.PROFILES if name not in profiles.uncovered(graph)]
-        found = [execute(graph, points, name).reshape(len(points), -1) for name in names]
-        return Truth(np.concatenate(found))
+        found = np.concatenate(under_every_profile(graph, enumerate_box(lower, upper)))
+        return Truth(np.unique(found, axis=0))
 
 
 def tiny(seed: int, radius: int, **options: object) -> tuple[Graph, Int64Array, Int64Array]:
@@ -77,16 +82,16 @@ def random_specification(rng: np.random.Generator, truth: Truth) -> Specificatio
     return Specification(disjuncts, allowed=int(rng.integers(0, 2)))
 
 
-def unsafe(spec: Specification, logits: Int64Array) -> bool:
-    """The definition, spelled out in NumPy."""
-    count = 0
+def unsafe(spec: Specification, logits: Int64Array) -> BoolArray:
+    """The definition, spelled out in NumPy: bool [rows] of logits [rows, classes]."""
+    count = np.zeros(len(logits), np.int64)
     for disjunct in spec.unsafe:
-        ok = True
+        ok = np.ones(len(logits), bool)
         for atom in disjunct:
-            weights = np.zeros(len(logits), np.int64)
+            weights = np.zeros(logits.shape[1], np.int64)
             for k, c in atom.terms:
                 weights[k] += c
-            ok &= bool(weights @ logits >= atom.bound)
+            ok &= logits @ weights >= atom.bound
         count += ok
     return count > spec.allowed
 
@@ -118,8 +123,8 @@ def test_bounds_exclude_only_what_holds_nowhere_and_all_that_one_atom_excludes(s
         alone = [any(atom.holds(p.tolist()) for p in points) for atom in disjunct]
         # Intervals are exact for one atom, so a disjunct is excluded when one of its atoms is.
         assert excluded == (not all(alone))
-    for point in points:
-        assert spec.violated(point) == unsafe(spec, point) != spec.satisfied(point)
+    for point, is_unsafe in zip(points, unsafe(spec, points), strict=True):
+        assert spec.violated(point) == is_unsafe != spec.satisfied(point)
 
 
 @given(
@@ -274,7 +279,7 @@ def test_answers_to_random_properties_are_the_truth(seed: int) -> None:
     for _ in range(12):
         spec = random_specification(rng, truth)
         (answer,) = verifier.answer(lower[None], upper[None], spec)
-        broken = any(unsafe(spec, logits) for logits in truth.logits)
+        broken = bool(unsafe(spec, truth.logits).any())
         assert answer.verdict == ("refuted" if broken else "certified")
         check_answer(graph, answer, lower, upper, broken, not broken)
 
@@ -284,14 +289,15 @@ def test_every_point_of_a_wide_input_of_which_most_is_fixed() -> None:
     rng = np.random.default_rng(5)
     graph = random_graph(rng, shape=(1, 6, 7, 1), depth=1, classes=3)
     lower = rng.integers(-100, 90, size=(6, 7, 1))
+    verifier = Verifier(graph)
     for free in (0, 3):
         upper = lower.copy()
         upper.reshape(-1)[rng.permutation(42)[:free]] += 6
         truth = Truth.of(graph, lower, upper)
         for _ in range(12):
             spec = random_specification(rng, truth)
-            broken = any(unsafe(spec, logits) for logits in truth.logits)
-            (answer,) = Verifier(graph).answer(lower[None], upper[None], spec)
+            broken = bool(unsafe(spec, truth.logits).any())
+            (answer,) = verifier.answer(lower[None], upper[None], spec)
             assert answer.verdict == ("refuted" if broken else "certified")
             check_answer(graph, answer, lower, upper, broken, not broken)
 
@@ -447,7 +453,7 @@ def test_radii_are_true_and_counterexamples_lie_at_their_distance(seed: int) -> 
         certifier,
         images,
         labels,
-        largest=8,
+        largest=6,
         first=5,
         settings=SETTINGS,
         progress=lambda *done: seen.append(done),
@@ -455,21 +461,21 @@ def test_radii_are_true_and_counterexamples_lie_at_their_distance(seed: int) -> 
     assert seen == [(6, 6)] and [r.index for r in found] == list(range(5, 11))
     stored = inputs.stored(graph, images)
     for i, result in enumerate(found):
-        distance = 8 + 1
-        for level in range(8, -1, -1):
-            lower, upper = inputs.around(graph, stored[i], np.int64(level))
-            right = decision.predict(Truth.of(graph, lower, upper).logits) == labels[i]
-            distance = level if not right.all() else distance
+        points = enumerate_box(*inputs.around(graph, stored[i], np.int64(6)))
+        logits = under_every_profile(graph, points)
+        wrong = (decision.predict(np.concatenate(logits)) != labels[i]).reshape(len(logits), -1)
+        away = np.abs(points - stored[i]).reshape(len(points), -1).max(axis=1)
+        distance = int(away[wrong.any(axis=0)].min(initial=6 + 1))
         assert -1 <= result.certified < distance
         assert (result.refuted == 0) == (result.prediction != labels[i])
         if result.refuted is not None:
             point = result.counterexample
-            assert point is not None and distance <= result.refuted <= 8
+            assert point is not None and distance <= result.refuted <= 6
             assert int(np.abs(point - stored[i]).max()) == result.refuted
             logits = execute(graph, point[None], result.profile)
             assert decision.predict(logits)[0] != labels[i]
     assert sum(r.refuted is not None for r in found) >= 2
-    plain = radii(certifier, images, labels, largest=8)
+    plain = radii(certifier, images, labels, largest=6)
     assert all(a.certified <= b.certified for a, b in zip(plain, found, strict=True))
 
 
