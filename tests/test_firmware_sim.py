@@ -76,16 +76,16 @@ def layer(outputs: int, inputs: int) -> Graph:
 
 @pytest.mark.parametrize("profile", profiles.PROFILES)
 def test_host_equals_execute(profile: str) -> None:
-    """Undefined behaviour would end the program."""
+    """Undefined behaviour would end the program. Every other profile runs sparse layouts."""
     seed = 100 + list(profiles.PROFILES).index(profile)
-    for graph in (graph_of(seed, depth=7), graph_of(seed + 50, depth=5, sparsity=0.8)):
-        inputs = inputs_of(graph)
-        run = run_host(graph, inputs, profile, sanitize=True, trace=True)
-        np.testing.assert_array_equal(run.outputs, execute(graph, inputs, profile))
-        expected = execute_all(graph, inputs, profile)
-        assert list(run.layers) == [op.output for op in graph.core]
-        for tensor, values in run.layers.items():
-            np.testing.assert_array_equal(values, expected[tensor], graph.tensors[tensor].name)
+    graph = graph_of(seed, depth=7, sparsity=0.8 * (seed % 2))
+    inputs = inputs_of(graph)
+    run = run_host(graph, inputs, profile, sanitize=True, trace=True)
+    np.testing.assert_array_equal(run.outputs, execute(graph, inputs, profile))
+    expected = execute_all(graph, inputs, profile)
+    assert list(run.layers) == [op.output for op in graph.core]
+    for tensor, values in run.layers.items():
+        np.testing.assert_array_equal(values, expected[tensor], graph.tensors[tensor].name)
 
 
 def test_every_rounding_in_one_layer() -> None:
