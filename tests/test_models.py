@@ -16,7 +16,7 @@ from cactus_edge.flatbuffer import read_tflite
 from cactus_edge.inputs import Perturbation
 from cactus_edge.train.checkpoint import load_model
 from cactus_edge.train.recipe import format_recipe, load_recipe
-from tools.zoo import ENTRIES, MODELS, Claim
+from tools.zoo import ENTRIES, MODELS, Claim, overview
 
 FEW = 1_000
 """Test splits of up to so many samples are certified again."""
@@ -49,3 +49,7 @@ def test_a_model_is_what_its_card_says(name: str) -> None:
         assert curve.samples == sum(claim.summary.verdicts.values())
         assert curve.correct / curve.samples == claim.summary.standard_accuracy
         assert curve.points[0].certified == claim.summary.verdicts["certified"]
+
+
+def test_the_table_of_models_is_of_these_files() -> None:
+    assert (MODELS / "README.md").read_text() == overview()

@@ -129,12 +129,40 @@ of the test split, nor about cameras and sensors in front of the network.
 """
 
 
+def overview() -> str:
+    """The table of all models that are there."""
+    lines = [
+        "# Trained models",
+        "",
+        "The deployed integers on the whole test split, certified by interval bounds with elided",
+        "margin. Each folder has the `.tflite` file, checkpoint, recipe, certificate and card. Of",
+        "one training run each; `make zoo` makes them anew.",
+        "",
+        "| model | data | radius | file, bytes | standard % | certified % |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, entry in ENTRIES.items():
+        folder = MODELS / name
+        if not (folder / "certificate.json").exists():
+            continue
+        claim = msgspec.json.decode((folder / "certificate.json").read_bytes(), type=Claim)
+        shares = claim.summary.standard_accuracy, claim.summary.certified_accuracy
+        lines.append(
+            f"| [{name}]({name}/README.md) | {entry.title} | {entry.epsilon} | "
+            f"{(folder / 'model.tflite').stat().st_size:,} | "
+            + " | ".join(f"{100 * share:.2f}" for share in shares)
+            + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Make what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *ENTRIES], help="all, if none is given")
     for name in parser.parse_args().names or ENTRIES:
         make(name)
+    files.write(MODELS / "README.md", overview().encode(), force=True)
 
 
 if __name__ == "__main__":
