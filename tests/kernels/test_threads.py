@@ -327,9 +327,12 @@ def test_an_interrupt_leaves_the_worker_usable(request: pytest.FixtureRequest) -
     batch = images(program, 3)
     expected = by_one_thread(program, batch)
     worker = ParallelWorker(program, 2, grain=0)
-    # An interrupt within a callback of the collector, such as Hypothesis has, would be lost.
+    # An interrupt within a callback of the collector, such as Hypothesis has, would be lost, and
+    # libraries that other tests use leave handlers behind.
     gc.disable()
     request.addfinalizer(gc.enable)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     for _ in range(20):
         running = threading.Event()
 

