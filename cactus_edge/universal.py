@@ -114,7 +114,10 @@ def step_points(
 def _near(
     parameters: Requantization, steps: Int64Array, lower: Int64Array, upper: Int64Array
 ) -> tuple[Int64Array, Int64Array]:
-    """Int64 [steps, channels], twice: a guess of the accumulators between which each step lies."""
+    """Int64 [steps, channels], twice: a guess of the accumulators between which each step lies.
+
+    The guess is made in floats and decides nothing: ``step_points`` asks the integers at both ends.
+    """
     double = int(parameters.rounding[0]) in (Rounding.DOUBLE_HALF_AWAY, Rounding.DOUBLE_HALF_UP)
     factor = np.ldexp(np.maximum(parameters.multiplier, 1), -(parameters.shift + 31 * double))
     guess = np.clip((steps - 0.5) / factor, lower - 1.0, upper + 1.0).astype(np.int64)

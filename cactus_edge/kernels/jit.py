@@ -70,8 +70,8 @@ def entry(function: Compiled) -> Compiled:
 def _load(cache: Any, signature: object, context: object) -> object:
     """Read back what was compiled, if it was.
 
-    Numba's own method first sets up all that compiling may need, which takes several times as long;
-    kernels that exist need its runtime alone. Compiling sets up the rest by itself.
+    Numba's own method first sets up all that compiling may need. Kernels that exist need its
+    runtime alone, and compiling sets up the rest by itself.
     """
     rtsys.initialize(context)
     return cache._load_overload(signature, context)

@@ -64,7 +64,7 @@ def fake_quantize(weight: Tensor, bits: int) -> Tensor:
     """Round ``weight`` [out, ...] to its channels' steps; straight-through gradient.
 
     The gradient passes through the rounding, not past the step: the largest weight of a channel
-    moves all its levels (Esser et al. 2020). Without that part networks of few bits diverge.
+    moves all its levels (Esser et al. 2020), which counts the more the fewer levels there are.
     """
     step = quantization_step(weight, bits)
     rounded = round_through(weight, step.detach())

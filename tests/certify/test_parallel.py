@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -24,14 +23,12 @@ from cactus_edge.certificate import Bounds, Sample, line_of
 from cactus_edge.certificate_stream import Reader, load, write
 from cactus_edge.certify import Request, certify, merge, parallel, tasks
 from cactus_edge.certify.decide import Effort
-from cactus_edge.certify.parallel import AHEAD, pool
 from cactus_edge.certify.partial import partial_of, recover
 from cactus_edge.certify.shards import shard
 from cactus_edge.cli import run
 from cactus_edge.datasets import Dataset
 from cactus_edge.errors import DataError, MissingExtraError, OutputError, ToolError, UsageError
 from cactus_edge.inputs import Perturbation
-from tests import workers
 from tests.certificates import checked
 from tests.graphs import random_graph
 from tests.test_cli import digits_graph
@@ -351,97 +348,11 @@ def test_a_run_that_never_began_leaves_nothing(request_: Request, tmp_path: Path
         assert list(tmp_path.iterdir()) == []
 
 
-# ---------------------------------------------------------------- processes
-@pytest.fixture
-def light(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers that start at once, because they import nothing."""
-    monkeypatch.setattr(parallel, "_prepare", workers.prepare)
-
-
-@pytest.mark.usefixtures("light")
-def test_results_come_in_order_and_tasks_are_asked_for_in_time() -> None:
-    asked: list[int] = []
-
-    def tasks() -> Iterator[int]:
-        for number in range(50):
-            asked.append(number)
-            yield number
-
-    with pool(2) as mapper:
-        for number, result in enumerate(mapper(workers.slow_first, tasks())):
-            assert result == number * number
-            assert len(asked) <= number + 1 + AHEAD * 2
-    assert asked == list(range(50))
-
-
-@pytest.mark.usefixtures("light")
-def test_a_killed_process_costs_nothing(tmp_path: Path) -> None:
-    names = [str(tmp_path / f"{i}{'.die' if i in (0, 3, 11) else ''}") for i in range(20)]
-    with pool(2) as mapper:
-        assert list(mapper(workers.die_once, iter(names))) == names
-    assert len(list(tmp_path.iterdir())) == 3
-
-
-@pytest.mark.usefixtures("light")
-def test_what_kills_every_process_is_an_error() -> None:
-    with pool(2) as mapper, pytest.raises(ToolError, match="died one after another"):
-        list(mapper(workers.die_always, iter(range(4))))
-
-
-@pytest.mark.usefixtures("light")
-def test_leaving_early_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also while tasks wait that no process was given."""
-    failures: list[object] = []
-    monkeypatch.setattr(threading, "excepthook", failures.append)
-    monkeypatch.setattr(parallel, "AHEAD", 200)
-    for results in range(1, 4):
-        with pool(1) as mapper:
-            answers = mapper(abs, iter(range(400)))
-            assert [next(answers) for _ in range(results)] == list(range(results))
-    assert not failures
-
-
-@pytest.mark.usefixtures("light")
-def test_workers_do_not_oversubscribe(request_: Request) -> None:
-    with pool(2) as mapper:
-        answers = set(mapper(workers.threads_of, iter(range(8))))
-    assert {threads for threads, _ in answers} == {"1"}
-    assert os.getpid() not in {process for _, process in answers}
+# ---------------------------------------------------------------- processes and clusters
+def test_an_engine_takes_the_threads_of_its_plan(request_: Request) -> None:
     plan = tasks.Plan(request_.models, None, request_.perturbation, None, Effort(), threads=1)
     engines = tasks.built(plan)._engines
     assert {s.threads for engine in engines for s in (engine.intervals, engine.plain)} == {1}
-
-
-def test_workers_end_with_the_process_they_work_for(tmp_path: Path) -> None:
-    """Even where it is killed and can tell nobody."""
-    pids = tmp_path / "pids"
-    program = (
-        "import os, sys, time\n"
-        "from cactus_edge.certify.parallel import pool\n"
-        "with pool(1) as mapper:\n"
-        f"    open({str(pids)!r}, 'w').write(str(next(mapper(os.getpgid, [0] * 50))))\n"
-        "    time.sleep(100)\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", program], start_new_session=True, stderr=subprocess.DEVNULL
-    ) as started:
-        while not (pids.exists() and pids.read_text()):
-            assert started.poll() is None
-            time.sleep(0.05)
-        assert int(pids.read_text()) == started.pid
-        started.kill()
-    deadline = time.monotonic() + 30
-    while _alive(started.pid):
-        assert time.monotonic() < deadline, "orphans are left"
-        time.sleep(0.1)
-
-
-def _alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize(("module", "option"), [("joblib", "--jobs"), ("distributed", "--dask")])
@@ -456,7 +367,6 @@ def test_missing_packages_are_named(
     assert content_of(request_), "one process needs none of them"
 
 
-# ---------------------------------------------------------------- Dask
 @pytest.mark.filterwarnings("default")
 def test_a_killed_dask_worker_costs_nothing(
     request_: Request, whole: bytes, tmp_path: Path

@@ -26,6 +26,7 @@ from cactus_edge.train.checkpoint import load_model
 from cactus_edge.train.lower import Settings, lower
 
 ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "recipes"
 BUILD = ROOT / "build" / "evidence" / "training"
 ATTACKED = 500
 """Test samples, the first ones, of the accuracy under attack."""
@@ -104,7 +105,7 @@ def trained(method: Method, seed: int, folder: Path) -> tuple[Path, list[Summary
     summaries: list[Summary] = []
     directory = folder
     for name in method.recipes:
-        recipe = load_recipe(ROOT / "recipes" / f"{name}.toml")
+        recipe = load_recipe(RECIPES / f"{name}.toml")
         recipe = msgspec.structs.replace(recipe, seed=seed)
         if recipe.start is not None:
             start = msgspec.structs.replace(recipe.start, source=str(directory))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,8 @@ from cactus_edge.train import checkpoint, importance, load_model, loop, train, v
 from cactus_edge.train.lower import convert
 from cactus_edge.train.members import Blocks, MemberKind, NOfM, Pruned, Pruning, Structured
 from cactus_edge.train.recipe import Compression, parse_recipe
-from cactus_edge.train.reports import EpochRow, StepReport
 from cactus_edge.train.zoo import build
+from tests.train.interrupting import InterruptAfter
 
 RECIPE = """
 seed = 3
@@ -39,20 +38,6 @@ learning_rate = 1e-2
 """
 SCORES = RECIPE.replace("[optimizer]", 'importance = "scores"\n[optimizer]')
 FILES = (checkpoint.MODEL_FILE, checkpoint.STATE_FILE, checkpoint.HISTORY_FILE)
-
-
-class InterruptAfter:
-    """Presses Ctrl-C at a step, the way a user does."""
-
-    def __init__(self, step: int) -> None:
-        self.at = step
-
-    def step(self, report: StepReport) -> None:
-        if report.step == self.at:
-            signal.raise_signal(signal.SIGINT)
-
-    def epoch(self, row: EpochRow) -> None:
-        del row
 
 
 @settings(max_examples=20)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,9 @@ from cactus_edge.errors import DataError, OutputError, UsageError
 from cactus_edge.train import checkpoint, load_model, load_network, loop, train
 from cactus_edge.train.checkpoint import HISTORY_FILE, METRICS_FILE, MODEL_FILE, STATE_FILE
 from cactus_edge.train.recipe import Recipe, format_recipe, load_recipe, parse_recipe
-from cactus_edge.train.reports import EpochRow, StepReport, Summary
+from cactus_edge.train.reports import Summary
 from cactus_edge.train.zoo import Network
-
-
-class InterruptAfter:
-    """Presses Ctrl-C at a step, the way a user does."""
-
-    def __init__(self, step: int) -> None:
-        self.at = step
-        self.rows: list[EpochRow] = []
-
-    def step(self, report: StepReport) -> None:
-        assert 0 < report.step <= report.total_steps and report.samples_per_second > 0
-        if report.step == self.at:
-            signal.raise_signal(signal.SIGINT)
-
-    def epoch(self, row: EpochRow) -> None:
-        self.rows.append(row)
+from tests.train.interrupting import InterruptAfter
 
 
 def files(directory: Path) -> list[str]:

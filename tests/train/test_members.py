@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -36,8 +35,8 @@ from cactus_edge.train.members import (
 )
 from cactus_edge.train.objective import cactus_loss, drawn_members, schedule
 from cactus_edge.train.recipe import Compression, Recipe, format_recipe, load_recipe, parse_recipe
-from cactus_edge.train.reports import EpochRow, StepReport
 from cactus_edge.train.zoo import build
+from tests.train.interrupting import InterruptAfter
 from tests.train.networks import ROOT, deployed, groups
 
 
@@ -111,20 +110,6 @@ FIVE = """[
     { kind = "pruned-quantized", sparsity = 0.8, bits = 8 },
 ]
 """
-
-
-class InterruptAfter:
-    """Presses Ctrl-C at a step, the way a user does."""
-
-    def __init__(self, step: int) -> None:
-        self.at = step
-
-    def step(self, report: StepReport) -> None:
-        if report.step == self.at:
-            signal.raise_signal(signal.SIGINT)
-
-    def epoch(self, row: EpochRow) -> None:
-        del row
 
 
 def five(text: str, refresh: str, draw: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from cactus_edge.graph import Linear
 from cactus_edge.train import checkpoint, load_model, loop, train
 from cactus_edge.train.lower import convert
 from cactus_edge.train.recipe import Recipe, format_recipe, parse_recipe
-from cactus_edge.train.reports import EpochRow, StepReport
+from tests.train.interrupting import InterruptAfter
 
 BEFORE = """
 seed = 3
@@ -37,20 +36,6 @@ batch_size = 128
 learning_rate = 2e-3
 """
 FILES = (checkpoint.MODEL_FILE, checkpoint.STATE_FILE, checkpoint.HISTORY_FILE)
-
-
-class InterruptAfter:
-    """Presses Ctrl-C at a step, the way a user does."""
-
-    def __init__(self, step: int) -> None:
-        self.at = step
-
-    def step(self, report: StepReport) -> None:
-        if report.step == self.at:
-            signal.raise_signal(signal.SIGINT)
-
-    def epoch(self, row: EpochRow) -> None:
-        del row
 
 
 def after(source: Path, *changes: tuple[str, str]) -> Recipe:
