@@ -61,31 +61,46 @@ GRID = (
 
 @dataclass(frozen=True)
 class Phase:
-    """A recipe, with other numbers in its pruned or rounded members where given."""
+    """A recipe, with another sparsity or width in its members where given."""
 
     recipe: str
     sparsity: float | None = None
     bits: int | None = None
 
-    @property
-    def folder(self) -> str:
-        """``prune-finetune-0.98``."""
-        numbers = [f"{number:g}" for number in (self.sparsity, self.bits) if number is not None]
-        return "-".join([Path(self.recipe).name, *numbers])
+    def read(self) -> Recipe:
+        """The recipe of the repository."""
+        return load_recipe(RECIPES / f"{self.recipe}.toml")
 
-    def load(self, data: str, seed: int, start: Path) -> Recipe:
-        """The recipe as it is trained here, from ``start`` if it has one."""
-        recipe = load_recipe(RECIPES / f"{self.recipe}.toml")
-        named = msgspec.structs.replace(recipe.data, name=data)
-        recipe = msgspec.structs.replace(recipe, seed=seed, data=named)
-        if recipe.start is not None:
-            begun = msgspec.structs.replace(recipe.start, source=str(start))
-            recipe = msgspec.structs.replace(recipe, start=begun)
+    def made(self, data: str, seed: int, factor: float) -> Recipe:
+        """The recipe as it is trained here: on ``data``, all lengths times ``factor``."""
+        recipe = self.read()
+        objective, optimizer, choice = recipe.objective, recipe.optimizer, recipe.compression
         numbers = {"sparsity": self.sparsity, "bits": self.bits}
         changed = {key: number for key, number in numbers.items() if number is not None}
-        members = tuple(msgspec.structs.replace(m, **changed) for m in recipe.compression.members)
-        choice = msgspec.structs.replace(recipe.compression, members=members)
-        return msgspec.structs.replace(recipe, compression=choice)
+        return msgspec.structs.replace(
+            recipe,
+            seed=seed,
+            data=msgspec.structs.replace(recipe.data, name=data),
+            objective=msgspec.structs.replace(
+                objective,
+                warmup=factor * objective.warmup,
+                epsilon_ramp=factor * objective.epsilon_ramp,
+                lambda_ramp=factor * objective.lambda_ramp,
+            ),
+            compression=msgspec.structs.replace(
+                choice,
+                warmup=factor * choice.warmup,
+                members=tuple(msgspec.structs.replace(m, **changed) for m in choice.members),
+            ),
+            optimizer=msgspec.structs.replace(
+                optimizer, epochs=max(1, round(factor * optimizer.epochs))
+            ),
+        )
+
+    def folder(self, recipe: Recipe) -> str:
+        """``prune-finetune-0.98-10``: with what was changed, and the epochs."""
+        numbers = [number for number in (self.sparsity, self.bits) if number is not None]
+        return "-".join(f"{x}" for x in (Path(self.recipe).name, *numbers, recipe.optimizer.epochs))
 
 
 Chain = tuple[Phase, ...]
@@ -154,13 +169,19 @@ class Figures(msgspec.Struct, frozen=True):
     unbroken: int
 
 
-def trained(chain: Chain, data: str, seed: int, folder: Path) -> tuple[Path, list[Summary]]:
-    """The directory of a chain's network, and the summary of each phase."""
+def trained(
+    chain: Chain, data: str, seed: int, epochs: int, folder: Path
+) -> tuple[Path, list[Summary]]:
+    """The directory of a chain's network after ``epochs`` in all, and each phase's summary."""
+    factor = epochs / sum(phase.read().optimizer.epochs for phase in chain)
     summaries: list[Summary] = []
     directory = folder
     for phase in chain:
-        recipe = phase.load(data, seed, directory)
-        directory = folder / phase.folder
+        recipe = phase.made(data, seed, factor)
+        if recipe.start is not None:
+            begun = msgspec.structs.replace(recipe.start, source=str(directory))
+            recipe = msgspec.structs.replace(recipe, start=begun)
+        directory = folder / phase.folder(recipe)
         summaries.append(train(recipe, directory, resume=True))
     return directory, summaries
 
