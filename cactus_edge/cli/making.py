@@ -188,6 +188,14 @@ def convert(
         float | None,
         typer.Option("--eps", help="Radius for calibration; the recipe's without it."),
     ] = None,
+    clipping: Annotated[
+        str | None,
+        typer.Option(
+            "--clipping",
+            help="Clip weights where their rounding errs least (mse), or not at all; the recipe's "
+            "choice without it.",
+        ),
+    ] = None,
     universal: Annotated[
         bool,
         typer.Option("--universal/--plain", help="Choose scales on which all runtimes agree."),
@@ -211,6 +219,7 @@ def convert(
         member=member,
         epsilon=eps,
         universal=universal,
+        clipping=clipping,
         force=force,
     )
     rows = [

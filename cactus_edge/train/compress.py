@@ -2,8 +2,10 @@
 
 * Magnitude pruning: the mask keeps the largest weights of each layer or of the network; the
   surviving weights receive the gradient, the pruned ones none.
-* Quantization: symmetric, one scale per output channel, largest weight = largest level, so nothing
-  is clipped and every rounding error is at most half a step. The gradient passes straight through.
+* Quantization: symmetric, one scale per output channel, and one for all of the last layer, whose
+  logits share it. The largest weight is the largest level, so every rounding error is at most half
+  a step; or weights beyond the limit of least squared error are clipped to it first. The gradient
+  passes straight through.
 * Perturbation: the worst weights within half a step (sign ascent on the certified loss). Rounding
   to nearest stays within that radius, so the perturbed loss stands for every rounded network that
   the ascent can find; this is the admissible set of CACTUS (Xu and Singh 2025) with the radius its
@@ -25,6 +27,10 @@ from cactus_edge.train.zoo import Network
 
 RANGE_DECAY = 0.99  # of the moving average of activation ranges, per step
 SMALLEST_SCALE = 1e-12  # keeps the scale of an all-zero channel positive
+LIMITS = 16  # fractions of the largest weight that are tried as the limit of clipping
+REFINEMENTS = 2  # of the best of them
+
+Clipping = Literal["none", "mse"]
 
 Weights = Mapping[str, Tensor]  # layer name -> weight [out, ...]
 Masks = Mapping[str, Tensor]  # layer name -> bool, True where a weight survives
@@ -54,19 +60,69 @@ def magnitude_masks(
     }
 
 
-def quantization_step(weight: Tensor, bits: int) -> Tensor:
-    """Step per output channel, [out, 1, ...]: largest magnitude / (2^(bits-1) - 1)."""
+def quantization_step(weight: Tensor, bits: int, *, shared: bool = False) -> Tensor:
+    """Step per output channel, [out, 1, ...]: largest magnitude / (2^(bits-1) - 1).
+
+    ``shared``: one step for all channels, that of the largest weight.
+    """
     largest = weight.flatten(1).abs().amax(1).clamp(min=SMALLEST_SCALE)
+    if shared:
+        largest = largest.amax().expand_as(largest)
     return (largest / (2 ** (bits - 1) - 1)).reshape(-1, *[1] * (weight.dim() - 1))
 
 
-def fake_quantize(weight: Tensor, bits: int) -> Tensor:
+@torch.no_grad()
+def clipping_limit(weight: Tensor, bits: int, *, shared: bool = False) -> Tensor:
+    """The limit per output channel, [out, 1, ...], at which rounding errs least.
+
+    Errors are squared and summed over a channel, over all of them if ``shared``. The best of
+    ``LIMITS`` fractions of the largest weight is refined: between two roundings the best step for
+    given levels is their least-squares fit.
+    """
+    levels = 2 ** (bits - 1) - 1
+    rows = weight.detach().flatten(1)
+    if shared:
+        rows = rows.reshape(1, -1)
+    largest = rows.abs().amax(1, keepdim=True).clamp(min=SMALLEST_SCALE)
+    best, step = torch.full_like(largest, torch.inf), largest / levels
+
+    def attempt(candidate: Tensor) -> Tensor:
+        """The levels of one step per row; keeps it where it is the best so far."""
+        nonlocal best, step
+        rounded = (rows / candidate).round_().clamp_(-levels, levels)
+        error = (rounded * candidate - rows).square_().sum(1, keepdim=True)
+        step, best = torch.where(error < best, candidate, step), torch.minimum(error, best)
+        return rounded
+
+    for numerator in range(LIMITS, 0, -1):
+        attempt(largest * (numerator / LIMITS / levels))
+    for _ in range(REFINEMENTS):
+        rounded = attempt(step)
+        squares = rounded.square().sum(1, keepdim=True).clamp(min=1.0)
+        attempt(((rounded * rows).sum(1, keepdim=True) / squares).clamp(min=SMALLEST_SCALE))
+    limit = torch.minimum(step * levels, largest).expand(len(weight), 1)
+    return limit.reshape(-1, *[1] * (weight.dim() - 1))
+
+
+def clipped(weight: Tensor, bits: int, clipping: Clipping, *, shared: bool = False) -> Tensor:
+    """Weights within the limit of their channel; beyond it they have no gradient."""
+    if clipping == "none":
+        return weight
+    limit = clipping_limit(weight, bits, shared=shared)
+    return torch.clamp(weight, -limit, limit)
+
+
+def fake_quantize(
+    weight: Tensor, bits: int, clipping: Clipping = "none", *, shared: bool = False
+) -> Tensor:
     """Round ``weight`` [out, ...] to its channels' steps; straight-through gradient.
 
     The gradient passes through the rounding, not past the step: the largest weight of a channel
-    moves all its levels (Esser et al. 2020), which counts the more the fewer levels there are.
+    moves all its levels (Esser et al. 2020), which counts the more the fewer levels there are. The
+    limit of clipping is a constant to it.
     """
-    step = quantization_step(weight, bits)
+    weight = clipped(weight, bits, clipping, shared=shared)
+    step = quantization_step(weight, bits, shared=shared)
     rounded = round_through(weight, step.detach())
     error = ((rounded - weight) / step).detach()
     return rounded + error * (step - step.detach())
@@ -80,8 +136,11 @@ def perturbation(
     Sign ascent from 0; each step moves by 2 / (steps + 1) of the radius, clipped to the radius.
     Weights that are exactly 0 (pruned) stay 0, as they do in rounding.
     """
+    last = list(weights)[-1]
     radius = {
-        name: quantization_step(weight.detach(), bits) / 2 * (weight.detach() != 0)
+        name: quantization_step(weight.detach(), bits, shared=name == last)
+        / 2
+        * (weight.detach() != 0)
         for name, weight in weights.items()
     }
     offsets = {name: torch.zeros_like(weight) for name, weight in weights.items()}

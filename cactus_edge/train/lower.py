@@ -24,7 +24,7 @@ from cactus_edge.graph import Graph
 from cactus_edge.inputs import METADATA
 from cactus_edge.train.assembly import Assembly, LayerReport
 from cactus_edge.train.checkpoint import Model, load_model
-from cactus_edge.train.compress import fake_quantize
+from cactus_edge.train.compress import Clipping, clipped, fake_quantize
 from cactus_edge.train.folding import Layer, Stage, stages
 from cactus_edge.train.members import Magnitude, Member, Pattern
 from cactus_edge.train.ranges import calibrate
@@ -80,6 +80,7 @@ class Settings:
         bits: width of the weights.
         sparsity: fraction that is pruned, by magnitude, in the recipe's scope.
         pattern: what is pruned instead; None is ``sparsity``.
+        clipping: of weights before they are rounded; None is the recipe's.
         epsilon: radius for calibration; None is the recipe's radius of certification.
         universal: whether to move scales to where every runtime agrees.
         edge_bits: width of the first and the last layer; None is ``bits``, the default, because
@@ -92,6 +93,7 @@ class Settings:
     universal: bool = True
     edge_bits: int | None = None
     pattern: Pattern | None = None
+    clipping: str | None = None
 
     @property
     def pruned(self) -> Pattern:
@@ -108,6 +110,8 @@ class Settings:
         for width in (self.bits, self.bits if self.edge_bits is None else self.edge_bits):
             if width not in (2, 3, 4, 8):
                 raise UsageError(f"--bits {width}: weights are deployed at 8, 4, 3 or 2 bits")
+        if self.clipping not in (None, "none", "mse"):
+            raise UsageError(f"--clipping {self.clipping}: use none or mse")
         if not 0 <= self.sparsity < 1:
             raise UsageError(f"--sparsity {self.sparsity}: a fraction from 0 to below 1 is needed")
         if self.sparsity and self.pattern is not None:
@@ -137,12 +141,17 @@ def lower(model: Model, calibration: datasets.Dataset, settings: Settings) -> Lo
     whole = stages(model.network.eval(), masks)
     folded = without_unread(whole) if pattern.removes_channels else whole
     widths = _widths(folded, settings)
+    asked = settings.clipping or recipe.compression.clipping
+    clipping: Clipping = "mse" if asked == "mse" else "none"
+    folded = _clipped(folded, widths, clipping)
     images = _tensor(calibration, CALIBRATION_SAMPLES)
     ranges = calibrate(_rounded(folded, widths), images, epsilon)
     assembly = Assembly(folded, ranges, model.network.input_shape, widths)
     graph, reports = assembly.build(settings.universal)
     agreed = universal.is_universal(graph)
-    graph = replace(graph, metadata=_metadata(model, calibration, settings, epsilon, graph))
+    graph = replace(
+        graph, metadata=_metadata(model, calibration, settings, epsilon, clipping, graph)
+    )
     validate(graph)
     differences = shadow_check(graph, assembly.shadows, images[:_SHADOW_SAMPLES])
     report = LoweringReport(
@@ -168,6 +177,7 @@ def convert(
     epsilon: float | None = None,
     universal: bool = True,
     edge_bits: int | None = None,
+    clipping: str | None = None,
     force: bool = False,
 ) -> LoweringReport:
     """Convert a run's directory (or its ``model.safetensors``) to a ``.tflite`` file.
@@ -181,6 +191,7 @@ def convert(
         epsilon: see ``Settings``.
         universal: see ``Settings``.
         edge_bits: see ``Settings``.
+        clipping: see ``Settings``.
         force: replace ``output``.
 
     Raises:
@@ -197,7 +208,7 @@ def convert(
             raise UsageError(f"--bits {bits}: the member '{chosen.label()}' has {width} bits")
         bits = width if bits is None else bits
     settings = Settings(
-        8 if bits is None else bits, sparsity, epsilon, universal, edge_bits, pattern
+        8 if bits is None else bits, sparsity, epsilon, universal, edge_bits, pattern, clipping
     )
     data = datasets.load(model.recipe.data.name, "train", model.recipe.data.validation)
     lowering = lower(model, data, settings)
@@ -250,18 +261,46 @@ def _widths(folded: Sequence[Stage], settings: Settings) -> dict[str, int]:
     return widths
 
 
-def _rounded(folded: Sequence[Stage], widths: Mapping[str, int]) -> list[Stage]:
-    """The stages with weights rounded nearly as they will ship, for calibration."""
+def _clipped(folded: Sequence[Stage], widths: Mapping[str, int], clipping: Clipping) -> list[Stage]:
+    """The stages with weights clipped: the largest weight of a channel is then its limit."""
+    last = _last(folded)
     return [
-        replace(stage, weight=fake_quantize(stage.weight, widths[stage.name]))
+        replace(
+            stage,
+            weight=clipped(stage.weight, widths[stage.name], clipping, shared=stage.name == last),
+        )
         if isinstance(stage, Layer)
         else stage
         for stage in folded
     ]
 
 
+def _rounded(folded: Sequence[Stage], widths: Mapping[str, int]) -> list[Stage]:
+    """The stages with weights rounded nearly as they will ship, for calibration."""
+    last = _last(folded)
+    return [
+        replace(
+            stage,
+            weight=fake_quantize(stage.weight, widths[stage.name], shared=stage.name == last),
+        )
+        if isinstance(stage, Layer)
+        else stage
+        for stage in folded
+    ]
+
+
+def _last(folded: Sequence[Stage]) -> str:
+    """The layer of the logits, which has one scale."""
+    return [stage.name for stage in folded if isinstance(stage, Layer)][-1]
+
+
 def _metadata(
-    model: Model, data: datasets.Dataset, settings: Settings, epsilon: float, graph: Graph
+    model: Model,
+    data: datasets.Dataset,
+    settings: Settings,
+    epsilon: float,
+    clipping: Clipping,
+    graph: Graph,
 ) -> tuple[tuple[str, bytes], ...]:
     pixel = data.images.dtype == np.uint8
     mapping: dict[str, object] = (
@@ -277,6 +316,7 @@ def _metadata(
         "bits": settings.bits,
         "edge_bits": settings.bits if settings.edge_bits is None else settings.edge_bits,
         "sparsity": settings.sparsity,
+        "clipping": clipping,
         "epsilon": epsilon,
     }
     if settings.pattern is not None:

@@ -18,7 +18,8 @@ import tomli_w
 
 from cactus_edge.errors import DataError
 from cactus_edge.train import losses
-from cactus_edge.train.members import Dense, Member, Pruning
+from cactus_edge.train.compress import Clipping
+from cactus_edge.train.members import Dense, Member, Perturbed, Pruning
 
 UnitInterval = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 PositiveUnit = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
@@ -122,6 +123,7 @@ class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             expectation at the cost of as many networks).
         quantizer: how quantized members get their weights: rounding with a straight-through
             gradient, or the adversarial perturbation that bounds any rounding.
+        clipping: ``none``, or weights are clipped where rounding has the least ``mse``.
         activations: quantized members propagate ``float`` or fake-quantized ``int8`` activations.
         scope: single weights are pruned ``layer`` by layer, or by their ``global`` ranking.
         prune_last: whether single weights, groups and blocks of the output layer are pruned too.
@@ -135,6 +137,7 @@ class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     members: Annotated[tuple[Member, ...], msgspec.Meta(min_length=1)] = (Dense(),)
     draw: Literal["all", "one"] | PositiveCount = "all"
     quantizer: Literal["straight-through", "weight-perturbation"] = "straight-through"
+    clipping: Clipping = "none"
     activations: Literal["float", "int8"] = "float"
     scope: Literal["layer", "global"] = "layer"
     prune_last: bool = True
@@ -153,6 +156,15 @@ class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(
                 f"draw = {self.draw}, but there are {len(self.members)} members; write 'all' or a "
                 "smaller number"
+            )
+        bounded = self.quantizer == "weight-perturbation" or any(
+            isinstance(member, Perturbed) for member in self.members
+        )
+        if self.clipping != "none" and bounded:
+            raise ValueError(
+                "[compression] clipping moves weights by more than half a step, which weight "
+                "perturbations do not cover; write clipping = 'none' or quantizer = "
+                "'straight-through' without perturbed members"
             )
         if self.warmup and (self.mask_refresh == "once" or self.importance == "scores"):
             raise ValueError(

@@ -34,7 +34,7 @@ def training_view(
 ) -> View:
     """The view of a member in training; ``loss`` is the certified loss that perturbations raise."""
     shown = _shown(member, choice, ranges)
-    training = Training(choice.quantizer, lambda moved: loss(View(moved, shown)))
+    training = Training(choice.quantizer, choice.clipping, lambda moved: loss(View(moved, shown)))
     return View(member.training_weights(pruned_weights(network, masks), training), shown)
 
 
@@ -53,7 +53,7 @@ def deployed_view(
     if masks is None:
         masks = member.pattern().masks(network, choice.pruning)
     weights = {name: weight.detach() for name, weight in pruned_weights(network, masks).items()}
-    return View(member.deployed_weights(weights), _shown(member, choice, ranges))
+    return View(member.deployed_weights(weights, choice.clipping), _shown(member, choice, ranges))
 
 
 def _shown(

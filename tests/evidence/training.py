@@ -151,7 +151,13 @@ METHODS = (
         },
     ),
     _whole("CACTUS, sparsities", "mnist-cactus"),
-    _whole("CACTUS, widths", "mnist-cactus-bits"),
+    Method(
+        "CACTUS, widths",
+        {
+            (Phase("mnist-cactus-bits", bits=bits),): tuple(c for c in GRID if c.bits == bits)
+            for bits in (4, 3, 2)
+        },
+    ),
 )
 DATA = ("mnist", "fashion-mnist")
 
@@ -190,7 +196,7 @@ def deployed(directory: Path, cell: Cell, training: Dataset, test: Dataset) -> F
     """Convert, read the bytes back, certify all test images by intervals, attack some."""
     stored = directory / f"{round(1000 * cell.sparsity):03d}-{cell.bits}.json"
     model = load_model(directory)
-    settings = Settings(bits=cell.bits, sparsity=cell.sparsity)
+    settings = Settings(bits=cell.bits, sparsity=cell.sparsity, clipping="mse")
     content = write_tflite(lower(model, training, settings).graph)
     sha256 = hashlib.sha256(content).hexdigest()
     if stored.exists():

@@ -75,10 +75,60 @@ def test_rounding_passes_the_gradient_through(bits: int, seed: int) -> None:
     torch.testing.assert_close(gradient, expected)
 
 
-def test_quantization_commutes_with_folding_a_scale_per_channel() -> None:
+@given(bits=st.integers(2, 8), seed=st.integers(0, 50), shared=st.booleans())
+@settings(max_examples=40)
+def test_clipping_errs_least_in_the_mean(bits: int, seed: int, shared: bool) -> None:
+    """Not more than at any fraction of the largest weight that is tried, clipping nothing too."""
+    source = torch.Generator().manual_seed(seed)
+    weight = torch.randn(3, 40, generator=source) ** 3  # few large ones
+    weight[1] *= 7
+    limit = compress.clipping_limit(weight, bits, shared=shared)
+    largest = compress.quantization_step(weight, bits, shared=shared) * (2 ** (bits - 1) - 1)
+    assert bool((limit <= largest).all()) and bool((limit > 0).all())
+    assert limit.shape == (3, 1) and (len(limit.unique()) == 1) == shared
+
+    def error(step: torch.Tensor) -> torch.Tensor:
+        levels = 2 ** (bits - 1) - 1
+        errors = ((weight / step).round().clamp(-levels, levels) * step - weight) ** 2
+        return errors.sum(() if shared else 1)
+
+    least = error(limit / (2 ** (bits - 1) - 1))
+    for numerator in range(1, compress.LIMITS + 1):
+        tried = error(largest * (numerator / compress.LIMITS) / (2 ** (bits - 1) - 1))
+        assert bool((least <= tried * (1 + 1e-5)).all())
+    rounded = compress.fake_quantize(weight, bits, "mse", shared=shared)
+    step = limit / (2 ** (bits - 1) - 1)
+    torch.testing.assert_close(error(step), ((rounded - weight) ** 2).sum(() if shared else 1))
+
+
+def test_clipped_weights_get_no_gradient() -> None:
+    weight = torch.tensor([[1.0] * 60 + [4.0]], requires_grad=True)
+    assert bool((weight.abs() > compress.clipping_limit(weight, 3))[0, -1])
+    rounded = compress.fake_quantize(weight, 3, "mse")
+    (gradient,) = torch.autograd.grad(rounded.sum(), weight)
+    assert float(gradient[0, -1]) == 0.0 and bool((gradient[0, :-1] == 1.0).all())
+
+
+def test_the_logits_share_one_step() -> None:
+    made = network()
+    for clipping in ("none", "mse"):
+        choice = Compression(clipping=clipping)
+        view = views.deployed_view(made, PrunedQuantized(0.0, 3), choice, {})
+        *hidden, last = view.weights.values()
+        for weight in hidden:
+            assert len(weight.abs().flatten(1).amax(1).unique()) > 1
+        levels = last / (last.abs().amax() / 3)
+        torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("clipping", ["none", "mse"])
+def test_quantization_commutes_with_folding_a_scale_per_channel(
+    clipping: compress.Clipping,
+) -> None:
     weight, scale = torch.randn(4, 9), torch.tensor([[0.5], [-2.0], [4.0], [-0.25]])
     torch.testing.assert_close(
-        compress.fake_quantize(weight * scale, 4), compress.fake_quantize(weight, 4) * scale
+        compress.fake_quantize(weight * scale, 4, clipping),
+        compress.fake_quantize(weight, 4, clipping) * scale,
     )
 
 
@@ -95,7 +145,7 @@ def test_perturbations_stay_within_half_a_step(bits: int, steps: int, seed: int)
 
     offsets = compress.perturbation(weights, bits, steps, loss)
     for name, weight in weights.items():
-        radius = compress.quantization_step(weight, bits) / 2
+        radius = compress.quantization_step(weight, bits, shared=name == "b") / 2
         assert bool((offsets[name].abs() <= radius).all())
         assert bool((offsets[name][weight == 0] == 0).all())
     if steps == 1:
@@ -132,7 +182,8 @@ def test_quantizer_decides_how_members_are_realised(
     perturbed = views.training_view(made, Perturbed(4, steps=3), choice, {}, {}, loss)
     assert len(calls) == 3 + (quantizer == "weight-perturbation")
     for name, layer in made.weighted():
-        radius = compress.quantization_step(layer.weight, 4) / 2
+        last = name == made.weighted()[-1][0]
+        radius = compress.quantization_step(layer.weight, 4, shared=last) / 2
         for moved in (view, perturbed):
             assert bool(((moved.weights[name] - layer.weight).abs() <= radius * 1.0001).all())
             assert bool((moved.weights[name] != layer.weight).any())

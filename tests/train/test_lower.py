@@ -17,12 +17,14 @@ from cactus_edge.datasets import Dataset
 from cactus_edge.errors import OutputError, ToolError, UnsupportedModelError, UsageError
 from cactus_edge.execute import execute, execute_all
 from cactus_edge.graph import Conv2D, FullyConnected, Graph, Linear, Padding
+from cactus_edge.train import views
 from cactus_edge.train.assembly import Assembly
 from cactus_edge.train.checkpoint import Model, ModelMetadata, save_model
 from cactus_edge.train.folding import Layer, stages
 from cactus_edge.train.lower import Settings, convert, lower
+from cactus_edge.train.members import Quantized
 from cactus_edge.train.ranges import calibrate
-from cactus_edge.train.recipe import Recipe, load_recipe
+from cactus_edge.train.recipe import Compression, Recipe, load_recipe
 from cactus_edge.train.shadow import shadow_check
 from cactus_edge.train.zoo import NETWORKS, Add, Network, Resume, build
 
@@ -253,6 +255,36 @@ def test_edges_of_another_width(bits: int, edge_bits: int) -> None:
     assert [layer.bits for layer in lowering.report.layers] == [edge_bits, bits, bits, edge_bits]
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_clipping_is_that_of_training(bits: int) -> None:
+    """The levels of the file are those of the member with ``clipping = "mse"``, and differ."""
+    made, data = model("cnn-tiny", (1, 8, 8)), images((8, 8, 1))
+    with torch.no_grad():
+        for _, layer in made.network.weighted():
+            layer.weight[:, 0] *= 3  # some large weights
+    member = Quantized(bits)
+    choice = Compression(members=(member,), clipping="mse")
+    view = views.deployed_view(made.network, member, choice, {})
+    lowerings = [
+        lower(made, data, Settings(bits, epsilon=0.02, universal=False, clipping=clipping))
+        for clipping in ("mse", "none", None)
+    ]
+    mse, none, recipe_choice = (
+        [op.weights.values for op in lowering.graph.core if isinstance(op, Linear)]
+        for lowering in lowerings
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(none, recipe_choice, strict=True))
+    assert any(not np.array_equal(a, b) for a, b in zip(none, mse, strict=True))
+    for name, levels in zip(view.weights, mse, strict=True):
+        weight = view.weights[name]
+        step = weight.abs().flatten(1).amax(1) / (2 ** (bits - 1) - 1)
+        wanted = (weight / step.reshape(-1, *[1] * (weight.dim() - 1))).round()
+        if weight.dim() == 4:  # channels last; the layer behind the flatten has another order
+            assert np.mean(levels == wanted.permute(0, 2, 3, 1).numpy()) > 0.999, name
+    provenance = dict(lowerings[0].graph.metadata)["cactus_edge.provenance"]
+    assert json.loads(provenance)["clipping"] == "mse"
+
+
 @pytest.mark.parametrize(
     ("factor", "bias"), [(1e-12, 0.0), (1e-12, -50.0), (1e-12, 0.5), (1e-5, 0.5), (0.0, 0.5)]
 )
@@ -339,9 +371,16 @@ def test_convert_is_deterministic_and_refuses_to_overwrite(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"bits": 5}, {"edge_bits": 7}, {"sparsity": 1.0}, {"sparsity": -0.1}, {"epsilon": 2.0}],
+    [
+        {"clipping": "max"},
+        {"bits": 5},
+        {"edge_bits": 7},
+        {"sparsity": 1.0},
+        {"sparsity": -0.1},
+        {"epsilon": 2.0},
+    ],
 )
-def test_settings_out_of_range(arguments: dict[str, float]) -> None:
+def test_settings_out_of_range(arguments: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         Settings(**arguments)  # type: ignore[arg-type]
 

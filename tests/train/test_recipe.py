@@ -109,6 +109,11 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
             'importance = "scores"',
             r"trains the choice of weights alone, but 'dense' keeps them all; write members that",
         ),
+        (
+            'mask_refresh = "epoch"',
+            'clipping = "mse"\nquantizer = "weight-perturbation"',
+            r"\[compression\] clipping moves weights by more than half a step.*straight-through",
+        ),
         ("epochs = 2", "epochs = 2\nmilestones = [0.5, 2.0]", r"milestones\[1\]: .*at most 1"),
         ("epsilon_ramp = 1", "epsilon_ramp = 5", r"must not exceed \[optimizer\] epochs = 2"),
         ("[optimizer]", "[optimizer", r"not a TOML file"),

@@ -14,7 +14,13 @@ from typing import Annotated, ClassVar, Literal
 import msgspec
 from torch import Tensor
 
-from cactus_edge.train.compress import Masks, Weights, fake_quantize, perturbation
+from cactus_edge.train.compress import (
+    Clipping,
+    Masks,
+    Weights,
+    fake_quantize,
+    perturbation,
+)
 from cactus_edge.train.zoo import Network
 
 Fraction = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
@@ -57,10 +63,12 @@ class Training:
 
     Attributes:
         quantizer: see ``recipe.Compression``.
+        clipping: see ``recipe.Compression``.
         loss: the certified loss [] of weights, which perturbations raise.
     """
 
     quantizer: Literal["straight-through", "weight-perturbation"]
+    clipping: Clipping
     loss: Callable[[Weights], Tensor]
 
 
@@ -86,17 +94,21 @@ class MemberKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
             return weights
         if training.quantizer == "weight-perturbation":
             return perturbed(weights, bits, 1, training)
-        return rounded(weights, bits)
+        return rounded(weights, bits, training.clipping)
 
-    def deployed_weights(self, weights: Weights) -> Weights:
+    def deployed_weights(self, weights: Weights, clipping: Clipping) -> Weights:
         """The weights that are evaluated, from pruned ones: rounded, nothing adversarial."""
         bits = self.weight_bits()
-        return weights if bits is None else rounded(weights, bits)
+        return weights if bits is None else rounded(weights, bits, clipping)
 
 
-def rounded(weights: Weights, bits: int) -> Weights:
-    """Every weight rounded to its channel's steps; straight-through gradient."""
-    return {name: fake_quantize(weight, bits) for name, weight in weights.items()}
+def rounded(weights: Weights, bits: int, clipping: Clipping) -> Weights:
+    """Every weight rounded to its channel's steps, as deployed; straight-through gradient."""
+    last = list(weights)[-1]  # the logits share one scale
+    return {
+        name: fake_quantize(weight, bits, clipping, shared=name == last)
+        for name, weight in weights.items()
+    }
 
 
 def perturbed(weights: Weights, bits: int, steps: int, training: Training) -> Weights:
