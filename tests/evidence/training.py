@@ -73,34 +73,40 @@ class Phase:
 
     def made(self, data: str, seed: int, factor: float) -> Recipe:
         """The recipe as it is trained here: on ``data``, all lengths times ``factor``."""
-        recipe = self.read()
-        objective, optimizer, choice = recipe.objective, recipe.optimizer, recipe.compression
+        recipe = scaled(self.read(), factor)
+        choice = recipe.compression
         numbers = {"sparsity": self.sparsity, "bits": self.bits}
         changed = {key: number for key, number in numbers.items() if number is not None}
+        members = tuple(msgspec.structs.replace(m, **changed) for m in choice.members)
         return msgspec.structs.replace(
             recipe,
             seed=seed,
             data=msgspec.structs.replace(recipe.data, name=data),
-            objective=msgspec.structs.replace(
-                objective,
-                warmup=factor * objective.warmup,
-                epsilon_ramp=factor * objective.epsilon_ramp,
-                lambda_ramp=factor * objective.lambda_ramp,
-            ),
-            compression=msgspec.structs.replace(
-                choice,
-                warmup=factor * choice.warmup,
-                members=tuple(msgspec.structs.replace(m, **changed) for m in choice.members),
-            ),
-            optimizer=msgspec.structs.replace(
-                optimizer, epochs=max(1, round(factor * optimizer.epochs))
-            ),
+            compression=msgspec.structs.replace(choice, members=members),
         )
 
     def folder(self, recipe: Recipe) -> str:
         """``prune-finetune-0.98-10``: with what was changed, and the epochs."""
         numbers = [number for number in (self.sparsity, self.bits) if number is not None]
         return "-".join(f"{x}" for x in (Path(self.recipe).name, *numbers, recipe.optimizer.epochs))
+
+
+def scaled(recipe: Recipe, factor: float) -> Recipe:
+    """All lengths times ``factor``."""
+    objective, optimizer, choice = recipe.objective, recipe.optimizer, recipe.compression
+    return msgspec.structs.replace(
+        recipe,
+        objective=msgspec.structs.replace(
+            objective,
+            warmup=factor * objective.warmup,
+            epsilon_ramp=factor * objective.epsilon_ramp,
+            lambda_ramp=factor * objective.lambda_ramp,
+        ),
+        compression=msgspec.structs.replace(choice, warmup=factor * choice.warmup),
+        optimizer=msgspec.structs.replace(
+            optimizer, epochs=max(1, round(factor * optimizer.epochs))
+        ),
+    )
 
 
 Chain = tuple[Phase, ...]
@@ -154,7 +160,9 @@ METHODS = (
     Method(
         "CACTUS, widths",
         {
-            (Phase("mnist-cactus-bits", bits=bits),): tuple(c for c in GRID if c.bits == bits)
+            (Phase("mnist-cactus"), Phase("mnist-cactus-bits", bits=bits)): tuple(
+                cell for cell in GRID if cell.bits == bits
+            )
             for bits in (4, 3, 2)
         },
     ),
