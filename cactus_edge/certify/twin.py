@@ -5,8 +5,10 @@ weights ``[[W+, W-], [W-, W+]]`` and the same bias, multiplier, shift and clamp 
 (lower, upper). Sums, pools and clamps are monotone in each argument and apply to both halves. So
 the certifier has no arithmetic of its own: it rewrites the graph and runs an ordinary executor.
 
-The twin is built from a *resolved* graph and keeps its integers, channel by channel, so that the
-shapes of the twin (twice the channels) never decide how anything is rounded.
+The twin of a *resolved* graph keeps its integers, channel by channel, so that the shapes of the
+twin (twice the channels) never decide how anything is rounded. The twin of a graph with scales
+keeps the scales, from which a runtime derives integers anew; ``twin_model`` says where they are the
+same.
 """
 
 from __future__ import annotations
@@ -34,9 +36,12 @@ from cactus_edge.graph import (
     Tensor,
     Weights,
 )
+from cactus_edge.profiles import is_resolved
 from cactus_edge.semantics import Rounding
 
 _LARGEST_PERMUTATION = 4096
+_HALF = np.array([0x3F000000], np.uint32)  # the pattern of 1/2 in float32
+_NO_SCALE = np.zeros(0, np.uint32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +71,7 @@ class Twin:
 
 
 def twin(graph: Graph) -> Twin:
-    """The twin of a resolved graph, from its integer input to its logits.
+    """The twin of a graph, from its integer input to its logits; resolved if the graph is.
 
     Raises:
         UnsupportedModelError: a RESHAPE splits the channels of a large tensor that a convolution, a
@@ -81,7 +86,7 @@ def twin(graph: Graph) -> Twin:
             sources[0] if isinstance(op, Reshape) else _stacked(graph.tensors[op.output])
         )
         doubled = _rewrite(graph, op, sources[0])
-        if not isinstance(op, (Reshape, FullyConnected)):
+        if not (isinstance(op, Reshape) or _reads_any_order(graph, op)):
             inputs = tuple(
                 _stack_again(graph, tensors, operators, index, source)
                 for index, source in zip(op.inputs, sources, strict=True)
@@ -90,6 +95,19 @@ def twin(graph: Graph) -> Twin:
         operators.append(doubled)
     whole = Graph(tuple(tensors), tuple(operators), graph.core_input, graph.logits)
     return Twin(whole, halves)
+
+
+def _reads_any_order(graph: Graph, op: Operator) -> bool:
+    """Whether the columns of a layer's weights can follow its input: each is one element of it."""
+    if isinstance(op, FullyConnected):
+        return True
+    pixel = isinstance(op, Conv2D) and not isinstance(op, DepthwiseConv2D)
+    return (
+        pixel
+        and op.weights.values.shape[1:3] == (1, 1)
+        and graph.tensors[op.inputs[0]].shape[1:3] == (1, 1)
+        and graph.tensors[op.output].shape[1:3] == (1, 1)
+    )
 
 
 def _doubled(tensor: Tensor) -> Tensor:
@@ -114,7 +132,8 @@ def _stack_again(
     """A tensor with the halves of ``index`` side by side along the last axis; itself if they are.
 
     A RESHAPE that changes the channels leaves the halves interleaved. They are put in order by a
-    FULLY_CONNECTED layer that doubles each element and halves the sum, which is exact.
+    FULLY_CONNECTED layer that doubles each element and halves the sum, which is exact under every
+    rounding. Between tensors with scales its weights have the scale 1/2.
     """
     tensor = graph.tensors[index]
     target = _stacked(tensor)
@@ -128,6 +147,8 @@ def _stack_again(
     permutation = np.zeros((2 * tensor.size, 2 * tensor.size), np.int8)
     for old, new in zip(source, target, strict=True):
         permutation[new, old] = 2
+    scaled = not is_resolved(graph)
+    halving = Requantization.uniform(Rounding.SINGLE, 1, 1, 2 * tensor.size)
     flat = Tensor(f"{tensor.name}/ordered", (1, 2 * tensor.size), tensor.dtype, tensor.quantization)
     tensors += [flat, _doubled(tensor)]
     operators.append(
@@ -135,9 +156,9 @@ def _stack_again(
             name=flat.name,
             inputs=(index,),
             output=len(tensors) - 2,
-            weights=Weights(permutation),
+            weights=Weights(permutation, 8, _HALF if scaled else _NO_SCALE),
             bias=np.zeros(2 * tensor.size, np.int32),
-            requantization=Requantization.uniform(Rounding.SINGLE, 1, 1, 2 * tensor.size),
+            requantization=None if scaled else halving,
         )
     )
     operators.append(
@@ -150,6 +171,8 @@ def _rewrite(graph: Graph, op: Operator, source: tuple[Int64Array, Int64Array]) 
     match op:
         case Linear():
             return _linear(graph, op, source)
+        case Add() if op.requantization is None:
+            return op
         case Add():
             return replace(op, clamp=graph.output_range(op))
         case Pad() | Reshape():
@@ -160,24 +183,21 @@ def _rewrite(graph: Graph, op: Operator, source: tuple[Int64Array, Int64Array]) 
 
 
 def _linear(graph: Graph, op: Linear, source: tuple[Int64Array, Int64Array]) -> Linear:
-    parameters = op.requantization
-    assert parameters is not None, "the twin is built from a resolved graph"
-    doubled = Requantization(
-        np.tile(parameters.rounding, 2),
-        np.tile(parameters.multiplier, 2),
-        np.tile(parameters.shift, 2),
-    )
+    doubled = _twice(op.requantization)
     positive = np.maximum(op.weights.values, 0)
     negative = np.minimum(op.weights.values, 0)
     bias = np.tile(op.bias, 2)
-    clamp = graph.output_range(op)
-    if isinstance(op, FullyConnected):
+    clamp = op.clamp if doubled is None else graph.output_range(op)
+    if _reads_any_order(graph, op):
         low, high = source
         values = np.zeros((2 * op.channels, low.size + high.size), np.int8)
         for rows, same, other in ((0, low, high), (op.channels, high, low)):
-            values[rows : rows + op.channels, same] = positive
-            values[rows : rows + op.channels, other] = negative
-        return replace(op, weights=Weights(values), bias=bias, clamp=clamp, requantization=doubled)
+            values[rows : rows + op.channels, same] = positive.reshape(op.channels, -1)
+            values[rows : rows + op.channels, other] = negative.reshape(op.channels, -1)
+        if isinstance(op, Conv2D):
+            values = values[:, None, None, :]
+        weights = _weights(op, values)
+        return replace(op, weights=weights, bias=bias, clamp=clamp, requantization=doubled)
     assert isinstance(op, Conv2D)
     if isinstance(op, DepthwiseConv2D):
         channels = graph.tensors[op.inputs[0]].shape[-1]
@@ -192,7 +212,7 @@ def _linear(graph: Graph, op: Linear, source: tuple[Int64Array, Int64Array]) -> 
         name=op.name,
         inputs=op.inputs,
         output=op.output,
-        weights=Weights(values),
+        weights=_weights(op, values),
         bias=bias,
         activation=op.activation,
         clamp=clamp,
@@ -201,6 +221,20 @@ def _linear(graph: Graph, op: Linear, source: tuple[Int64Array, Int64Array]) -> 
         dilation=op.dilation,
         padding=op.padding,
     )
+
+
+def _twice(parameters: Requantization | None) -> Requantization | None:
+    if parameters is None:
+        return None
+    parts = (parameters.rounding, parameters.multiplier, parameters.shift)
+    return Requantization(*(np.tile(part, 2) for part in parts))
+
+
+def _weights(op: Linear, values: Int8Array) -> Weights:
+    """``values`` with the layer's width and scales, for both halves of the channels."""
+    old = op.weights
+    scale_bits = np.tile(old.scale_bits, 2) if old.per_channel else old.scale_bits
+    return Weights(values, old.bits, scale_bits)
 
 
 def _spread(values: Int8Array, channels: int) -> Int8Array:

@@ -1,4 +1,4 @@
-"""The verbs ``analyze`` and ``supported-ops``."""
+"""The verbs ``analyze``, ``twin`` and ``supported-ops``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import typer
 
 from cactus_edge import files, flatbuffer, manual
 from cactus_edge.analyze import analyze as describe
-from cactus_edge.cli.output import JsonOption, emit, percent, table
+from cactus_edge.certify.twin_model import make_twin
+from cactus_edge.cli.output import ForceOption, JsonOption, emit, percent, table
 
 
 def analyze(
@@ -54,6 +55,27 @@ def analyze(
     emit(result, as_json, table(title, columns, rows))
 
 
+def twin(
+    model: Annotated[Path, typer.Argument(help="A .tflite file.", metavar="MODEL")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .tflite file to write.")],
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model whose output are certified bounds of the model's logits, on any runtime.
+
+    Example: cactus-edge twin model.tflite -o twin.tflite
+    """
+    report = make_twin(model, output, force=force)
+    rows = [(name, "yes") for name in report.profiles]
+    rows += [(name, f"no: {reason}") for name, reason in report.others.items()]
+    agreement = "the same bounds on every runtime" if report.universal else "bounds by profile"
+    shapes = " -> ".join(
+        "x".join(map(str, shape)) for shape in (report.input_shape, report.output_shape)
+    )
+    title = f"{output}: {report.bytes:,} bytes, {shapes}, {agreement}"
+    emit(report, as_json, table(title, ("profile", "bounds are those of certify"), rows))
+
+
 def supported_ops(
     write: Annotated[
         Path | None, typer.Option("--write", help="Write the manual as Markdown instead.")
@@ -78,4 +100,5 @@ def supported_ops(
 def register(app: typer.Typer) -> None:
     """Add this module's verbs."""
     app.command()(analyze)
+    app.command()(twin)
     app.command()(supported_ops)
