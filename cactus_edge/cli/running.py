@@ -39,8 +39,10 @@ def _samples(graph: Graph, data: str, count: int) -> Int64Array:
 
 
 def validate(
-    model: ModelArgument,
-    data: DataOption,
+    model: Annotated[Path | None, typer.Argument(help="A .tflite file.", metavar="MODEL")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="A data set's name or an .npz file.")
+    ] = None,
     samples: SamplesOption = 100,
     layer_samples: Annotated[
         int, typer.Option("--layer-samples", help="Samples on which every layer is compared.")
@@ -48,6 +50,14 @@ def validate(
     profile: Annotated[
         str, typer.Option("--profile", help="Rounding profile of our own executors.")
     ] = profiles.DEFAULT,
+    learn_profile: Annotated[
+        bool,
+        typer.Option(
+            "--learn-profile",
+            help="Find out by probing models which named profile each installed runtime follows; "
+            "takes no model.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run every installed runtime on the same inputs, layer by layer, against its profile.
@@ -56,6 +66,13 @@ def validate(
     """
     from cactus_edge.validate import peers, validate_model
 
+    if learn_profile:
+        if model is not None or data is not None:
+            raise UsageError("--learn-profile runs models of its own; give no model and no --data")
+        _learn(as_json)
+        return
+    if model is None or data is None:
+        raise UsageError("give a MODEL and --data, or --learn-profile")
     profiles.profile_of(profile)
     graph, content = flatbuffer.load(model)
     stored = _samples(graph, data, samples)
@@ -113,6 +130,35 @@ def validate(
     if not result.agrees:
         bad = [peer.name for peer in result.peers if peer.status in ("different", "error")]
         raise RuntimesDisagreeError(f"{model}: {', '.join(bad) or 'universal outputs differ'}")
+
+
+def _learn(as_json: bool) -> None:
+    """``validate --learn-profile``."""
+    from cactus_edge.validate import learn
+
+    with bar("probe", "runtimes") as progress:
+        found = learn(progress=progress)
+    rows = [
+        (
+            runtime.name,
+            runtime.version or "-",
+            runtime.documented,
+            ", ".join(runtime.fitting) or runtime.status,
+            max((fit.elements for fit in runtime.fits), default=0),
+            ", ".join(runtime.refused) or runtime.message or "-",
+        )
+        for runtime in found
+    ]
+    columns = ("runtime", "version", "documented", "follows", "elements", "not run")
+    emit(found, as_json, table("Which rounding profile runtimes follow", columns, rows))
+    run = [runtime for runtime in found if runtime.status != "absent"]
+    if not run:
+        raise RuntimesDisagreeError(
+            "no stock runtime is installed; pip install 'cactus-edge[runtimes]'"
+        )
+    other = [runtime.name for runtime in run if runtime.documented not in runtime.fitting]
+    if other:
+        raise RuntimesDisagreeError(f"not as documented: {', '.join(other)}")
 
 
 class SimulateOutput(msgspec.Struct, frozen=True):

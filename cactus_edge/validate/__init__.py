@@ -7,13 +7,17 @@ from cactus_edge.validate.compare import (
     prefix,
     validate_model,
 )
+from cactus_edge.validate.learning import Fit, Learned, learn
 from cactus_edge.validate.runtimes import Peer, peers
 
 __all__ = [
     "Difference",
+    "Fit",
+    "Learned",
     "Peer",
     "PeerResult",
     "Validation",
+    "learn",
     "peers",
     "prefix",
     "validate_model",
