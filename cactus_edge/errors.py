@@ -7,6 +7,7 @@
     │   ├── OutputError             2   an output exists already or cannot be written
     │   └── MissingExtraError       2   an optional package is not installed
     ├── UnsupportedModelError       3   a model that this tool does not handle
+    │   ├── DoesNotFitError         3   a model that is too large for its board
     │   ├── MalformedModelError     3   a file that is not a well-formed model
     │   └── InvalidGraphError       3   a graph that breaks a constraint
     ├── RuntimesDisagreeError       4   two runtimes computed different integers
@@ -66,6 +67,10 @@ class UnsupportedModelError(CactusEdgeError):
     """A model that this tool does not handle."""
 
     exit_code = 3
+
+
+class DoesNotFitError(UnsupportedModelError):
+    """A model that is too large for the memory of its board."""
 
 
 class MalformedModelError(UnsupportedModelError):

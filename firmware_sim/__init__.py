@@ -8,8 +8,9 @@ instruction counts, flash, RAM and stack; ``run_host`` runs the same C natively.
 from __future__ import annotations
 
 from firmware_sim.boards import BOARDS, CPUS, Board
+from firmware_sim.certified import Verdicts, certify_board, certify_host
 from firmware_sim.host import HostRun, run_host
-from firmware_sim.simulation import Instructions, Simulation, simulate
+from firmware_sim.simulation import Instructions, Simulation, fit, simulate
 
 __all__ = [
     "BOARDS",
@@ -18,6 +19,10 @@ __all__ = [
     "HostRun",
     "Instructions",
     "Simulation",
+    "Verdicts",
+    "certify_board",
+    "certify_host",
+    "fit",
     "run_host",
     "simulate",
 ]

@@ -1,7 +1,9 @@
 """Microcontrollers to emulate: instruction set and memory map.
 
 Sizes are those of the data sheets. ``ram_bytes`` is the contiguous region that a plain linker
-script uses: an STM32F405 has 64 KiB more, core-coupled at another address.
+script uses: an STM32F405 has 64 KiB more, core-coupled at another address, an STM32H743 has 544
+KiB in other banks. The flash of an RP2040 is a chip of its own, 2 MiB on a Pico; so is that of most
+ESP32-C3 modules, 4 MiB, of which code and constants are mapped at two addresses and here at one.
 """
 
 from __future__ import annotations
@@ -26,29 +28,78 @@ class Board:
 
 
 @dataclass(frozen=True)
+class Registers:
+    """``module`` of unicorn with the constants ``prefix`` + name; all that a fault may hit."""
+
+    module: str
+    prefix: str
+    stack: str
+    link: str
+    counter: str
+    arguments: tuple[str, ...]
+    general: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Cpu:
-    """``compiler`` is clang's name for -mcpu, ``model`` unicorn's constant."""
+    """``compiler`` is clang's name for -mcpu, ``model`` unicorn's constant.
+
+    ``registers`` names unicorn's, with ``target`` and ``thumb`` what follows from the architecture.
+    """
 
     compiler: str
     model: str
+    registers: Registers
+    target: str = "thumb-freestanding-eabi"
+
+    @property
+    def thumb(self) -> bool:
+        """Whether addresses of functions carry the Thumb bit."""
+        return self.target.startswith("thumb")
+
+
+_ARM = Registers(
+    "arm_const",
+    "UC_ARM_REG_",
+    "SP",
+    "LR",
+    "PC",
+    ("R0", "R1", "R2"),
+    (*(f"R{n}" for n in range(13)), "SP", "LR"),
+)
+_RISCV = Registers(
+    "riscv_const",
+    "UC_RISCV_REG_",
+    "X2",
+    "X1",
+    "PC",
+    ("X10", "X11", "X12"),
+    tuple(f"X{n}" for n in range(1, 32)),
+)
 
 
 CPUS: dict[str, Cpu] = {
     # Unicorn has no M0+; both execute ARMv6-M and differ in their pipelines alone.
-    "cortex-m0plus": Cpu("cortex_m0plus", "UC_CPU_ARM_CORTEX_M0"),
-    "cortex-m3": Cpu("cortex_m3", "UC_CPU_ARM_CORTEX_M3"),
-    "cortex-m4": Cpu("cortex_m4", "UC_CPU_ARM_CORTEX_M4"),
-    "cortex-m7": Cpu("cortex_m7", "UC_CPU_ARM_CORTEX_M7"),
-    "cortex-m33": Cpu("cortex_m33", "UC_CPU_ARM_CORTEX_M33"),
+    "cortex-m0plus": Cpu("cortex_m0plus", "UC_CPU_ARM_CORTEX_M0", _ARM),
+    "cortex-m3": Cpu("cortex_m3", "UC_CPU_ARM_CORTEX_M3", _ARM),
+    "cortex-m4": Cpu("cortex_m4", "UC_CPU_ARM_CORTEX_M4", _ARM),
+    "cortex-m7": Cpu("cortex_m7", "UC_CPU_ARM_CORTEX_M7", _ARM),
+    "cortex-m33": Cpu("cortex_m33", "UC_CPU_ARM_CORTEX_M33", _ARM),
+    "rv32imc": Cpu(
+        "generic_rv32+m+c", "UC_CPU_RISCV32_SIFIVE_E31", _RISCV, "riscv32-freestanding-none"
+    ),
 }
 
 _TABLE = (
     Board("STM32L073", "cortex-m0plus", 0x08000000, 192 * KIB, 0x20000000, 20 * KIB),
+    Board("RP2040", "cortex-m0plus", 0x10000000, 2048 * KIB, 0x20000000, 264 * KIB),
     Board("STM32L152RE", "cortex-m3", 0x08000000, 512 * KIB, 0x20000000, 80 * KIB),
     Board("STM32F405", "cortex-m4", 0x08000000, 1024 * KIB, 0x20000000, 128 * KIB),
     Board("nRF52840", "cortex-m4", 0x00000000, 1024 * KIB, 0x20000000, 256 * KIB),
     Board("STM32F746", "cortex-m7", 0x08000000, 1024 * KIB, 0x20000000, 320 * KIB),
+    Board("STM32H743", "cortex-m7", 0x08000000, 2048 * KIB, 0x24000000, 512 * KIB),
     Board("nRF5340", "cortex-m33", 0x00000000, 1024 * KIB, 0x20000000, 512 * KIB),
+    Board("ESP32-C3", "rv32imc", 0x42000000, 4096 * KIB, 0x3FC80000, 384 * KIB),
 )
 BOARDS: dict[str, Board] = {board.name: board for board in _TABLE}
 
@@ -63,10 +114,20 @@ def board_of(cpu: str, board: str | Board | None) -> Board:
         raise UsageError(f"no CPU '{cpu}'; known: {', '.join(CPUS)}")
     if board is None:
         return next(entry for entry in _TABLE if entry.cpu == cpu)
-    if isinstance(board, str):
-        if board not in BOARDS:
-            raise UsageError(f"no board '{board}'; known: {', '.join(BOARDS)}")
-        board = BOARDS[board]
-    if board.cpu != cpu:
-        raise UsageError(f"board {board.name} has a {board.cpu}, not a {cpu}")
-    return board
+    found = board_named(board)
+    if found.cpu != cpu:
+        raise UsageError(f"board {found.name} has a {found.cpu}, not a {cpu}")
+    return found
+
+
+def board_named(board: str | Board) -> Board:
+    """The board of this name, or the board itself.
+
+    Raises:
+        UsageError: no such board.
+    """
+    if isinstance(board, Board):
+        return board
+    if board not in BOARDS:
+        raise UsageError(f"no board '{board}'; known: {', '.join(BOARDS)}")
+    return BOARDS[board]

@@ -89,7 +89,7 @@ def firmware(texts: Mapping[str, str], folder: Path, board: Board, *, trace: boo
         "-fno-unwind-tables",
         "-fno-asynchronous-unwind-tables",
         "-target",
-        "thumb-freestanding-eabi",
+        CPUS[board.cpu].target,
         f"-mcpu={CPUS[board.cpu].compiler}",
         *([TRACE] if trace else []),
         *sources,

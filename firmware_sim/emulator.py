@@ -1,25 +1,27 @@
-"""A Cortex-M that runs a firmware image, instruction by instruction, in unicorn.
+"""A Cortex-M or a RISC-V core that runs a firmware image, instruction by instruction, in unicorn.
 
 Instruction counts are exact: a histogram of the basic blocks that were entered times the number of
 instructions in each. An instruction that an IT block skips counts, as it takes its cycle; this is
 why instructions are not counted one by one, which would leave those out. There are no cycles here:
 unicorn models no pipeline, no wait states and no interrupts.
 
-Source: ARMv7-M Architecture Reference Manual, A5.1 (length of Thumb instructions).
+Sources: ARMv7-M Architecture Reference Manual, A5.1, and the RISC-V Instruction Set Manual, volume
+I, 1.5 (lengths of instructions).
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from cactus_edge.errors import MissingExtraError, ToolError, UsageError
+from cactus_edge.csource import CLayer
+from cactus_edge.errors import DoesNotFitError, MissingExtraError, ToolError
 from firmware_sim import build
 from firmware_sim.boards import CPUS, Board
 from firmware_sim.image import Image, check_fit
@@ -41,8 +43,10 @@ class Histogram(ctypes.Structure):
     )
 
 
-def instruction_bytes(halfword: int) -> int:
-    """Length of the Thumb instruction that begins with ``halfword``."""
+def instruction_bytes(halfword: int, *, thumb: bool = True) -> int:
+    """Length of the Thumb, or RISC-V, instruction that begins with ``halfword``."""
+    if not thumb:
+        return 4 if halfword & 3 == 3 else 2
     return 4 if halfword >> 11 >= 0b11101 else 2
 
 
@@ -51,11 +55,13 @@ class BlockCounter:
 
     Args:
         image: its code is what is counted.
-        origin: address of the code's first byte.
+        board: where it runs; its flash begins with the code.
         folder: for the compiled hook.
     """
 
-    def __init__(self, image: Image, origin: int, folder: Path) -> None:
+    def __init__(self, image: Image, board: Board, folder: Path) -> None:
+        origin = board.flash_origin
+        self._origin, self._thumb = origin, CPUS[board.cpu].thumb
         (code,) = (content for address, content in image.segments if address == origin)
         self._halfwords = np.frombuffer(code[: image.code_bytes], "<u2")
         slots = self._halfwords.size
@@ -93,6 +99,14 @@ class BlockCounter:
         if status:
             raise ToolError(f"unicorn did not accept the hook that counts blocks (error {status})")
 
+    def split(self, address: int) -> int:
+        """``take`` at the entry of a block that was counted already: it belongs to what follows."""
+        slot = (address - self._origin) // 2
+        self._entries[slot] -= np.uint64(1)
+        total = self.take()
+        self._entries[slot] = 1
+        return total
+
     def take(self) -> int:
         """Instructions since the last call.
 
@@ -112,25 +126,42 @@ class BlockCounter:
         """Instructions in the block of ``size`` bytes."""
         end, count = slot + size // 2, 0
         while slot < end:
-            slot += instruction_bytes(int(self._halfwords[slot])) // 2
+            slot += instruction_bytes(int(self._halfwords[slot]), thumb=self._thumb) // 2
             count += 1
         return count
 
 
 class Machine:
-    """A board that has booted an image and waits for inputs."""
+    """A board that has booted an image and waits for calls.
 
-    def __init__(self, board: Board, image: Image, *, trace: TraceCallback | None = None) -> None:
+    ``start_status`` is what ``cactus_edge_init`` returned.
+    """
+
+    def __init__(
+        self,
+        board: Board,
+        image: Image,
+        *,
+        trace: TraceCallback | None = None,
+        layers: Sequence[CLayer] = (),
+    ) -> None:
         """Load, map the board's memory and nothing else, and run the start-up code.
+
+        Args:
+            board: where it runs.
+            image: linked for that board.
+            trace: called with layer and content behind each operator.
+            layers: to say which of them need most, where the model does not fit.
 
         Raises:
             MissingExtraError: unicorn is not installed.
-            UsageError: the board is too small.
+            DoesNotFitError: the board is too small.
             ToolError: the image failed before it was ready.
         """
-        check_fit(image, board)
-        self._board, self._image = board, image
-        self._registers = _constants("arm_const")
+        check_fit(image, board, layers)
+        self.board, self.image = board, image
+        self._cpu = CPUS[board.cpu]
+        self._constants = _constants(self._cpu.registers.module)
         self.engine = _engine(board)
         for address, content in image.segments:
             self.engine.mem_write(address, content)
@@ -139,70 +170,108 @@ class Machine:
             for offset in (0, 4)
         )
         self._stack_end = board.ram_origin + image.static_bytes
-        self._ready = image.address("ready")
+        self.ready = image.address("ready")
         self.engine.mem_write(
             self._stack_end, bytes([_STACK_PATTERN]) * (self._stack_top - self._stack_end)
         )
-        self.engine.reg_write(self._registers.UC_ARM_REG_SP, self._stack_top)
+        registers = self._cpu.registers
+        self.engine.reg_write(self.register(registers.stack), self._stack_top)
         self._run(entry)
-        self._stack_pointer = self.engine.reg_read(self._registers.UC_ARM_REG_SP)
+        self._stack_pointer = self.engine.reg_read(self.register(registers.stack))
+        self.start_status = self.word("status")
         if trace is not None:
             self._trace(trace)
 
-    def infer(self, data: bytes, output_bytes: int) -> bytes:
-        """One call of ``cactus_edge_run``, from its first instruction to its return.
+    def register(self, name: str) -> int:
+        """Unicorn's number of a register."""
+        return int(getattr(self._constants, f"{self._cpu.registers.prefix}{name}"))
+
+    def word(self, symbol: str) -> int:
+        """A 32-bit variable of the image."""
+        return int.from_bytes(self.engine.mem_read(self.image.address(symbol), 4), "little")
+
+    def prepare(self, function: str, *arguments: int) -> int:
+        """Registers for a call of a function that returns to ``ready``; where it begins."""
+        registers, thumb = self._cpu.registers, int(self._cpu.thumb)
+        for name, value in zip(registers.arguments, arguments, strict=False):
+            self.engine.reg_write(self.register(name), value)
+        self.engine.reg_write(self.register(registers.stack), self._stack_pointer)
+        self.engine.reg_write(self.register(registers.link), self.ready | thumb)
+        return self.image.address(function) | thumb
+
+    def result(self) -> int:
+        """What a function that has returned returned."""
+        return int(self.engine.reg_read(self.register(self._cpu.registers.arguments[0])))
+
+    def call(self, function: str, *arguments: int) -> int:
+        """One call, from a function's first instruction to its return; what it returns.
 
         Raises:
             ToolError: a fault, such as an access outside the board's memory or a write to flash.
-            UsageError: the stack ran into the data below it.
         """
-        registers, engine = self._registers, self.engine
-        given, result = (self._image.address(f"{n}_buffer") for n in ("input", "output"))
-        engine.mem_write(given, data)
-        engine.reg_write(registers.UC_ARM_REG_SP, self._stack_pointer)
-        engine.reg_write(registers.UC_ARM_REG_R0, given)
-        engine.reg_write(registers.UC_ARM_REG_R1, result)
-        engine.reg_write(registers.UC_ARM_REG_LR, self._ready | 1)
-        self._run(self._image.address("cactus_edge_run") | 1)
-        return bytes(engine.mem_read(result, output_bytes))
+        self._run(self.prepare(function, *arguments))
+        return self.result()
+
+    def infer(self, data: bytes, output_bytes: int) -> bytes:
+        """One call of ``cactus_edge_run``.
+
+        Raises:
+            ToolError: a fault, or the model reported an error.
+            DoesNotFitError: the stack ran into the data below it.
+        """
+        given, output = (self.image.address(f"{n}_buffer") for n in ("input", "output"))
+        self.engine.mem_write(given, data)
+        status = self.call("cactus_edge_run", given, output)
+        if status:
+            raise ToolError(
+                f"cactus_edge_run on the emulated {self.board.cpu} reported error {status}; see "
+                "its header"
+            )
+        return bytes(self.engine.mem_read(output, output_bytes))
 
     def stack_bytes(self) -> int:
         """Deepest stack so far, by the pattern that it has overwritten.
 
         Raises:
-            UsageError: it used all there was, so it may have run into the data below it.
+            DoesNotFitError: it used all there was, so it may have run into the data below it.
         """
         room = self._stack_top - self._stack_end
         stack = np.frombuffer(bytes(self.engine.mem_read(self._stack_end, room)), np.uint8)
         untouched = int(np.argmax(np.append(stack, 0) != _STACK_PATTERN))
         if untouched == 0:
-            raise UsageError(
-                f"the stack does not fit {self._board.name}: {room} bytes are left beside "
-                f"{self._image.static_bytes} bytes of data; choose a larger board"
+            raise DoesNotFitError(
+                f"the stack does not fit {self.board.name}: {room} bytes are left beside "
+                f"{self.image.static_bytes} bytes of data; choose a larger board"
             )
         return room - untouched
+
+    def at(self, address: int, callback: Callable[[], None]) -> None:
+        """Call ``callback`` whenever the instruction at ``address`` is about to run."""
+
+        def stopped(engine: Any, at: int, size: int, user: object) -> None:
+            callback()
+
+        self.engine.hook_add(_constants().UC_HOOK_CODE, stopped, None, address, address)
 
     def _run(self, begin: int) -> None:
         unicorn = importlib.import_module("unicorn")
         try:
-            self.engine.emu_start(begin, self._ready)
+            self.engine.emu_start(begin, self.ready)
         except unicorn.UcError as error:
-            address = self.engine.reg_read(self._registers.UC_ARM_REG_PC)
+            address = self.engine.reg_read(self.register(self._cpu.registers.counter))
             raise ToolError(
-                f"the emulated {self._board.cpu} stopped at 0x{address:08x}: {error}"
+                f"the emulated {self.board.cpu} stopped at 0x{address:08x}: {error}"
             ) from None
 
     def _trace(self, callback: TraceCallback) -> None:
         """Report each call of ``cactus_edge_trace``."""
-        registers = self._registers
+        names = [self.register(name) for name in self._cpu.registers.arguments]
 
         def stopped(engine: Any, address: int, size: int, user: object) -> None:
-            layer, data, count = (
-                engine.reg_read(getattr(registers, f"UC_ARM_REG_R{n}")) for n in range(3)
-            )
+            layer, data, count = (engine.reg_read(name) for name in names)
             callback(layer, bytes(engine.mem_read(data, count)))
 
-        address = self._image.address("cactus_edge_trace")
+        address = self.image.address("cactus_edge_trace")
         kind = _constants().UC_HOOK_CODE
         self.engine.hook_add(kind, stopped, None, address, address)
 
@@ -216,11 +285,14 @@ def _constants(module: str = "unicorn_const") -> ModuleType:
 
 def _engine(board: Board) -> Any:
     """Unicorn with the board's CPU and memory."""
-    constants, arm = _constants(), _constants("arm_const")
+    constants, cpu = _constants(), CPUS[board.cpu]
     unicorn = importlib.import_module("unicorn")
-    model = getattr(arm, CPUS[board.cpu].model)
+    model = getattr(_constants(cpu.registers.module), cpu.model)
     # UC_MODE_MCLASS would look right and silently emulate a Cortex-M33 whatever model is asked for.
-    engine = unicorn.Uc(constants.UC_ARCH_ARM, constants.UC_MODE_THUMB, model)
+    kind = (constants.UC_ARCH_ARM, constants.UC_MODE_THUMB)
+    if not cpu.thumb:
+        kind = (constants.UC_ARCH_RISCV, constants.UC_MODE_RISCV32)
+    engine = unicorn.Uc(*kind, model)
     if engine.ctl_get_cpu_model() != model:
         raise ToolError(f"unicorn does not emulate a {board.cpu}; install unicorn 2.1.4")
     executable = constants.UC_PROT_READ | constants.UC_PROT_EXEC

@@ -17,6 +17,8 @@ from cactus_edge.errors import ToolError
 from cactus_edge.execute import check_input
 from firmware_sim import build
 
+_MODEL_ERROR = 10  # c/host.c adds it to the error of the model
+
 Stored = npt.NDArray[np.int8] | npt.NDArray[np.uint8]
 
 
@@ -96,12 +98,37 @@ def run_source(
 ) -> HostRun:
     """``run_host`` of C that was generated before, with the default prefix."""
     data = stored_inputs(graph, inputs)
+    outputs, traced = run_program(source, data, trace=trace, sanitize=sanitize)
+    layers = split_trace(graph, source.layers, traced) if trace else {}
+    return HostRun(as_tensor(graph, graph.logits, outputs), layers)
+
+
+def run_program(
+    source: CSource,
+    data: Stored,
+    *,
+    levels: npt.NDArray[np.int32] | None = None,
+    trace: bool = False,
+    sanitize: bool = False,
+) -> tuple[bytes, bytes]:
+    """What ``c/host.c`` writes about these inputs: outputs, or results with ``levels``; traces.
+
+    Raises:
+        ToolError: the compiler or the program failed, or the model reported an error.
+    """
     with tempfile.TemporaryDirectory(prefix="cactus-edge-") as name:
         folder = Path(name)
         program = build.host_program(source.files, folder, trace=trace, sanitize=sanitize)
         files = [folder / part for part in ("inputs.bin", "outputs.bin", "trace.bin")]
         files[0].write_bytes(data.tobytes())
-        result = subprocess.run([program, *files], capture_output=True, check=False)
+        radii = []
+        if levels is not None:
+            radii = [folder / "levels.bin"]
+            radii[0].write_bytes(levels.tobytes())
+        result = subprocess.run([program, *files, *radii], capture_output=True, check=False)
+        if result.returncode >= _MODEL_ERROR:
+            error = result.returncode - _MODEL_ERROR
+            raise ToolError(f"the generated C reported error {error}; see its header")
         if result.returncode:
             what = "undefined behaviour" if sanitize and result.returncode < 0 else "an error"
             raise ToolError(
@@ -109,5 +136,4 @@ def run_source(
                 "this is a bug: please report it with the model"
             )
         outputs, traced = (path.read_bytes() for path in files[1:])
-    layers = split_trace(graph, source.layers, traced) if trace else {}
-    return HostRun(as_tensor(graph, graph.logits, outputs), layers)
+    return outputs, traced

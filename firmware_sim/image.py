@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cactus_edge.errors import MissingExtraError, UsageError
+from cactus_edge.csource import CLayer
+from cactus_edge.errors import DoesNotFitError, MissingExtraError
 from firmware_sim.boards import Board
 
 # A model that leaves less than this for the stack is not worth starting.
 _LEAST_STACK = 512
+_LAYERS_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,10 @@ class Image:
     constant_bytes: int
     data_bytes: int
     static_bytes: int
+
+    def function(self, name: str) -> int:
+        """Where a function is; 0 if there is none of this name."""
+        return self.symbols.get(name, 0) & ~1
 
     @property
     def flash_bytes(self) -> int:
@@ -62,20 +69,31 @@ def read_image(path: Path) -> Image:
     return Image(segments, symbols, text, constants, data, data + bss)
 
 
-def check_fit(image: Image, board: Board) -> None:
+def check_fit(image: Image, board: Board, layers: Sequence[CLayer] = ()) -> None:
     """Whether ``board`` can hold the image and a stack.
 
     Raises:
-        UsageError: it cannot; the message says by how much.
+        DoesNotFitError: it cannot; the message says by how much, and which layers need most.
     """
+    flash = {layer: layer.table_bytes for layer in layers}
+    arena = {layer: layer.live_bytes for layer in layers}
     needs = (
-        ("flash", image.flash_bytes, board.flash_bytes),
-        ("RAM", image.static_bytes + _LEAST_STACK, board.ram_bytes),
+        ("flash", image.flash_bytes, board.flash_bytes, "constants", flash),
+        ("RAM", image.static_bytes + _LEAST_STACK, board.ram_bytes, "the arena", arena),
     )
-    for what, needed, available in needs:
+    for what, needed, available, where, shares in needs:
         if needed > available:
-            raise UsageError(
+            raise DoesNotFitError(
                 f"the model does not fit {board.name} ({board.cpu}): it needs {needed} bytes of "
                 f"{what}, the board has {available}; prune it, pack its weights in 4 bits, or "
-                "choose a larger board"
+                f"choose a larger board{_largest(shares, where)}"
             )
+
+
+def _largest(shares: Mapping[CLayer, int], where: str) -> str:
+    """The layers that need most, as the end of a sentence."""
+    ordered = sorted((layer for layer in shares if shares[layer]), key=lambda n: -shares[n])
+    parts = [
+        f"layer {n.index} ({n.kind} '{n.name}') {shares[n]} bytes" for n in ordered[:_LAYERS_NAMED]
+    ]
+    return f". Of {where} need most: {', '.join(parts)}" if parts else ""

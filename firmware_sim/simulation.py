@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy.typing as npt
@@ -13,10 +14,10 @@ from cactus_edge import Graph, profiles
 from cactus_edge.csource import CSource, Layout, generate
 from cactus_edge.errors import DataError
 from firmware_sim import build
-from firmware_sim.boards import Board, board_of
+from firmware_sim.boards import Board, board_named, board_of
 from firmware_sim.emulator import BlockCounter, Machine
 from firmware_sim.host import Stored, as_tensor, split_trace, stored_inputs
-from firmware_sim.image import read_image
+from firmware_sim.image import Image, check_fit, read_image
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Simulation:
     constants (weights and tables) and initial data. ``ram_bytes`` is all static data: the arena,
     the caller's input and output; ``stack_bytes``, the deepest stack, comes on top. ``layers`` are
     activations by tensor index; with a trace the calls that report them count as instructions.
+    ``layer_instructions`` are medians by operator, 0 for one that moves nothing; what is left of an
+    inference are the calls between layers.
     """
 
     board: Board
@@ -55,6 +58,7 @@ class Simulation:
     arena_bytes: int
     stack_bytes: int
     layers: Mapping[int, Stored]
+    layer_instructions: tuple[int, ...] = ()
 
 
 def simulate(
@@ -79,12 +83,29 @@ def simulate(
         layout: of the weights, see ``cactus_edge.csource``.
 
     Raises:
-        UsageError: an unknown name, or a model that does not fit the board.
+        UsageError: an unknown name.
+        DoesNotFitError: the board is too small for the model.
         MissingExtraError: a package of the extra ``sim`` is not installed.
         ToolError: the compiler or the emulator failed.
     """
     target = board_of(cpu, board)
     return simulate_source(graph, generate(graph, profile, layout=layout), inputs, target, trace)
+
+
+def fit(source: CSource, board: str | Board) -> Image:
+    """Compile C with the default prefix for a board; what the image takes.
+
+    Raises:
+        UsageError: no board of this name.
+        DoesNotFitError: the board is too small; the message says what needs most.
+        MissingExtraError: a package of the extra ``sim`` is not installed.
+        ToolError: the compiler failed.
+    """
+    target = board_named(board)
+    with tempfile.TemporaryDirectory(prefix="cactus-edge-") as name:
+        image = read_image(build.firmware(source.files, Path(name), target))
+    check_fit(image, target, source.layers)
+    return image
 
 
 def simulate_source(
@@ -99,14 +120,15 @@ def simulate_source(
         folder = Path(name)
         image = read_image(build.firmware(source.files, folder, board, trace=trace))
         callback = (lambda layer, content: traced.append(content)) if trace else None
-        machine = Machine(board, image, trace=callback)
-        counter = BlockCounter(image, board.flash_origin, folder)
+        machine = Machine(board, image, trace=callback, layers=source.layers)
+        counter = BlockCounter(image, board, folder)
         counter.attach(machine.engine)
+        meter = _LayerMeter(machine, counter, len(source.layers))
         outputs: list[bytes] = []
         counts: list[int] = []
         for sample in data:
             outputs.append(machine.infer(sample.tobytes(), source.output_bytes))
-            counts.append(counter.take())
+            counts.append(meter.take())
     layers = split_trace(graph, source.layers, b"".join(traced)) if trace else {}
     return Simulation(
         board,
@@ -119,4 +141,37 @@ def simulate_source(
         source.arena_bytes,
         machine.stack_bytes(),
         layers,
+        meter.medians(),
     )
+
+
+class _LayerMeter:
+    """Instructions of each layer, from the entry of its function to that of the next one's."""
+
+    def __init__(self, machine: Machine, counter: BlockCounter, layers: int) -> None:
+        self._counter = counter
+        self._current = layers  # what is before the first layer
+        self._counts = [0] * (layers + 1)
+        self._samples: list[list[int]] = []
+        for index in range(layers):
+            address = machine.image.function(f"layer_{index}")
+            if address:
+                machine.at(address, partial(self._entered, index, address))
+
+    def _entered(self, index: int, address: int) -> None:
+        self._counts[self._current] += self._counter.split(address)
+        self._current = index
+
+    def take(self) -> int:
+        """All instructions since the last call, noted layer by layer."""
+        self._counts[self._current] += self._counter.take()
+        total = sum(self._counts)
+        self._samples.append(self._counts)
+        self._current = len(self._counts) - 1
+        self._counts = [0] * len(self._counts)
+        return total
+
+    def medians(self) -> tuple[int, ...]:
+        """By layer."""
+        columns = list(zip(*self._samples, strict=True))[:-1]
+        return tuple(Instructions.of(list(column)).median for column in columns)

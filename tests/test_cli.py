@@ -25,6 +25,7 @@ from cactus_edge.graph import (
     Weights,
 )
 from cactus_edge.inputs import METADATA
+from firmware_sim import BOARDS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -271,10 +272,41 @@ def test_bad_scales_are_named(
     assert "logits" in err
 
 
+def test_export_c(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "firmware"
+    export = ["export-c", model, "-o", folder, "--json"]
+    code, out, _ = call(capsys, *export, "--prefix", "digits", "--layout", "int8", "--certified")
+    shown = json.loads(out)
+    assert code == 0
+    assert shown["files"] == sorted(path.name for path in folder.iterdir())
+    assert {layer["layout"] for layer in shown["layers"]} == {"int8", ""}
+    assert shown["arena_lower_bound"] <= shown["arena_bytes"]
+    assert f"0x{shown['crc32']}u" in (folder / "digits.h").read_text(encoding="utf-8")
+    assert "digits_predict_certified(" in (folder / "digits.h").read_text(encoding="utf-8")
+    code, _, err = call(capsys, *export, "--prefix", "digits")
+    assert code == 2 and "--force" in err
+    code, out, _ = call(capsys, *export, "--board", "RP2040", "--force")
+    shown = json.loads(out)
+    assert code == 0
+    assert shown["table_bytes"] < shown["flash_bytes"] and shown["arena_bytes"] < shown["ram_bytes"]
+
+
+def test_export_c_refuses_what_does_not_fit(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = replace(BOARDS["RP2040"], name="tiny", flash_bytes=4096)
+    monkeypatch.setitem(BOARDS, "tiny", small)
+    folder = tmp_path / "firmware"
+    code, _, err = call(capsys, "export-c", model, "-o", folder, "--board", "tiny")
+    assert code == 3
+    assert "does not fit tiny" in err and "layer 2 (FULLY_CONNECTED 'last')" in err
+    assert not folder.exists()
+
+
 def test_help_has_an_example_for_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     making = ["train", "convert"]
     proving = ["analyze", "certify", "merge", "check", "attack", "supported-ops"]
-    verbs = [*making, *proving, "validate", "bench", "simulate", "demo"]
+    verbs = [*making, *proving, "validate", "bench", "simulate", "export-c", "demo"]
     for verb in verbs:
         code, out, _ = call(capsys, verb, "--help")
         assert code == 0, verb

@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import inspect
 import re
+import subprocess
+import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cactus_edge import constraints, profiles, semantics
-from cactus_edge.csource import Layout, generate, translate
+from cactus_edge.csource import CSource, Layout, generate, translate
 from cactus_edge.csource.encoding import blocks, encode
 from cactus_edge.csource.linear import folded_bias
 from cactus_edge.csource.planner import Buffer, aligned, plan
 from cactus_edge.csource.syntax import Width, c_name, translate_all
 from cactus_edge.errors import InvalidGraphError, OutputError, UsageError
+from cactus_edge.execute import execute
 from cactus_edge.graph import (
     DType,
     FullyConnected,
@@ -392,13 +396,13 @@ def test_text_is_deterministic_and_freestanding() -> None:
     first, second = generate(graph), generate(copy)
     assert dict(first.files) == dict(second.files)
     text = "".join(first.files.values())
-    assert set(re.findall(r"#include\s+(\S+)", text)) == {"<stdint.h>", '"model.h"'}
+    assert set(re.findall(r"#include\s+(\S+)", text)) == {"<stdint.h>", '"cactus_edge.h"'}
     code = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
     assert not re.search(r"\b(float|double|malloc|memcpy|printf)\b", code)
 
 
 def test_names_cannot_leave_the_comment() -> None:
-    text = generate(hand_made()).files["model.c"]
+    text = generate(hand_made()).files["cactus_edge.c"]
     assert "fc__/_int_evil;" in text
     assert "evil;" not in re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
 
@@ -409,17 +413,19 @@ def test_sizes_are_those_of_the_graph(graph: Graph) -> None:
     source = generate(graph)
     assert source.input_bytes == graph.tensors[graph.core_input].size
     assert source.output_bytes == graph.tensors[graph.logits].size
-    assert f"#define CACTUS_EDGE_ARENA_BYTES {source.arena_bytes}\n" in source.files["model.h"]
+    assert (
+        f"#define CACTUS_EDGE_ARENA_BYTES {source.arena_bytes}\n" in source.files["cactus_edge.h"]
+    )
     assert [layer.output for layer in source.layers] == [op.output for op in graph.core]
-    assert "void cactus_edge_run(const uint8_t *input" in source.files["model.h"]
+    assert "int32_t cactus_edge_run(const uint8_t *input" in source.files["cactus_edge.h"]
 
 
 def test_only_the_roundings_in_use_are_defined() -> None:
     graph = random_graph(np.random.default_rng(2), operators=("CONV_2D",), depth=2, bits=(8,))
-    micro = generate(graph, "tflite-micro").files["model.c"]
+    micro = generate(graph, "tflite-micro").files["cactus_edge.c"]
     assert "requantize_double_half_away_32(" in micro
     assert "requantize_float32" not in micro and "requantize_single" not in micro
-    xnnpack = generate(graph, "litert-xnnpack-x86").files["model.c"]
+    xnnpack = generate(graph, "litert-xnnpack-x86").files["cactus_edge.c"]
     assert "requantize_float32(" in xnnpack and "double_half" not in xnnpack
 
 
@@ -431,7 +437,7 @@ def test_width_follows_the_shift(shift: int, narrow: bool) -> None:
     assert isinstance(op, FullyConnected)
     parameters = Requantization.uniform(Rounding.DOUBLE_HALF_AWAY, 1 << 30, shift, 2)
     graph = replace(graph, operators=(replace(op, requantization=parameters),))
-    text = generate(graph).files["model.c"]
+    text = generate(graph).files["cactus_edge.c"]
     assert ("requantize_double_half_away_32(sum" in text) is narrow
     assert ("requantize_double_half_away(sum" in text) is not narrow
 
@@ -443,14 +449,15 @@ def test_two_models_link_into_one_library(tmp_path: Path) -> None:
         source = generate(graph, prefix=name)
         texts |= {f"{name}/{file}": text for file, text in source.files.items()}
     library = ctypes.CDLL(str(build.shared_library(texts, tmp_path)))
-    assert library.first_run and library.second_run
+    assert library.first_run and library.second_init
 
 
-def test_generated_c_has_no_warnings(tmp_path: Path) -> None:
+@pytest.mark.parametrize("certified", [False, True])
+def test_generated_c_has_no_warnings(tmp_path: Path, certified: bool) -> None:
     graph = random_graph(np.random.default_rng(11), depth=8)
-    names = build.put(generate(graph).files, tmp_path)
+    names = build.put(generate(graph, certified=certified).files, tmp_path)
     strict = ["-Weverything", "-Wno-unsafe-buffer-usage", "-Wno-implicit-int-conversion"]
-    strict += ["-Wno-declaration-after-statement", "-Wno-pre-c11-compat"]
+    strict += ["-Wno-declaration-after-statement", "-Wno-pre-c11-compat", "-Wno-padded"]
     arguments = ["-std=c99", "-Werror", *strict, "-ffreestanding", "-c", *names, "-o", "model.o"]
     build.compile_c(arguments, tmp_path)
 
@@ -504,10 +511,69 @@ def test_partial_sums_have_to_fit_int32() -> None:
         folded_bias(graph, replace(last, inputs=(1,)), matrix)
 
 
+def test_crc_is_zlibs() -> None:
+    graph = random_graph(np.random.default_rng(5), depth=6)
+    source = generate(graph)
+    assert source.crc32 == zlib.crc32(b"".join(source.tables.values()))
+    assert f"CACTUS_EDGE_CRC32 0x{source.crc32:08x}u\n" in source.files["cactus_edge.h"]
+    tables = re.findall(r"^static const u?int(\d+)_t (\w+)\[(\d+)\]", text_of(source), re.MULTILINE)
+    sizes = {name: int(bits) // 8 * int(count) for bits, name, count in tables}
+    assert sizes == {name: len(content) for name, content in source.tables.items()}
+    assert source.table_bytes == sum(layer.table_bytes for layer in source.layers)
+
+
+def text_of(source: CSource) -> str:
+    return source.files[f"{source.prefix}.c"]
+
+
+@pytest.mark.parametrize("certified", [False, True])
+def test_arena_is_measured_against_what_is_alive(certified: bool) -> None:
+    for seed in range(20):
+        graph = random_graph(np.random.default_rng(seed), depth=7)
+        source = generate(graph, certified=certified)
+        assert source.arena_lower_bound == max(layer.live_bytes for layer in source.layers)
+        assert source.arena_lower_bound <= source.arena_bytes
+        header = source.files["cactus_edge.h"]
+        assert f"#define CACTUS_EDGE_ARENA_LOWER_BOUND {source.arena_lower_bound}\n" in header
+
+
+def test_every_public_name_is_documented() -> None:
+    header = generate(hand_made(), certified=True).files["cactus_edge.h"]
+    code = re.sub(r"/\*.*?\*/", "/**/", header, flags=re.DOTALL)
+    public = re.findall(r"^(?:int32_t|void) \w+\(|^#define \w+ |^} \w+;", code, re.MULTILINE)
+    documented = re.findall(
+        r"/\*\*/\n(?:int32_t|void) \w+\(|/\*\*/\n#define \w+ |/\*\*/\ntypedef", code
+    )
+    assert len(public) == len(documented) > 10
+
+
+def test_library_folder_builds_and_runs(tmp_path: Path) -> None:
+    """The example of a folder, compiled as its Makefile does; a changed weight stops it."""
+    source = generate(hand_made(), layout=Layout.INT8, prefix="wake_word", certified=True)
+    source.write(tmp_path)
+    names = {"wake_word.h", "wake_word.c", "main.c", "Makefile", "CMakeLists.txt", "README.md"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    command = ["make", f"CC={sys.executable} -m ziglang cc", f"AR={sys.executable} -m ziglang ar"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    points = np.random.default_rng(0).integers(-128, 128, (5, 6), np.int8)
+    run = subprocess.run(
+        [tmp_path / "example"], input=points.tobytes(), capture_output=True, check=True
+    )
+    labels = [int(line.split()[0]) for line in run.stdout.decode().splitlines()]
+    assert labels == execute(hand_made(), points).argmax(axis=1).tolist()
+    text = text_of(source)
+    changed = text.replace("  3, 3, 3", "  3, 3, 2", 1)
+    assert changed != text
+    (tmp_path / "wake_word.c").write_text(changed, encoding="utf-8")
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    run = subprocess.run([tmp_path / "example"], input=b"", capture_output=True, check=False)
+    assert run.returncode == 1
+
+
 def test_files_are_not_overwritten(tmp_path: Path) -> None:
     source = generate(hand_made())
     source.write(tmp_path)
-    assert (tmp_path / "model.c").read_text(encoding="utf-8") == source.files["model.c"]
+    assert (tmp_path / "cactus_edge.c").read_text(encoding="utf-8") == source.files["cactus_edge.c"]
     with pytest.raises(OutputError, match="--force"):
         source.write(tmp_path)
     source.write(tmp_path, force=True)
@@ -515,5 +581,5 @@ def test_files_are_not_overwritten(tmp_path: Path) -> None:
 
 def test_all_profiles_generate() -> None:
     graph = random_graph(np.random.default_rng(8), depth=6)
-    texts = {name: generate(graph, name).files["model.c"] for name in profiles.PROFILES}
+    texts = {name: generate(graph, name).files["cactus_edge.c"] for name in profiles.PROFILES}
     assert len({re.sub(r"/\*.*?\*/", "", t, flags=re.DOTALL) for t in texts.values()}) > 3

@@ -15,6 +15,7 @@ import typer
 import cactus_edge
 from cactus_edge.cli import (
     faults,
+    firmware,
     inspecting,
     kernels,
     making,
@@ -34,7 +35,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (making, searching, inspecting, proving, properties, faults, running, kernels):
+_MODULES = (
+    making,
+    searching,
+    inspecting,
+    proving,
+    properties,
+    faults,
+    running,
+    firmware,
+    kernels,
+)
+for module in _MODULES:
     module.register(app)
 
 

@@ -1,4 +1,4 @@
-"""A graph as two C files: freestanding C99, no library, no heap, no float.
+"""A graph as a C library: freestanding C99, no library, no heap, no float.
 
 Every operator becomes one static function with its constants in it; ``<prefix>_run`` calls them in
 order. Activations live in one static arena, planned by lifetime; a RESHAPE shares its input's
@@ -15,10 +15,11 @@ from pathlib import Path
 from types import MappingProxyType
 
 from cactus_edge import constraints, files, profiles
-from cactus_edge.csource import elementwise, linear
+from cactus_edge.csource import elementwise, integrity, library, linear, verdict
 from cactus_edge.csource.depthwise import depthwise
 from cactus_edge.csource.encoding import Layout
-from cactus_edge.csource.planner import Buffer, plan
+from cactus_edge.csource.header import Facts, header, run_signature
+from cactus_edge.csource.memory import Memory, plan_bounds, plan_run
 from cactus_edge.csource.syntax import translate_all
 from cactus_edge.csource.text import HELPERS, LayerText, Needs, c_type, join
 from cactus_edge.errors import InvalidGraphError, UsageError
@@ -40,38 +41,60 @@ _MAX_ELEMENTS = 1 << 23
 
 @dataclass(frozen=True)
 class CLayer:
-    """What became of one operator; ``layout`` is empty and ``weight_bytes`` 0 without weights."""
+    """What became of one operator; ``layout`` is empty and ``weight_bytes`` 0 without weights.
+
+    ``table_bytes`` are all its constants in flash, weights included; ``live_bytes`` what it needs
+    of the arena: its input and output, what later layers still read, and its patch.
+    """
 
     index: int
     name: str
     kind: str
     layout: str
     weight_bytes: int
+    table_bytes: int
     output: int
     output_bytes: int
+    live_bytes: int
 
 
 @dataclass(frozen=True)
 class CSource:
-    """The C files of one model, and the sizes that a caller has to know."""
+    """The C of one model, and the sizes that a caller has to know.
+
+    ``files`` are header and source; ``surroundings`` make a library folder of them. ``tables`` are
+    the constants by name, as the bytes in flash that ``crc32`` is about. ``arena_lower_bound`` is
+    what is alive at once at the busiest layer.
+    """
 
     files: Mapping[str, str]
+    surroundings: Mapping[str, str]
     prefix: str
     entry: str
     arena_bytes: int
+    arena_lower_bound: int
     input_bytes: int
     output_bytes: int
     layers: tuple[CLayer, ...]
+    tables: Mapping[str, bytes]
+    crc32: int
+    certified: bool
+
+    @property
+    def table_bytes(self) -> int:
+        """Weights and tables in flash."""
+        return sum(map(len, self.tables.values()))
 
     def write(self, folder: Path, *, force: bool = False) -> None:
-        """The files in ``folder``.
+        """The library in ``folder``.
 
         Raises:
-            OutputError: one of them exists and ``force`` is not given, or cannot be written.
+            OutputError: a file of it exists and ``force`` is not given, or cannot be written.
         """
-        for name in self.files:
+        contents = {**self.files, **self.surroundings}
+        for name in contents:
             files.refuse_existing(folder / name, force)
-        for name, text in self.files.items():
+        for name, text in contents.items():
             files.write(folder / name, text.encode(), force=force)
 
 
@@ -81,6 +104,7 @@ def generate(
     *,
     layout: Layout = Layout.AUTO,
     prefix: str = "cactus_edge",
+    certified: bool = False,
 ) -> CSource:
     """The C of ``graph``; a function of its arguments alone, byte by byte.
 
@@ -89,6 +113,7 @@ def generate(
         profile: name of a rounding profile, ignored by operators that are resolved already.
         layout: of all weights; AUTO takes the smallest for each layer.
         prefix: of everything with external linkage and, in capitals, of every macro.
+        certified: add ``<prefix>_predict_certified``.
 
     Raises:
         InvalidGraphError: the graph breaks a constraint, a size or sum does not fit int32, or
@@ -101,9 +126,26 @@ def generate(
     resolved = profiles.resolve(graph, profile)
     constraints.validate(resolved)
     _check_sizes(resolved)
-    needs = Needs()
-    texts = [_layer(resolved, op, index, layout, needs) for index, op in enumerate(resolved.core)]
-    memory = _Memory.of(resolved, texts)
+    head = verdict.Head.of(resolved) if certified else None
+    needs = Needs(bounds=certified, head=-1 if head is None else head.operator)
+    texts: list[LayerText] = []
+    table_bytes: list[int] = []
+    for index, op in enumerate(resolved.core):
+        before = len(needs.tables)
+        texts.append(_layer(resolved, op, index, layout, needs))
+        table_bytes.append(sum(map(len, list(needs.tables.values())[before:])))
+    memory = plan_run(resolved, {index: text.scratch for index, text in enumerate(texts)})
+    plans = [memory]
+    proof, entry = "", ""
+    if certified:
+        plans.append(
+            plan_bounds(resolved, verdict.scratch(head, texts), verdict.sizes(resolved, head))
+        )
+        if head is not None:
+            encoding = texts[head.operator].encoding
+            assert encoding is not None, "the head has weights"
+            proof = verdict.functions(resolved, head, encoding, needs)
+        entry = verdict.entry(resolved, prefix, head, texts, plans[1])
     layers = tuple(
         CLayer(
             index,
@@ -111,25 +153,51 @@ def generate(
             op.kind,
             text.layout,
             text.weight_bytes,
+            table_bytes[index],
             op.output,
             resolved.tensors[op.output].size,
+            max(plan.live[index] for plan in plans),
         )
         for index, (op, text) in enumerate(zip(resolved.core, texts, strict=True))
     )
-    sizes = (resolved.tensors[i].size for i in (resolved.core_input, resolved.logits))
-    input_bytes, output_bytes = sizes
-    contents = {
-        "model.h": _header(resolved, prefix, memory.arena_bytes),
-        "model.c": _source(resolved, prefix, profile, texts, memory, needs),
-    }
+    arena_bytes = max(plan.arena_bytes for plan in plans)
+    crc = integrity.crc32(needs.tables)
+    facts = Facts(
+        arena_bytes,
+        max(plan.lower_bound for plan in plans),
+        sum(map(len, needs.tables.values())),
+        crc,
+        [_row(layer) for layer in layers],
+        certified,
+    )
+    body = [
+        *_layers(resolved, texts),
+        proof,
+        integrity.functions(prefix, needs.tables),
+        f"static uint32_t arena[{arena_bytes // 4}];\n" if arena_bytes else "",
+        _run(resolved, prefix, texts, memory),
+        entry,
+    ]
     return CSource(
-        MappingProxyType(contents),
+        MappingProxyType(
+            {
+                f"{prefix}.h": header(resolved, prefix, facts),
+                f"{prefix}.c": "\n".join(
+                    filter(None, [*_start(resolved, prefix, profile, needs), *body])
+                ),
+            }
+        ),
+        MappingProxyType(library.surroundings(resolved, prefix, profile, certified=certified)),
         prefix,
         f"{prefix}_run",
-        memory.arena_bytes,
-        input_bytes,
-        output_bytes,
+        arena_bytes,
+        facts.arena_lower_bound,
+        resolved.tensors[resolved.core_input].size,
+        resolved.tensors[resolved.logits].size,
         layers,
+        MappingProxyType(dict(needs.tables)),
+        crc,
+        certified,
     )
 
 
@@ -171,96 +239,39 @@ def _layer(graph: Graph, op: Operator, index: int, layout: Layout, needs: Needs)
             raise AssertionError(f"{op.kind} is not part of the integer core")
 
 
-@dataclass(frozen=True)
-class _Memory:
-    """``places``: for each tensor its C expression; ``scratch``: the same for each operator."""
-
-    places: dict[int, str]
-    scratch: dict[int, str]
-    arena_bytes: int
-
-    @staticmethod
-    def of(graph: Graph, texts: list[LayerText]) -> _Memory:
-        roots = {graph.core_input: graph.core_input}
-        for op in graph.core:
-            shares = isinstance(op, Reshape) and op.output != graph.logits
-            roots[op.output] = roots[op.inputs[0]] if shares else op.output
-        lifetimes: dict[int, Buffer] = {}
-        for index, op in enumerate(graph.core):
-            for tensor in (*op.inputs, op.output):
-                root = roots[tensor]
-                first = lifetimes[root].first if root in lifetimes else index
-                lifetimes[root] = Buffer(graph.tensors[root].size, first, index)
-        places = {graph.core_input: "input", graph.logits: "output"}
-        planned = [root for root in lifetimes if root not in places]
-        patches = [index for index, text in enumerate(texts) if text.scratch]
-        buffers = [lifetimes[root] for root in planned]
-        buffers += [Buffer(texts[index].scratch, index, index) for index in patches]
-        offsets, size = plan(buffers)
-        where = [f"memory + {offset}" for offset in offsets]
-        places |= dict(zip(planned, where[: len(planned)], strict=True))
-        scratch = dict(zip(patches, where[len(planned) :], strict=True))
-        return _Memory({t: places[root] for t, root in roots.items()}, scratch, size)
+def _row(layer: CLayer) -> str:
+    """One line of the header's table."""
+    weights = f", {layer.layout} {layer.weight_bytes}" if layer.layout else ""
+    return f"{layer.index} {layer.kind} {_printable(layer.name)}, {layer.output_bytes}{weights}"
 
 
-def _header(graph: Graph, prefix: str, arena_bytes: int) -> str:
+def _printable(name: str) -> str:
+    """A name comes from a file and could end the comment that it stands in."""
+    return re.sub(r"[^A-Za-z0-9_./:;-]", "_", name)
+
+
+def _start(graph: Graph, prefix: str, profile: str, needs: Needs) -> list[str]:
     upper = prefix.upper()
-    given, result = (graph.tensors[i] for i in (graph.core_input, graph.logits))
-    run = _signature(graph, prefix)
-    return f"""\
-/* Generated by cactus_edge from graph {graph.fingerprint()}. */
-#ifndef {upper}_MODEL_H
-#define {upper}_MODEL_H
-
-#include <stdint.h>
-
-#define {upper}_INPUT_BYTES {given.size}
-#define {upper}_OUTPUT_BYTES {result.size}
-#define {upper}_ARENA_BYTES {arena_bytes}
-
-#ifdef __cplusplus
-extern "C" {{
-#endif
-
-/* Input {list(given.shape[1:])} and output {list(result.shape[1:])} must not overlap. Not
-   reentrant: all calls share one static arena. */
-{run};
-
-#ifdef {upper}_TRACE
-/* To be defined by the caller; called behind each operator with its output. */
-void {prefix}_trace(int32_t layer, const void *data, int32_t bytes);
-#endif
-
-#ifdef __cplusplus
-}}
-#endif
-
-#endif
-"""
-
-
-def _signature(graph: Graph, prefix: str) -> str:
-    given, result = (c_type(graph.tensors[i].dtype) for i in (graph.core_input, graph.logits))
-    return f"void {prefix}_run(const {given} *input, {result} *output)"
-
-
-def _source(
-    graph: Graph,
-    prefix: str,
-    profile: str,
-    texts: list[LayerText],
-    memory: _Memory,
-    needs: Needs,
-) -> str:
-    upper = prefix.upper()
-    parts = [
+    return [
         f"""\
 /* Generated by cactus_edge from graph {graph.fingerprint()},
    rounding profile {profile} where the graph does not say otherwise. */
-#include "model.h"
+#include "{prefix}.h"
 
 /* The rounding functions shift negative numbers to the right. */
 typedef char {prefix}_arithmetic_shift[(-1 >> 1) == -1 ? 1 : -1];
+
+/* The CRC is one of little-endian tables. */
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "{prefix}: this code is for little-endian processors"
+#endif
+
+/* Layers are functions of their own, so that what each of them takes can be measured. */
+#if defined(__GNUC__)
+#define LAYER __attribute__((noinline)) static
+#else
+#define LAYER static
+#endif
 
 #ifdef {upper}_TRACE
 #define TRACE(layer, data, bytes) {prefix}_trace(layer, data, bytes)
@@ -271,27 +282,28 @@ typedef char {prefix}_arithmetic_shift[(-1 >> 1) == -1 ? 1 : -1];
         translate_all(needs.functions),
         *(HELPERS[name] for name in HELPERS if name in needs.helpers),
     ]
-    for index, (op, text) in enumerate(zip(graph.core, texts, strict=True)):
-        if text.text:
-            parts.append(f"/* {_comment(graph, op, index, text)} */\n{text.text}")
-    if memory.arena_bytes:
-        parts.append(f"static uint32_t arena[{memory.arena_bytes // 4}];\n")
-    parts.append(_run(graph, prefix, texts, memory))
-    return "\n".join(parts)
+
+
+def _layers(graph: Graph, texts: list[LayerText]) -> list[str]:
+    return [
+        f"/* {_comment(graph, op, index, text)} */\n{text.text}"
+        for index, (op, text) in enumerate(zip(graph.core, texts, strict=True))
+        if text.text
+    ]
 
 
 def _comment(graph: Graph, op: Operator, index: int, text: LayerText) -> str:
-    # A name comes from a file and could end the comment.
-    name = re.sub(r"[^A-Za-z0-9_./:;-]", "_", op.name)
     shapes = [list(graph.tensors[i].shape[1:]) for i in (op.inputs[0], op.output)]
     layout = f", {text.layout} weights" if text.layout else ""
-    return f"{index}: {op.kind} {name}, {shapes[0]} -> {shapes[1]}{layout}"
+    return f"{index}: {op.kind} {_printable(op.name)}, {shapes[0]} -> {shapes[1]}{layout}"
 
 
-def _run(graph: Graph, prefix: str, texts: list[LayerText], memory: _Memory) -> str:
+def _run(graph: Graph, prefix: str, texts: list[LayerText], memory: Memory) -> str:
+    upper = prefix.upper()
     lines: list[str] = []
     if memory.arena_bytes:
         lines.append("uint8_t *const memory = (uint8_t *)arena;")
+    lines.append(f"if (ready != READY) return {upper}_ERROR_NOT_READY;")
     for index, op in enumerate(graph.core):
         target = graph.tensors[op.output]
         if texts[index].text:
@@ -304,4 +316,5 @@ def _run(graph: Graph, prefix: str, texts: list[LayerText], memory: _Memory) -> 
                 arguments.append(f"({kind} *)({memory.scratch[index]})")
             lines.append(f"layer_{index}({', '.join(arguments)});")
         lines.append(f"TRACE({index}, {memory.places[op.output]}, {target.size});")
-    return f"{_signature(graph, prefix)}\n{{\n{join(f'  {line}' for line in lines)}}}\n"
+    lines.append(f"return {upper}_OK;")
+    return f"{run_signature(graph, prefix)}\n{{\n{join(f'  {line}' for line in lines)}}}\n"

@@ -10,7 +10,7 @@ import numpy as np
 
 from cactus_edge import semantics
 from cactus_edge.csource.syntax import Width
-from cactus_edge.csource.text import Needs, block, constant_or_table, join, literal, plus
+from cactus_edge.csource.text import Needs, block, join, literal, plus
 from cactus_edge.graph import Requantization
 from cactus_edge.semantics import Rounding
 
@@ -27,8 +27,8 @@ def requantize(
     needs: Needs,
 ) -> str:
     """Tables and ``static int32_t requantize_<index>(int32_t sum, int32_t channel)``."""
-    multiplier, m = constant_or_table(f"multiplier_{index}", parameters.multiplier, "channel")
-    shift, s = constant_or_table(f"shift_{index}", parameters.shift, "channel", unsigned=True)
+    multiplier, m = needs.constant_or_table(f"multiplier_{index}", parameters.multiplier, "channel")
+    shift, s = needs.constant_or_table(f"shift_{index}", parameters.shift, "channel", unsigned=True)
     lines: list[str] = []
     runs = _runs(parameters)
     for start, end in runs:

@@ -6,7 +6,8 @@ weights are unrolled into named ``int32_t`` accumulators, as many as a Cortex-M 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from cactus_edge.csource.encoding import Encoding, Layout, blocks
 from cactus_edge.csource.text import block, plus
@@ -20,7 +21,10 @@ _SPARSE_PIXELS = 7
 class Kernel:
     """What the loops need: ``taps`` per channel, ``pixels`` at once, ``stride`` elements apart.
 
-    The C text reads ``window``, writes ``target`` and calls ``requantize_<index>``.
+    The C text reads ``window``, writes ``target`` and calls ``requantize_<index>``. Outputs of two
+    pixels are ``step`` elements apart. With ``ends`` the two "pixels" are the lower and the upper
+    end of one box, and so are their sums: a negative weight takes the other end. With ``raw`` the
+    sums themselves are written.
     """
 
     index: int
@@ -31,6 +35,21 @@ class Kernel:
     channels: int
     pixels: int = 1
     stride: int = 0
+    step: int = 0
+    ends: bool = False
+    raw: bool = False
+
+    def of_ends(self, stride: int, step: int, *, raw: bool = False) -> Kernel:
+        """The same for both ends of a box, that far apart in the input and in the output."""
+        return replace(self, pixels=2, stride=stride, step=step, ends=True, raw=raw)
+
+    def products(self, channel: int, weight: str, values: Sequence[str]) -> list[str]:
+        """Lines that add a weight times the value of each pixel."""
+        chosen = list(values)
+        if self.ends:
+            low, high = values
+            chosen = [f"({weight} < 0 ? {a} : {b})" for a, b in ((high, low), (low, high))]
+        return [f"sum_{p}_{channel} += {weight} * {value};" for p, value in enumerate(chosen)]
 
     def sums(self, width: int) -> list[str]:
         """The declarations of the accumulators of a block."""
@@ -46,9 +65,11 @@ class Kernel:
         for pixel in range(self.pixels):
             for c in range(width):
                 channel = f"channel{plus(c)}"
-                call = f"requantize_{self.index}(sum_{pixel}_{c}, {channel})"
-                position = f"target[{channel}{plus(pixel * self.channels)}]"
-                lines.append(f"{position} = ({self.target_type}){call};")
+                value = f"sum_{pixel}_{c}"
+                if not self.raw:
+                    call = f"requantize_{self.index}({value}, {channel})"
+                    value = f"({self.target_type}){call}"
+                lines.append(f"target[{channel}{plus(pixel * self.step)}] = {value};")
         return lines
 
 
@@ -103,7 +124,7 @@ def _plain_tap(kernel: Kernel, width: int, tap: int) -> list[str]:
     lines = [f"const int32_t x_{p} = x[{p * kernel.stride + tap}];" for p in range(kernel.pixels)]
     for c in range(width):
         lines.append(f"const int32_t weight_{c} = weight[{tap * width + c}];")
-        lines += [f"sum_{p}_{c} += weight_{c} * x_{p};" for p in range(kernel.pixels)]
+        lines += kernel.products(c, f"weight_{c}", [f"x_{p}" for p in range(kernel.pixels)])
     return lines
 
 
@@ -123,9 +144,8 @@ def _packed_taps(kernel: Kernel, width: int, taps: int) -> list[str]:
         nibbles = [low_nibble(f"weight[{c}]"), f"weight[{c}] >> 4"][:taps]
         for tap, nibble in enumerate(nibbles):
             lines.append(f"const int32_t weight_{c}_{tap} = {nibble};")
-            lines += [
-                f"sum_{p}_{c} += weight_{c}_{tap} * x_{p}_{tap};" for p in range(kernel.pixels)
-            ]
+            values = [f"x_{p}_{tap}" for p in range(kernel.pixels)]
+            lines += kernel.products(c, f"weight_{c}_{tap}", values)
     return lines if taps == 1 else [*lines, "x += 2;", f"weight += {width};"]
 
 
@@ -138,7 +158,7 @@ def _sparse(kernel: Kernel) -> list[str]:
     entries = block(
         f"for (int32_t entry = counts_{kernel.index}[channel]; entry > 0; entry--)",
         *decode,
-        *(f"sum_{p}_0 += value * x[{p * kernel.stride}];" for p in range(kernel.pixels)),
+        *kernel.products(0, "value", [f"x[{p * kernel.stride}]" for p in range(kernel.pixels)]),
     )
     return [
         f"const int8_t *weight = weights_{kernel.index};",

@@ -18,9 +18,10 @@ from cactus_edge.constraints import stored_range
 from cactus_edge.csource import epilogue, inner
 from cactus_edge.csource.encoding import Encoding, Layout, encode
 from cactus_edge.csource.geometry import Geometry
-from cactus_edge.csource.text import LayerText, Needs, block, c_type, function, literal, table
+from cactus_edge.csource.planner import aligned
+from cactus_edge.csource.text import LayerText, Needs, block, c_type, function, literal, plus
 from cactus_edge.errors import InvalidGraphError
-from cactus_edge.graph import Conv2D, FullyConnected, Graph, Int8Array, Int64Array, Linear
+from cactus_edge.graph import Conv2D, FullyConnected, Graph, Int8Array, Int64Array, Linear, Reshape
 
 
 def folded_bias(graph: Graph, op: Linear, matrix: Int64Array) -> Int64Array:
@@ -54,18 +55,23 @@ def layer(
     encoding: Encoding,
     lines: list[str],
     needs: Needs,
+    bounds: list[str],
     *,
     helper: str = "",
     scratch: int = 0,
+    bounds_scratch: int = 0,
 ) -> LayerText:
-    """Tables, ``requantize_<index>``, a helper and ``layer_<index>`` made of ``lines``."""
+    """Tables, ``requantize_<index>``, a helper, ``layer_<index>`` made of ``lines``.
+
+    ``bounds``, if any, are the lines of ``bounds_<index>``.
+    """
     assert op.requantization is not None, "graph is not resolved"
     source, target = types(graph, op)
     sparse = encoding.layout.sparse
     parts = [
-        table(f"weights_{index}", encoding.values.astype(np.int64)),
-        table(f"counts_{index}", encoding.counts, unsigned=True) if sparse else "",
-        table(f"bias_{index}", folded_bias(graph, op, matrix.astype(np.int64))),
+        needs.table(f"weights_{index}", encoding.values.astype(np.int64)),
+        needs.table(f"counts_{index}", encoding.counts, unsigned=True) if sparse else "",
+        needs.table(f"bias_{index}", folded_bias(graph, op, matrix.astype(np.int64))),
         epilogue.requantize(
             index,
             op.requantization,
@@ -75,11 +81,27 @@ def layer(
         ),
         helper,
     ]
-    arguments = [f"const {source} *restrict input", f"{target} *restrict output"]
-    if scratch:
-        arguments.append(f"{source} *restrict patch")
-    parts.append(function(f"layer_{index}", arguments, lines))
-    return LayerText("".join(parts), scratch, encoding.layout.value, encoding.size)
+    both = ((f"layer_{index}", lines, scratch), (f"bounds_{index}", bounds, bounds_scratch))
+    for name, body, patch in both:
+        arguments = [f"const {source} *restrict input", f"{target} *restrict output"]
+        if patch:
+            arguments.append(f"{source} *restrict patch")
+        if body:
+            parts.append(function(name, arguments, body))
+    return LayerText(
+        "".join(parts),
+        scratch,
+        encoding.layout.value,
+        encoding.size,
+        bool(bounds),
+        bounds_scratch,
+        encoding,
+    )
+
+
+def halves(graph: Graph, op: Linear) -> tuple[int, int]:
+    """How far the upper ends lie behind the lower ones: of the input's elements, the output's."""
+    return aligned(graph.tensors[op.inputs[0]].size), aligned(graph.tensors[op.output].size)
 
 
 def fully_connected(
@@ -90,12 +112,13 @@ def fully_connected(
     matrix = op.weights.values
     encoding = encode(matrix, layout, inner.block_of(1), where=f"{op.kind} '{op.name}'")
     kernel = inner.Kernel(index, encoding, source, target, matrix.shape[1], op.channels)
-    lines = [
-        f"const {source} *const window = input;",
-        f"{target} *const target = output;",
-        *inner.loops(kernel),
-    ]
-    return layer(graph, op, index, matrix, encoding, lines, needs)
+    places = [f"const {source} *const window = input;", f"{target} *const target = output;"]
+    lines = [*places, *inner.loops(kernel)]
+    bounds: list[str] = []
+    if needs.bounds and index != needs.head:
+        half, step = halves(graph, op)
+        bounds = [*places, *inner.loops(kernel.of_ends(half, step))]
+    return layer(graph, op, index, matrix, encoding, lines, needs, bounds)
 
 
 def convolution(graph: Graph, op: Conv2D, index: int, layout: Layout, needs: Needs) -> LayerText:
@@ -110,7 +133,9 @@ def convolution(graph: Graph, op: Conv2D, index: int, layout: Layout, needs: Nee
     pixels = inner.pixels_at_once(columns, encoding.layout)
     in_place = geometry.contiguous
     stride = geometry.stride[1] * geometry.channels if in_place else taps
-    kernel = inner.Kernel(index, encoding, source, target, taps, op.channels, pixels, stride)
+    kernel = inner.Kernel(
+        index, encoding, source, target, taps, op.channels, pixels, stride, op.channels
+    )
     if in_place:
         first = geometry.element(geometry.top(), geometry.left())
         windows = [f"const {source} *const window = input + {first};"]
@@ -130,6 +155,9 @@ def convolution(graph: Graph, op: Conv2D, index: int, layout: Layout, needs: Nee
         tile.insert(0, f"const int32_t column = begin < {last} ? begin : {last};")
     head = f"for (int32_t {begin} = 0; {begin} < {columns}; {begin} += {pixels})"
     lines = block(f"for (int32_t row = 0; row < {rows}; row++)", *block(head, *tile))
+    bounds: list[str] = []
+    if needs.bounds and index != needs.head:
+        bounds = _bounds(graph, op, kernel, geometry)
     return layer(
         graph,
         op,
@@ -138,9 +166,47 @@ def convolution(graph: Graph, op: Conv2D, index: int, layout: Layout, needs: Nee
         encoding,
         lines,
         needs,
+        bounds,
         helper="" if in_place else _gather(graph, op, index, geometry, needs),
         scratch=0 if in_place else pixels * taps,
+        bounds_scratch=0 if in_place else 2 * taps,
     )
+
+
+def _bounds(graph: Graph, op: Conv2D, kernel: inner.Kernel, geometry: Geometry) -> list[str]:
+    """Pixel by pixel, the windows of both ends at once."""
+    half, step = halves(graph, op)
+    rows, columns = geometry.output
+    taps, source, target = kernel.taps, kernel.source_type, kernel.target_type
+    top, left = geometry.top(), geometry.left()
+    if geometry.contiguous:
+        windows = [f"const {source} *const window = input + {geometry.element(top, left)};"]
+    else:
+        windows = [
+            f"gather_{kernel.index}(input{plus(end * half)}, {top}, {left}, patch"
+            f"{plus(end * taps)});"
+            for end in (0, 1)
+        ]
+        windows.append(f"const {source} *const window = patch;")
+    distance = half if geometry.contiguous else taps
+    pixel = [
+        f"{target} *const target = output + (row * {columns} + column) * {op.channels};",
+        *windows,
+        *inner.loops(kernel.of_ends(distance, step)),
+    ]
+    return block(
+        f"for (int32_t row = 0; row < {rows}; row++)",
+        *block(f"for (int32_t column = 0; column < {columns}; column++)", *pixel),
+    )
+
+
+def reads_input(graph: Graph, op: Linear) -> bool:
+    """Whether an operator reads the caller's input, perhaps under another shape."""
+    renamed = {r.output: r.inputs[0] for r in graph.core if isinstance(r, Reshape)}
+    tensor = op.inputs[0]
+    while tensor in renamed:
+        tensor = renamed[tensor]
+    return tensor == graph.core_input
 
 
 def _gather(graph: Graph, op: Conv2D, index: int, geometry: Geometry, needs: Needs) -> str:
@@ -149,7 +215,7 @@ def _gather(graph: Graph, op: Conv2D, index: int, geometry: Geometry, needs: Nee
     channels, (height, width) = geometry.channels, geometry.extent
     run = geometry.window[1] * channels
     # The caller's input may lie anywhere; the arena and everything in it is aligned to words.
-    unit = "bytes" if op.inputs[0] == graph.core_input or channels % 4 else "words"
+    unit = "bytes" if reads_input(graph, op) or channels % 4 else "words"
     zero_point = literal(tensor.zero_point)
 
     def fill(count: int) -> str:

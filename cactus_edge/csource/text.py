@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from cactus_edge.csource.encoding import Encoding
 from cactus_edge.csource.syntax import SemanticsFunction, Width, c_name
 from cactus_edge.graph import DType, Int64Array
 
@@ -16,10 +17,18 @@ _UNSIGNED = ((8, "uint8_t"), (16, "uint16_t"), (32, "uint32_t"))
 
 @dataclass
 class Needs:
-    """What the layers use and the file has to define: semantics functions and copy helpers."""
+    """What the layers use and the file has to define: semantics functions and copy helpers.
+
+    ``tables`` are the constant arrays by name, as their little-endian bytes: what the CRC covers.
+    ``bounds``: whether layers need a function for both ends of a box; ``head`` is the operator that
+    has one of its own, see ``verdict``.
+    """
 
     functions: set[tuple[SemanticsFunction, Width]] = field(default_factory=set)
     helpers: set[str] = field(default_factory=set)
+    tables: dict[str, bytes] = field(default_factory=dict)
+    bounds: bool = False
+    head: int = -1
 
     def call(self, function: SemanticsFunction, width: Width, *arguments: object) -> str:
         """The text of a call, noted as needed."""
@@ -31,15 +40,53 @@ class Needs:
         self.helpers.add(name)
         return f"{name}({', '.join(map(str, arguments))});"
 
+    def table(self, name: str, values: Int64Array, *, unsigned: bool = False) -> str:
+        """A constant array of the narrowest type that holds the values, noted as a table."""
+        numbers = [int(v) for v in values.ravel()] or [0]
+        lowest, highest = min(numbers), max(numbers)
+        bits, kind = next(
+            (bits, text)
+            for bits, text in (_UNSIGNED if unsigned else _SIGNED)
+            if (unsigned and highest < 1 << bits)
+            or (not unsigned and -(1 << (bits - 1)) <= lowest and highest < 1 << (bits - 1))
+        )
+        size = bits // 8
+        self.tables[name] = b"".join(n.to_bytes(size, "little", signed=n < 0) for n in numbers)
+        suffix = "LL" if kind == "int64_t" else ""
+        rows = [
+            ", ".join(f"{number}{suffix}" for number in numbers[start : start + _COLUMNS])
+            for start in range(0, len(numbers), _COLUMNS)
+        ]
+        body = ",\n".join(f"  {row}" for row in rows)
+        return f"static const {kind} {name}[{len(numbers)}] = {{\n{body}\n}};\n"
+
+    def constant_or_table(
+        self, name: str, values: Int64Array, index: str, *, unsigned: bool = False
+    ) -> tuple[str, str]:
+        """``(definition, operand)``: a literal where all are one, else a table and its read."""
+        distinct = {int(v) for v in values}
+        if len(distinct) == 1:
+            value = distinct.pop()
+            return "", f"INT64_C({value})" if value >= 1 << 31 else literal(value)
+        return self.table(name, values, unsigned=unsigned), f"{name}[{index}]"
+
 
 @dataclass(frozen=True)
 class LayerText:
-    """One operator: its tables and function, the scratch it needs, its layout and weight bytes."""
+    """One operator: tables and functions, the scratch it needs, layout and bytes of its weights.
+
+    ``bounds``: whether there is a ``bounds_<index>``, with ``bounds_scratch``; where there is none,
+    ``layer_<index>`` on both ends of the input gives both ends of the output. ``encoding`` of a
+    layer with weights.
+    """
 
     text: str
     scratch: int = 0
     layout: str = ""
     weight_bytes: int = 0
+    bounds: bool = False
+    bounds_scratch: int = 0
+    encoding: Encoding | None = None
 
 
 HELPERS = {
@@ -111,37 +158,8 @@ def join(lines: Iterable[str]) -> str:
 
 
 def function(name: str, arguments: Sequence[str], lines: Iterable[str]) -> str:
-    """A static function without result."""
+    """A static function without result; that of a layer is never inlined."""
+    kind = "LAYER" if name.startswith(("layer_", "bounds_", "sums_")) else "static"
     return (
-        f"static void {name}({', '.join(arguments)})\n{{\n{textwrap.indent(join(lines), '  ')}}}\n"
+        f"{kind} void {name}({', '.join(arguments)})\n{{\n{textwrap.indent(join(lines), '  ')}}}\n"
     )
-
-
-def table(name: str, values: Int64Array, *, unsigned: bool = False) -> str:
-    """A constant array of the narrowest type that holds the values."""
-    numbers = [int(v) for v in values.ravel()] or [0]
-    lowest, highest = min(numbers), max(numbers)
-    kind = next(
-        text
-        for bits, text in (_UNSIGNED if unsigned else _SIGNED)
-        if (unsigned and highest < 1 << bits)
-        or (not unsigned and -(1 << (bits - 1)) <= lowest and highest < 1 << (bits - 1))
-    )
-    suffix = "LL" if kind == "int64_t" else ""
-    rows = [
-        ", ".join(f"{number}{suffix}" for number in numbers[start : start + _COLUMNS])
-        for start in range(0, len(numbers), _COLUMNS)
-    ]
-    body = ",\n".join(f"  {row}" for row in rows)
-    return f"static const {kind} {name}[{len(numbers)}] = {{\n{body}\n}};\n"
-
-
-def constant_or_table(
-    name: str, values: Int64Array, index: str, *, unsigned: bool = False
-) -> tuple[str, str]:
-    """``(definition, operand)``: a literal where all values are one, else a table and its read."""
-    distinct = {int(v) for v in values}
-    if len(distinct) == 1:
-        value = distinct.pop()
-        return "", f"INT64_C({value})" if value >= 1 << 31 else literal(value)
-    return table(name, values, unsigned=unsigned), f"{name}[{index}]"

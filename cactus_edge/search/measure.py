@@ -19,7 +19,7 @@ from cactus_edge.bench.timing import Contender
 from cactus_edge.certify import Certifier
 from cactus_edge.certify.sweep import sweep
 from cactus_edge.datasets import Dataset, Images
-from cactus_edge.errors import RuntimesDisagreeError, UsageError
+from cactus_edge.errors import DoesNotFitError, RuntimesDisagreeError, UsageError
 from cactus_edge.flatbuffer import read_tflite, write_tflite
 from cactus_edge.graph import Graph, Linear
 from cactus_edge.inputs import Perturbation
@@ -113,9 +113,7 @@ def _emulated(graph: Graph, images: Images, board: Board | None) -> tuple[Firmwa
     stored = inputs.stored(graph, images)
     try:
         found = simulate(graph, stored, cpu=board.cpu, board=board)
-    except UsageError as error:
-        if type(error) is not UsageError:  # a missing package is no property of the model
-            raise
+    except DoesNotFitError as error:
         return None, str(error)
     if not np.array_equal(found.outputs, Session(graph).run(stored)):
         raise RuntimesDisagreeError(

@@ -26,6 +26,7 @@ from cactus_edge.certify.faults_sites import (
 from cactus_edge.check_faults_claim import equal_constants
 from cactus_edge.check_flips import flipped, flips
 from cactus_edge.csource import Layout, generate
+from cactus_edge.csource.integrity import crc32
 from cactus_edge.datasets import Dataset
 from cactus_edge.errors import UsageError
 from cactus_edge.execute import accumulate, execute, execute_all, run_operator
@@ -401,12 +402,17 @@ def test_generated_c_folds_before_the_flip(seed: int) -> None:
     source = generate(resolved, layout=Layout.INT8)
     number = resolved.core.index(op)
     table = re.compile(rf"static const int8_t weights_{number}\[.*?\}};", re.DOTALL)
-    flipped_table = table.search(generate(faulty, layout=Layout.INT8).files["model.c"])
-    text = source.files["model.c"]
+    other = generate(faulty, layout=Layout.INT8)
+    flipped_table = table.search(other.files["cactus_edge.c"])
+    text = source.files["cactus_edge.c"]
     assert flipped_table is not None and len(table.findall(text)) == 1
     changed = table.sub(lambda _: flipped_table[0], text)
     assert changed != text
-    flashed = replace(source, files={**source.files, "model.c": changed})
+    # The CRC is told of the flip; it would refuse to run otherwise.
+    name = f"weights_{number}"
+    crc = crc32({**source.tables, name: other.tables[name]})
+    header = source.files["cactus_edge.h"].replace(f"{source.crc32:08x}", f"{crc:08x}")
+    flashed = replace(source, files={"cactus_edge.c": changed, "cactus_edge.h": header})
     points = rng.integers(-128, 128, (64, *graph.tensors[graph.input].shape[1:]))
     found = run_source(resolved, flashed, points, trace=True).layers[op.output]
     assert np.array_equal(found, execute_all(faulty, points)[op.output])
