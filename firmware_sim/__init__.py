@@ -10,19 +10,24 @@ from __future__ import annotations
 from firmware_sim.boards import BOARDS, CPUS, Board
 from firmware_sim.certified import Verdicts, certify_board, certify_host
 from firmware_sim.host import HostRun, run_host
+from firmware_sim.injection import Fault, Flips, Injector, flip_tables
 from firmware_sim.simulation import Instructions, Simulation, fit, simulate
 
 __all__ = [
     "BOARDS",
     "CPUS",
     "Board",
+    "Fault",
+    "Flips",
     "HostRun",
+    "Injector",
     "Instructions",
     "Simulation",
     "Verdicts",
     "certify_board",
     "certify_host",
     "fit",
+    "flip_tables",
     "run_host",
     "simulate",
 ]

@@ -75,29 +75,12 @@ class BlockCounter:
         self._library = ctypes.CDLL(str(build.shared_library(texts, folder, "hook")))
 
     def attach(self, engine: Any) -> None:
-        """Install the hook; the bindings' own way takes Python functions alone, 50 times slower.
+        """Install the hook.
 
         Raises:
             ToolError: unicorn refuses, or is a version without these internals.
         """
-        bindings = importlib.import_module("unicorn.unicorn_py3.unicorn")
-        block_kind = _constants().UC_HOOK_BLOCK
-        try:
-            add = ctypes.CDLL(bindings.uclib._name).uc_hook_add
-            handle = engine._uch
-        except AttributeError:
-            raise ToolError("this version of unicorn is not supported; install 2.1.4") from None
-        status = add(
-            handle,
-            ctypes.byref(ctypes.c_size_t()),
-            ctypes.c_int(block_kind),
-            self._library.count_block,
-            ctypes.byref(self._state),
-            ctypes.c_uint64(1),
-            ctypes.c_uint64(0),
-        )
-        if status:
-            raise ToolError(f"unicorn did not accept the hook that counts blocks (error {status})")
+        add_hook(engine, "UC_HOOK_BLOCK", self._library.count_block, self._state)
 
     def split(self, address: int) -> int:
         """``take`` at the entry of a block that was counted already: it belongs to what follows."""
@@ -131,6 +114,31 @@ class BlockCounter:
         return count
 
 
+def add_hook(engine: Any, kind: str, function: Any, state: ctypes.Structure) -> None:
+    """Have unicorn call a C function; the bindings' own way takes Python ones, 50 times slower.
+
+    Raises:
+        ToolError: unicorn refuses, or is a version without these internals.
+    """
+    bindings = importlib.import_module("unicorn.unicorn_py3.unicorn")
+    try:
+        add = ctypes.CDLL(bindings.uclib._name).uc_hook_add
+        handle = engine._uch
+    except AttributeError:
+        raise ToolError("this version of unicorn is not supported; install 2.1.4") from None
+    status = add(
+        handle,
+        ctypes.byref(ctypes.c_size_t()),
+        ctypes.c_int(getattr(_constants(), kind)),
+        function,
+        ctypes.byref(state),
+        ctypes.c_uint64(1),
+        ctypes.c_uint64(0),
+    )
+    if status:
+        raise ToolError(f"unicorn did not accept a hook that counts (error {status})")
+
+
 class Machine:
     """A board that has booted an image and waits for calls.
 
@@ -144,6 +152,7 @@ class Machine:
         *,
         trace: TraceCallback | None = None,
         layers: Sequence[CLayer] = (),
+        before: Callable[[Machine], None] | None = None,
     ) -> None:
         """Load, map the board's memory and nothing else, and run the start-up code.
 
@@ -152,6 +161,7 @@ class Machine:
             image: linked for that board.
             trace: called with layer and content behind each operator.
             layers: to say which of them need most, where the model does not fit.
+            before: called when everything is loaded and nothing has run.
 
         Raises:
             MissingExtraError: unicorn is not installed.
@@ -176,6 +186,8 @@ class Machine:
         )
         registers = self._cpu.registers
         self.engine.reg_write(self.register(registers.stack), self._stack_top)
+        if before is not None:
+            before(self)
         self._run(entry)
         self._stack_pointer = self.engine.reg_read(self.register(registers.stack))
         self.start_status = self.word("status")

@@ -303,7 +303,7 @@ def _run(graph: Graph, prefix: str, texts: list[LayerText], memory: Memory) -> s
     lines: list[str] = []
     if memory.arena_bytes:
         lines.append("uint8_t *const memory = (uint8_t *)arena;")
-    lines.append(f"if (ready != READY) return {upper}_ERROR_NOT_READY;")
+    lines.append(f"if (checked != CHECKED) return {upper}_ERROR_NOT_READY;")
     for index, op in enumerate(graph.core):
         target = graph.tensors[op.output]
         if texts[index].text:

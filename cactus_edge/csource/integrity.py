@@ -26,8 +26,8 @@ def functions(prefix: str, tables: Mapping[str, bytes]) -> str:
     calls = "".join(f"  crc = crc_of(crc, {name}, sizeof {name});\n" for name in tables)
     return f"""\
 /* Set by a CRC that was right, to a number that no flipped bit makes of another state. */
-#define READY 0x5ac3961eu
-static uint32_t ready;
+#define CHECKED 0x5ac3961eu
+static uint32_t checked;
 
 /* zlib's CRC-32, half a byte at a time. Reads are volatile: what counts is what lies in flash. */
 static uint32_t crc_of(uint32_t crc, const volatile void *data, uint32_t bytes)
@@ -49,14 +49,14 @@ int32_t {prefix}_verify(void)
 {{
   uint32_t crc = 0xffffffffu;
 {calls}  if ((crc ^ 0xffffffffu) == {upper}_CRC32) return {upper}_OK;
-  ready = 0;
+  checked = 0;
   return {upper}_ERROR_CRC;
 }}
 
 int32_t {prefix}_init(void)
 {{
   const int32_t status = {prefix}_verify();
-  ready = status == {upper}_OK ? READY : 0;
+  checked = status == {upper}_OK ? CHECKED : 0;
   return status;
 }}
 """

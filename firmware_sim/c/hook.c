@@ -23,3 +23,21 @@ void count_block(void *engine, uint64_t address, uint32_t size, void *user)
   histogram->strange += histogram->sizes[slot] != size;
   histogram->entries[slot]++;
 }
+
+struct trigger {
+  uint64_t until; /* instructions before the fault */
+  uint64_t limit; /* instructions before the run counts as endless */
+  uint64_t steps;
+  void (*fault)(void);
+  void (*endless)(void);
+};
+
+/* Called before each instruction. */
+void count_step(void *engine, uint64_t address, uint32_t size, void *user)
+{
+  struct trigger *trigger = user;
+  (void)engine, (void)address, (void)size;
+  if (trigger->steps == trigger->until) trigger->fault();
+  if (trigger->steps == trigger->limit) trigger->endless();
+  trigger->steps++;
+}
