@@ -21,6 +21,7 @@ _COMMON = ("-std=c99", "-O2", "-g0", "-Wall", "-Wextra", "-Wpedantic")
 _TRAP = ("-fsanitize=undefined", "-fsanitize-trap=undefined")
 _PLAIN = ("-fno-sanitize=all",)
 TRACE = "-DCACTUS_EDGE_TRACE"
+LAYERS = "-DCACTUS_EDGE_LAYERS"
 
 
 def data_file(name: str) -> str:
@@ -72,8 +73,18 @@ def host_program(
     return output
 
 
-def firmware(texts: Mapping[str, str], folder: Path, board: Board, *, trace: bool = False) -> Path:
-    """An ELF file for ``board``: the model, ``c/main.c``, and what the compiler's library adds."""
+def firmware(
+    texts: Mapping[str, str],
+    folder: Path,
+    board: Board,
+    *,
+    trace: bool = False,
+    by_layer: bool = False,
+) -> Path:
+    """An ELF file for ``board``: the model, ``c/main.c``, and what the compiler's library adds.
+
+    ``by_layer`` keeps layers from being inlined.
+    """
     script = Template(data_file("board.ld")).substitute(
         flash_origin=hex(board.flash_origin),
         ram_origin=hex(board.ram_origin),
@@ -92,6 +103,7 @@ def firmware(texts: Mapping[str, str], folder: Path, board: Board, *, trace: boo
         CPUS[board.cpu].target,
         f"-mcpu={CPUS[board.cpu].compiler}",
         *([TRACE] if trace else []),
+        *([LAYERS] if by_layer else []),
         *sources,
         "-T",
         "board.ld",

@@ -44,8 +44,8 @@ class Simulation:
     constants (weights and tables) and initial data. ``ram_bytes`` is all static data: the arena,
     the caller's input and output; ``stack_bytes``, the deepest stack, comes on top. ``layers`` are
     activations by tensor index; with a trace the calls that report them count as instructions.
-    ``layer_instructions`` are medians by operator, 0 for one that moves nothing; what is left of an
-    inference are the calls between layers.
+    ``layer_instructions``, if asked for, are medians by operator, 0 for one that moves nothing;
+    layers are not inlined then, which makes an inference a few percent longer.
     """
 
     board: Board
@@ -69,6 +69,7 @@ def simulate(
     cpu: str = "cortex-m4",
     board: str | Board | None = None,
     trace: bool = False,
+    by_layer: bool = False,
     layout: Layout = Layout.AUTO,
 ) -> Simulation:
     """Generate, compile for the board, and run every input; equals ``execute`` bit by bit.
@@ -80,6 +81,7 @@ def simulate(
         cpu: a key of ``CPUS``.
         board: a key of ``BOARDS``, a board of your own, or None for the first one with this CPU.
         trace: also return every activation.
+        by_layer: also count the instructions of each layer.
         layout: of the weights, see ``cactus_edge.csource``.
 
     Raises:
@@ -89,7 +91,8 @@ def simulate(
         ToolError: the compiler or the emulator failed.
     """
     target = board_of(cpu, board)
-    return simulate_source(graph, generate(graph, profile, layout=layout), inputs, target, trace)
+    source = generate(graph, profile, layout=layout)
+    return simulate_source(graph, source, inputs, target, trace, by_layer)
 
 
 def fit(source: CSource, board: str | Board) -> Image:
@@ -109,7 +112,12 @@ def fit(source: CSource, board: str | Board) -> Image:
 
 
 def simulate_source(
-    graph: Graph, source: CSource, inputs: npt.ArrayLike, board: Board, trace: bool = False
+    graph: Graph,
+    source: CSource,
+    inputs: npt.ArrayLike,
+    board: Board,
+    trace: bool = False,
+    by_layer: bool = False,
 ) -> Simulation:
     """``simulate`` of C that was generated before, with the default prefix."""
     data = stored_inputs(graph, inputs)
@@ -118,7 +126,8 @@ def simulate_source(
     traced: list[bytes] = []
     with tempfile.TemporaryDirectory(prefix="cactus-edge-") as name:
         folder = Path(name)
-        image = read_image(build.firmware(source.files, folder, board, trace=trace))
+        program = build.firmware(source.files, folder, board, trace=trace, by_layer=by_layer)
+        image = read_image(program)
         callback = (lambda layer, content: traced.append(content)) if trace else None
         machine = Machine(board, image, trace=callback, layers=source.layers)
         counter = BlockCounter(image, board, folder)
@@ -141,7 +150,7 @@ def simulate_source(
         source.arena_bytes,
         machine.stack_bytes(),
         layers,
-        meter.medians(),
+        meter.medians() if by_layer else (),
     )
 
 
@@ -154,6 +163,7 @@ class _LayerMeter:
         self._counts = [0] * (layers + 1)
         self._samples: list[list[int]] = []
         for index in range(layers):
+            # Without ``by_layer`` a few functions may be left; nobody asks for them.
             address = machine.image.function(f"layer_{index}")
             if address:
                 machine.at(address, partial(self._entered, index, address))

@@ -266,8 +266,8 @@ typedef char {prefix}_arithmetic_shift[(-1 >> 1) == -1 ? 1 : -1];
 #error "{prefix}: this code is for little-endian processors"
 #endif
 
-/* Layers are functions of their own, so that what each of them takes can be measured. */
-#if defined(__GNUC__)
+/* Layers as functions of their own can be measured one by one; inlined they are faster. */
+#if defined({upper}_LAYERS) && defined(__GNUC__)
 #define LAYER __attribute__((noinline)) static
 #else
 #define LAYER static

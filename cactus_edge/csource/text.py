@@ -158,7 +158,7 @@ def join(lines: Iterable[str]) -> str:
 
 
 def function(name: str, arguments: Sequence[str], lines: Iterable[str]) -> str:
-    """A static function without result; that of a layer is never inlined."""
+    """A static function without result; that of a layer can be kept from being inlined."""
     kind = "LAYER" if name.startswith(("layer_", "bounds_", "sums_")) else "static"
     return (
         f"{kind} void {name}({', '.join(arguments)})\n{{\n{textwrap.indent(join(lines), '  ')}}}\n"
