@@ -1,4 +1,4 @@
-"""A trained network as a list of deployable stages, in float64.
+"""A trained network as the stages of ``lowering``.
 
 Batch normalization is folded into the layer before it, pruning is applied to the weights first, as
 in training, and a following ReLU becomes part of the layer or of the sum.
@@ -6,95 +6,38 @@ in training, and a following ReLU becomes part of the layer or of the sum.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cactus_edge.errors import UnsupportedModelError
+from cactus_edge.lowering.stages import Branch, Flatten, Layer, Pool, Stage, Sum, output_of
 from cactus_edge.train.compress import Masks
 from cactus_edge.train.zoo import Add, Network, Resume
 
 
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """A convolution [out, in, kh, kw] or a linear layer [out, in], with its ReLU.
+def apply(stage: Layer | Pool, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """A layer's map without bias, its own weight being replaced by ``weight``, or a pool.
 
-    ``output`` is the name of the last module that was folded in.
+    [N, in, ...] -> [N, out, ...]
     """
-
-    name: str
-    output: str
-    weight: Tensor
-    bias: Tensor
-    relu: bool = False
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-
-    @property
-    def convolution(self) -> bool:
-        """Whether this is a convolution."""
-        return self.weight.dim() == 4
-
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The linear map with another weight and bias: [N, in, ...] -> [N, out, ...]."""
-        if not self.convolution:
-            return functional.linear(x, weight, bias)
-        return functional.conv2d(
-            x, weight, bias, self.stride, self.padding, self.dilation, self.groups
-        )
+    if isinstance(stage, Pool):
+        pool = functional.avg_pool2d if stage.kind == "average" else functional.max_pool2d
+        return pool(x, stage.window, stage.stride)
+    weight = torch.from_numpy(stage.weight) if weight is None else weight
+    if not stage.convolution:
+        return functional.linear(x, weight)
+    (top, bottom), (left, right) = stage.padding
+    padded = functional.pad(x, (left, right, top, bottom))
+    return functional.conv2d(padded, weight, None, stage.stride, 0, stage.dilation, stage.groups)
 
 
-@dataclass(frozen=True)
-class Pool:
-    """A pool without padding."""
-
-    name: str
-    kind: Literal["average", "max"]
-    window: tuple[int, int]
-    stride: tuple[int, int]
-
-    def apply(self, x: Tensor) -> Tensor:
-        """The pool on [N, C, H, W]."""
-        pool = functional.avg_pool2d if self.kind == "average" else functional.max_pool2d
-        return pool(x, self.window, self.stride)
-
-
-@dataclass(frozen=True)
-class Flatten:
-    """From [N, C, H, W] to [N, C * H * W]."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Branch:
-    """Goes on from the earlier stage whose ``output`` is ``source``."""
-
-    name: str
-    source: str
-
-
-@dataclass(frozen=True)
-class Sum:
-    """The stage before plus the earlier one whose ``output`` is ``source``, with its ReLU."""
-
-    name: str
-    output: str
-    source: str
-    relu: bool = False
-
-
-Stage = Layer | Pool | Flatten | Branch | Sum
-
-
-def output_of(stage: Stage) -> str:
-    """The name under which later stages read what ``stage`` yields."""
-    return stage.output if isinstance(stage, Layer | Sum) else stage.name
+def spread(layer: Layer) -> Tensor:
+    """The bias in the shape in which outputs take it."""
+    bias = torch.from_numpy(layer.bias)
+    return bias.reshape(-1, 1, 1) if layer.convolution else bias
 
 
 def stages(network: Network, masks: Masks) -> list[Stage]:
@@ -154,20 +97,21 @@ def _layer(name: str, module: nn.Conv2d | nn.Linear, mask: Tensor | None) -> Lay
         else module.bias.detach().double()
     )
     if isinstance(module, nn.Linear):
-        return Layer(name, name, weight, bias)
+        return Layer(name, name, weight.numpy(), bias.numpy())
     if isinstance(module.padding, str) or module.padding_mode != "zeros":
         raise UnsupportedModelError(f"layer '{name}': padding must be numbers, with zeros")
     if module.groups not in (1, module.in_channels):
         raise UnsupportedModelError(
             f"layer '{name}': {module.groups} groups; only full and depthwise convolutions exist"
         )
+    height, width = _pair(module.padding)
     return Layer(
         name,
         name,
-        weight,
-        bias,
+        weight.numpy(),
+        bias.numpy(),
         stride=_pair(module.stride),
-        padding=_pair(module.padding),
+        padding=(_both(height), _both(width)),
         dilation=_pair(module.dilation),
         groups=module.groups,
     )
@@ -185,8 +129,9 @@ def _normalized(name: str, before: list[Stage], module: nn.BatchNorm1d | nn.Batc
     if module.affine:
         gamma, beta = module.weight.detach().double(), module.bias.detach().double()
         factor, shift = factor * gamma, shift * gamma + beta
-    weight = layer.weight * factor.reshape(-1, *[1] * (layer.weight.dim() - 1))
-    return replace(layer, weight=weight, bias=layer.bias * factor + shift, output=name)
+    scale = factor.numpy()
+    weight = layer.weight * scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
+    return replace(layer, weight=weight, bias=layer.bias * scale + shift.numpy(), output=name)
 
 
 def _pool(name: str, module: nn.AvgPool2d | nn.MaxPool2d) -> Pool:
@@ -208,3 +153,7 @@ def _checked(name: str, plain: bool, pool: Pool) -> Pool:
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _both(size: int) -> tuple[int, int]:
+    return size, size

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,15 +22,16 @@ from cactus_edge.constraints import validate
 from cactus_edge.errors import DataError, UsageError
 from cactus_edge.graph import Graph
 from cactus_edge.inputs import METADATA
-from cactus_edge.train.assembly import Assembly, LayerReport
+from cactus_edge.lowering.assembly import Assembly, LayerReport
+from cactus_edge.lowering.shadow import LayerDifference, shadow_check
+from cactus_edge.lowering.stages import Layer, Stage
 from cactus_edge.train.checkpoint import Model, load_model
 from cactus_edge.train.compress import Clipping, clipped, fake_quantize
-from cactus_edge.train.folding import Layer, Stage, stages
+from cactus_edge.train.folding import stages
 from cactus_edge.train.members import Magnitude, Member, Pattern
 from cactus_edge.train.ranges import calibrate
 from cactus_edge.train.recipe import Recipe, parse_member
 from cactus_edge.train.removal import without_unread
-from cactus_edge.train.shadow import LayerDifference, shadow_check
 
 CALIBRATION_SAMPLES = 2000
 _SHADOW_SAMPLES = 16
@@ -153,7 +154,7 @@ def lower(model: Model, calibration: datasets.Dataset, settings: Settings) -> Lo
         graph, metadata=_metadata(model, calibration, settings, epsilon, clipping, graph)
     )
     validate(graph)
-    differences = shadow_check(graph, assembly.shadows, images[:_SHADOW_SAMPLES])
+    differences = shadow_check(graph, assembly.shadows, images[:_SHADOW_SAMPLES].numpy())
     report = LoweringReport(
         bits=settings.bits,
         sparsity=settings.sparsity,
@@ -263,35 +264,30 @@ def _widths(folded: Sequence[Stage], settings: Settings) -> dict[str, int]:
 
 def _clipped(folded: Sequence[Stage], widths: Mapping[str, int], clipping: Clipping) -> list[Stage]:
     """The stages with weights clipped: the largest weight of a channel is then its limit."""
-    last = _last(folded)
-    return [
-        replace(
-            stage,
-            weight=clipped(stage.weight, widths[stage.name], clipping, shared=stage.name == last),
-        )
-        if isinstance(stage, Layer)
-        else stage
-        for stage in folded
-    ]
+
+    def limited(weight: torch.Tensor, bits: int, *, shared: bool) -> torch.Tensor:
+        return clipped(weight, bits, clipping, shared=shared)
+
+    return _changed(folded, widths, limited)
 
 
 def _rounded(folded: Sequence[Stage], widths: Mapping[str, int]) -> list[Stage]:
     """The stages with weights rounded nearly as they will ship, for calibration."""
-    last = _last(folded)
-    return [
-        replace(
-            stage,
-            weight=fake_quantize(stage.weight, widths[stage.name], shared=stage.name == last),
-        )
-        if isinstance(stage, Layer)
-        else stage
-        for stage in folded
-    ]
+    return _changed(folded, widths, fake_quantize)
 
 
-def _last(folded: Sequence[Stage]) -> str:
-    """The layer of the logits, which has one scale."""
-    return [stage.name for stage in folded if isinstance(stage, Layer)][-1]
+def _changed(
+    folded: Sequence[Stage], widths: Mapping[str, int], change: Callable[..., torch.Tensor]
+) -> list[Stage]:
+    """The stages with ``change`` of their weights; the last layer's share one scale."""
+    last = [stage.name for stage in folded if isinstance(stage, Layer)][-1]
+
+    def changed(stage: Layer) -> Layer:
+        weight = torch.from_numpy(stage.weight)
+        shared = stage.name == last
+        return replace(stage, weight=change(weight, widths[stage.name], shared=shared).numpy())
+
+    return [changed(stage) if isinstance(stage, Layer) else stage for stage in folded]
 
 
 def _metadata(

@@ -7,25 +7,25 @@ every outlier would waste levels; the quantile is the compromise.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cactus_edge.train.folding import Branch, Flatten, Layer, Stage, Sum, output_of
+from cactus_edge.lowering.stages import (
+    Branch,
+    Flatten,
+    Layer,
+    Range,
+    Stage,
+    Sum,
+    output_of,
+)
+from cactus_edge.train.folding import apply, spread
 
 HIDDEN_QUANTILE = 0.9999
 LOGIT_QUANTILE = 0.999
 _SAMPLED = 1_000_000
 _SMALLEST = 1e-6
-
-
-@dataclass(frozen=True)
-class Range:
-    """Real interval that the stored output of a layer or a sum covers."""
-
-    lower: float
-    upper: float
 
 
 @torch.no_grad()
@@ -51,8 +51,8 @@ def calibrate(stages: Sequence[Stage], images: Tensor, epsilon: float) -> dict[s
         elif isinstance(stage, Layer | Sum):
             if isinstance(stage, Layer):
                 centre, radius = (lower + upper) / 2, (upper - lower) / 2
-                centre = stage.apply(centre, stage.weight, stage.bias)
-                radius = stage.apply(radius, stage.weight.abs(), None)
+                centre = apply(stage, centre) + spread(stage)
+                radius = apply(stage, radius, torch.from_numpy(stage.weight).abs())
                 lower, upper = centre - radius, centre + radius
             else:
                 lower, upper = lower + kept[stage.source][0], upper + kept[stage.source][1]
@@ -64,7 +64,7 @@ def calibrate(stages: Sequence[Stage], images: Tensor, epsilon: float) -> dict[s
             bottom = 0.0 if stage.relu else _quantile(lower, 1 - fraction)
             result[stage.name] = Range(bottom, max(top, bottom + _SMALLEST))
         else:
-            lower, upper = stage.apply(lower), stage.apply(upper)
+            lower, upper = apply(stage, lower), apply(stage, upper)
         if output_of(stage) in sources:
             kept[output_of(stage)] = lower, upper
     return result

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from cactus_edge.train.folding import Branch, Flatten, Layer, Stage, Sum
+from cactus_edge.graph import BoolArray
+from cactus_edge.lowering.stages import Branch, Flatten, Layer, Stage, Sum
 
 
 def without_unread(stages: Sequence[Stage]) -> list[Stage]:
@@ -26,7 +26,7 @@ def without_unread(stages: Sequence[Stage]) -> list[Stage]:
         return list(stages)
     kept = _read(stages)
     result: list[Stage] = []
-    current: Tensor | None = None  # which of the last tensor's channels stay; None: all
+    current: BoolArray | None = None  # which of the last tensor's channels stay; None: all
     for stage in stages:
         if isinstance(stage, Layer):
             rows = kept[stage.name]
@@ -37,10 +37,10 @@ def without_unread(stages: Sequence[Stage]) -> list[Stage]:
     return result
 
 
-def _read(stages: Sequence[Stage]) -> Mapping[str, Tensor]:
+def _read(stages: Sequence[Stage]) -> Mapping[str, BoolArray]:
     """Which output channels of each layer are read, bool [out], by the layer's name."""
-    kept: dict[str, Tensor] = {}
-    needed: Tensor | None = None  # channels or features of the tensor at hand; None: all
+    kept: dict[str, BoolArray] = {}
+    needed: BoolArray | None = None  # channels or features of the tensor at hand; None: all
     for index in reversed(range(len(stages))):
         stage = stages[index]
         before = next((s for s in reversed(stages[:index]) if isinstance(s, Layer)), None)
@@ -48,25 +48,25 @@ def _read(stages: Sequence[Stage]) -> Mapping[str, Tensor]:
             needed = needed.reshape(len(before.weight), -1).any(1)
         elif isinstance(stage, Layer):
             out = len(stage.weight)
-            rows = torch.ones(out, dtype=torch.bool) if needed is None else needed.clone()
+            rows = np.ones(out, np.bool_) if needed is None else needed.copy()
             rows[0] |= not bool(rows.any())
             if stage.groups > 1:  # depthwise: it has the channels that the layer before has
-                needed = rows.reshape(stage.groups, -1).any(1)
-                needed |= before is None
-                rows = needed.repeat_interleave(out // stage.groups)
+                read = rows.reshape(stage.groups, -1).any(axis=1)
+                used: BoolArray = np.ones_like(read) if before is None else read
+                rows, needed = np.repeat(used, out // stage.groups), used
             else:
                 read = stage.weight[rows] != 0
-                needed = read.any(0) if read.dim() == 2 else read.any(3).any(2).any(0)
+                needed = read.any(axis=(0, *range(2, read.ndim)))
             kept[stage.name] = rows
     return kept
 
 
-def _cut(layer: Layer, rows: Tensor, inputs: Tensor | None) -> Layer:
+def _cut(layer: Layer, rows: BoolArray, inputs: BoolArray | None) -> Layer:
     """A layer with some of its output channels, of which the layer before has ``inputs``."""
     weight, groups = layer.weight[rows], layer.groups
     if groups > 1:
         groups = groups if inputs is None else int(inputs.sum())
     elif inputs is not None:
         # Features behind a flatten: all pixels of a channel in a row.
-        weight = weight[:, inputs.repeat_interleave(weight.shape[1] // len(inputs))]
+        weight = weight[:, np.repeat(inputs, weight.shape[1] // len(inputs))]
     return replace(layer, weight=weight, bias=layer.bias[rows], groups=groups)

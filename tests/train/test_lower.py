@@ -17,15 +17,16 @@ from cactus_edge.datasets import Dataset
 from cactus_edge.errors import OutputError, ToolError, UnsupportedModelError, UsageError
 from cactus_edge.execute import execute, execute_all
 from cactus_edge.graph import Conv2D, FullyConnected, Graph, Linear, Padding
+from cactus_edge.lowering.assembly import Assembly
+from cactus_edge.lowering.shadow import shadow_check
+from cactus_edge.lowering.stages import Layer
 from cactus_edge.train import views
-from cactus_edge.train.assembly import Assembly
 from cactus_edge.train.checkpoint import Model, ModelMetadata, save_model
-from cactus_edge.train.folding import Layer, stages
+from cactus_edge.train.folding import apply, spread, stages
 from cactus_edge.train.lower import Settings, convert, lower
 from cactus_edge.train.members import Quantized
 from cactus_edge.train.ranges import calibrate
 from cactus_edge.train.recipe import Compression, Recipe, load_recipe
-from cactus_edge.train.shadow import shadow_check
 from cactus_edge.train.zoo import NETWORKS, Add, Network, Resume, build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -318,9 +319,7 @@ def test_normalization_is_folded_exactly() -> None:
     folded = x
     for stage in stages(made.network, {}):
         folded = (
-            stage.apply(folded, stage.weight, stage.bias)
-            if isinstance(stage, Layer)
-            else folded.flatten(1)
+            apply(stage, folded) + spread(stage) if isinstance(stage, Layer) else folded.flatten(1)
         )
         if isinstance(stage, Layer) and stage.relu:
             folded = folded.relu()
@@ -336,7 +335,7 @@ def test_a_wrong_layer_is_caught_by_the_shadow() -> None:
     widths = {stage.name: 8 for stage in folded if isinstance(stage, Layer)}
     assembly = Assembly(folded, calibrate(folded, pixels, 0.02), (1, 8, 8), widths)
     graph, _ = assembly.build(universal=True)
-    shadow_check(graph, assembly.shadows, pixels)
+    shadow_check(graph, assembly.shadows, pixels.numpy())
     index = next(i for i, op in enumerate(graph.operators) if op.name == "conv2")
     op = graph.operators[index]
     assert isinstance(op, Conv2D)
@@ -344,7 +343,7 @@ def test_a_wrong_layer_is_caught_by_the_shadow() -> None:
     wrong = replace(op, weights=flipped)
     operators = (*graph.operators[:index], wrong, *graph.operators[index + 1 :])
     with pytest.raises(ToolError, match="conv2"):
-        shadow_check(replace(graph, operators=operators), assembly.shadows, pixels)
+        shadow_check(replace(graph, operators=operators), assembly.shadows, pixels.numpy())
 
 
 def test_plain_scales_are_not_universal_and_say_so() -> None:

@@ -16,10 +16,11 @@ from cactus_edge.compact import compact
 from cactus_edge.errors import UnsupportedModelError
 from cactus_edge.execute import execute, execute_all
 from cactus_edge.graph import Conv2D, Graph, Linear
-from cactus_edge.train.assembly import Assembly
+from cactus_edge.lowering.assembly import Assembly
+from cactus_edge.lowering.stages import Flatten, Layer, Pool, Stage
 from cactus_edge.train.bounds import View, forward
 from cactus_edge.train.compress import pruned_weights
-from cactus_edge.train.folding import Flatten, Layer, Pool, Stage, stages
+from cactus_edge.train.folding import apply, spread, stages
 from cactus_edge.train.lower import Settings, lower
 from cactus_edge.train.members import (
     Pruning,
@@ -68,10 +69,10 @@ def applied(folded: Sequence[Stage], x: torch.Tensor) -> torch.Tensor:
     for stage in folded:
         match stage:
             case Layer():
-                x = stage.apply(x, stage.weight, stage.bias)
+                x = apply(stage, x) + spread(stage)
                 x = x.relu() if stage.relu else x
             case Pool():
-                x = stage.apply(x)
+                x = apply(stage, x)
             case Flatten():
                 x = x.flatten(1)
     return x

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
-import torch
 
 from cactus_edge.errors import ToolError
 from cactus_edge.execute import execute_all
 from cactus_edge.graph import Graph, Int64Array
+from cactus_edge.lowering.stages import FloatArray, linear, spread
 
 if TYPE_CHECKING:
-    from cactus_edge.train.assembly import Shadow
+    from cactus_edge.lowering.assembly import Shadow
 
 
 class LayerDifference(msgspec.Struct, frozen=True):
@@ -30,17 +30,16 @@ class LayerDifference(msgspec.Struct, frozen=True):
     share: float
 
 
-@torch.no_grad()
 def shadow_check(
-    graph: Graph, shadows: Sequence[Shadow], images: torch.Tensor
+    graph: Graph, shadows: Sequence[Shadow], images: FloatArray
 ) -> list[LayerDifference]:
     """Compare every weighted layer on ``images`` [N, C, H, W] or [N, F] in [0, 1].
 
     Raises:
         ToolError: a layer differs by more than one step.
     """
-    pixels = images.permute(0, 2, 3, 1) if images.dim() == 4 else images
-    stored = np.rint(pixels.numpy() * 255).astype(np.int64) - 128
+    pixels = images.transpose(0, 2, 3, 1) if images.ndim == 4 else images
+    stored = np.rint(pixels * 255).astype(np.int64) - 128
     values = execute_all(graph, stored)
     differences = [_compare(graph, shadow, values) for shadow in shadows]
     worst = max(differences, key=lambda d: d.largest)
@@ -57,20 +56,19 @@ def _compare(graph: Graph, shadow: Shadow, values: dict[int, Int64Array]) -> Lay
     assert source.quantization is not None
     assert target.quantization is not None
     layer = shadow.layer
-    stored = torch.from_numpy(values[shadow.source] - source.zero_point).double()
-    real = stored * float(source.quantization.scale)
+    real = (values[shadow.source] - source.zero_point) * float(source.quantization.scale)
     if layer.convolution:
-        output = layer.apply(real.permute(0, 3, 1, 2), layer.weight, layer.bias)
-        output = output.permute(0, 2, 3, 1)
+        output = linear(layer, real.transpose(0, 3, 1, 2), layer.weight)
+        output = (output + spread(layer, layer.bias)).transpose(0, 2, 3, 1)
     else:
         # Behind a flatten the integers are NHWC, the float weights NCHW.
-        flat = real.reshape(len(real), -1)
-        output = layer.apply(_channels_first(graph, shadow, flat), layer.weight, layer.bias)
+        flat = _channels_first(graph, shadow, real.reshape(len(real), -1))
+        output = linear(layer, flat, layer.weight) + layer.bias
     output = output + shadow.shift
     if layer.relu:
-        output = output.clamp(min=0)
-    steps = torch.round(output / float(target.quantization.scale)) + target.zero_point
-    expected = steps.clamp(*target.dtype.range).numpy().astype(np.int64)
+        output = np.maximum(output, 0)
+    steps = np.rint(output / float(target.quantization.scale)) + target.zero_point
+    expected = steps.clip(*target.dtype.range).astype(np.int64)
     difference = np.abs(expected.reshape(len(expected), -1) - _flat(values[shadow.target]))
     return LayerDifference(layer.name, int(difference.max()), float((difference > 0).mean()))
 
@@ -79,7 +77,7 @@ def _flat(array: Int64Array) -> Int64Array:
     return array.reshape(len(array), -1)
 
 
-def _channels_first(graph: Graph, shadow: Shadow, flat: torch.Tensor) -> torch.Tensor:
+def _channels_first(graph: Graph, shadow: Shadow, flat: FloatArray) -> FloatArray:
     """Undo NHWC when the tensor was an image before RESHAPEs led to it."""
     tensor = shadow.source
     producers = {op.output: op for op in graph.core}
@@ -88,4 +86,4 @@ def _channels_first(graph: Graph, shadow: Shadow, flat: torch.Tensor) -> torch.T
     shape = graph.tensors[tensor].shape
     if len(shape) != 4:
         return flat
-    return flat.reshape(-1, *shape[1:]).permute(0, 3, 1, 2).reshape(len(flat), -1)
+    return flat.reshape(-1, *shape[1:]).transpose(0, 3, 1, 2).reshape(len(flat), -1)

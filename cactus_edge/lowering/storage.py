@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cactus_edge.errors import UnsupportedModelError
-from cactus_edge.train.folding import Branch, Layer, Pool, Stage, Sum, output_of
-from cactus_edge.train.ranges import Range
+from cactus_edge.lowering.stages import Branch, Layer, Pool, Range, Stage, Sum, output_of
 
 LEVELS = 255
 

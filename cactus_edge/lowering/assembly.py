@@ -12,22 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import msgspec
 import numpy as np
-import numpy.typing as npt
-import torch
 
-from cactus_edge.constraints import ACCUMULATOR_LIMIT
 from cactus_edge.graph import (
     Activation,
     Add,
     AveragePool2D,
-    Conv2D,
-    DepthwiseConv2D,
-    FullyConnected,
     Graph,
-    Int8Array,
-    Linear,
     MaxPool2D,
     Operator,
     Pad,
@@ -35,39 +26,24 @@ from cactus_edge.graph import (
     Quantization,
     Reshape,
     Tensor,
-    Weights,
     window_geometry,
 )
-from cactus_edge.snap import FloatArray, snap
-from cactus_edge.train.folding import Branch, Flatten, Layer, Pool, Stage, Sum, output_of
-from cactus_edge.train.ranges import Range
-from cactus_edge.train.storage import Storage, storages
-
-ScaleBits = npt.NDArray[np.uint32]
+from cactus_edge.lowering.stages import (
+    NO_PADS,
+    Branch,
+    Flatten,
+    FloatArray,
+    Layer,
+    Pool,
+    Range,
+    Stage,
+    Sum,
+    output_of,
+)
+from cactus_edge.lowering.storage import Storage, storages
+from cactus_edge.lowering.weighted import LayerReport, WeightedOperator
 
 PIXEL = Quantization.of(np.float32(1) / np.float32(255), -128)
-_LARGEST_MULTIPLIER = 0.9
-# Channels whose weights all but vanished: below these bounds a level of theirs means nothing, and a
-# bias in units of it would not fit.
-_SMALLEST_MULTIPLIER = 2.0**-18
-_LARGEST_BIAS = 2.0**25
-
-
-class LayerReport(msgspec.Struct, frozen=True):
-    """One weighted layer; ``snapped`` of ``channels`` scales are universal, ``unsnapped`` are not.
-
-    Changes are relative to the scale that the largest weight asks for; a large one belongs to a
-    channel whose weights all but vanished.
-    """
-
-    name: str
-    bits: int
-    sparsity: float
-    channels: int
-    snapped: int
-    unsnapped: tuple[int, ...]
-    median_change: float
-    largest_change: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +200,7 @@ class Assembly:
         target = Tensor(
             layer.output, self._shape(layer, source, padding), quantization=quantization
         )
-        maker = _Maker(
+        maker = WeightedOperator(
             layer, values, width, (source, target), (inputs, output), padding, shift,
             (*self._tensors, target),
         )  # fmt: skip
@@ -233,10 +209,10 @@ class Assembly:
         self._append(operator, target)
         self._reports.append(report)
         scale = np.broadcast_to(bits.view(np.float32).astype(np.float64), layer.weight.shape[0])
-        shipped = torch.from_numpy(scale.copy()).reshape(-1, *[1] * (layer.weight.dim() - 1))
+        shipped = scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
         limit = 2 ** (width - 1) - 1
-        rounded = torch.clamp(torch.round(layer.weight / shipped), -limit, limit) * shipped
-        shadow = replace(layer, weight=rounded, padding=layer.padding)
+        rounded = np.clip(np.rint(layer.weight / shipped), -limit, limit) * shipped
+        shadow = replace(layer, weight=rounded)
         self.shadows.append(
             Shadow(operator.name, inputs[0], output, self._as_shipped(shadow), shift)
         )
@@ -244,41 +220,36 @@ class Assembly:
     def _as_shipped(self, layer: Layer) -> Layer:
         """Explicit padding has become a PAD operator, which the shadow's input has behind it."""
         padded = bool(self._operators[-2:-1]) and isinstance(self._operators[-2], Pad)
-        return replace(layer, padding=(0, 0)) if padded else layer
+        return replace(layer, padding=NO_PADS) if padded else layer
 
     def _pad(self, layer: Layer) -> Padding:
         """VALID, SAME where that is the same geometry, or a PAD operator and VALID."""
         inputs, output, source = self._next()
-        if layer.padding == (0, 0):
+        if layer.padding == NO_PADS:
             return Padding.VALID
         same = True
         for axis in (0, 1):
             extent, kernel = source.shape[1 + axis], layer.weight.shape[2 + axis]
-            pad = layer.padding[axis]
-            size, before, after = window_geometry(
+            size, *pads = window_geometry(
                 extent, kernel, layer.stride[axis], layer.dilation[axis], Padding.SAME
             )
+            padded = extent + sum(layer.padding[axis])
             wanted = window_geometry(
-                extent + 2 * pad, kernel, layer.stride[axis], layer.dilation[axis], Padding.VALID
+                padded, kernel, layer.stride[axis], layer.dilation[axis], Padding.VALID
             )
-            same = same and (before, after, size) == (pad, pad, wanted[0])
+            same = same and (*pads, size) == (*layer.padding[axis], wanted[0])
         if same:
             return Padding.SAME
-        (top, left), (_, height, width, channels) = layer.padding, source.shape
         name = f"{layer.name}/pad"
-        operator = Pad(
-            name=name,
-            inputs=inputs,
-            output=output,
-            paddings=((0, 0), (top, top), (left, left), (0, 0)),
-        )
-        shape = (1, height + 2 * top, width + 2 * left, channels)
+        paddings = ((0, 0), *layer.padding, (0, 0))
+        operator = Pad(name=name, inputs=inputs, output=output, paddings=paddings)
+        shape = tuple(e + sum(pair) for e, pair in zip(source.shape, paddings, strict=True))
         self._append(operator, replace(source, name=name, shape=shape))
         return Padding.VALID
 
     def _arranged(self, layer: Layer) -> FloatArray:
         """Float weights in TFLite's order; a linear layer behind a flatten reads NHWC."""
-        weight = layer.weight.numpy()
+        weight = layer.weight
         if layer.convolution:
             if layer.groups > 1:
                 return np.ascontiguousarray(weight.transpose(1, 2, 3, 0))
@@ -310,121 +281,5 @@ class Assembly:
 def _clipping(name: str, shape: tuple[int, ...], offset: float) -> Layer:
     """max(0, x - offset) for x [1, h, w, channels], as a depthwise layer with 1x1 windows."""
     channels = shape[-1]
-    weight = torch.ones(channels, 1, 1, 1, dtype=torch.float64)
-    bias = torch.full((channels,), -offset, dtype=torch.float64)
-    return Layer(name, name, weight, bias, relu=True, groups=channels)
-
-
-@dataclass(frozen=True, eq=False)
-class _Maker:
-    """One weighted operator for any weight scales."""
-
-    layer: Layer
-    values: FloatArray
-    bits: int
-    ends: tuple[Tensor, Tensor]
-    indices: tuple[tuple[int], int]
-    padding: Padding
-    shift: float
-    tensors: tuple[Tensor, ...]
-
-    @property
-    def limit(self) -> int:
-        """The largest weight level."""
-        return 2 ** (self.bits - 1) - 1
-
-    def scales(self, *, per_tensor: bool, universal: bool) -> tuple[ScaleBits, LayerReport]:
-        """Weight scales as float32 patterns, universal where possible."""
-        largest = self._largest()
-        if per_tensor:
-            largest = largest.max(keepdims=True)
-        source, target = self._scale_of(0), self._scale_of(1)
-        ratio = source / target
-        largest = np.where(largest > 0, largest, max(float(np.median(largest)), 1e-6))
-        floor = self._smallest_scale(source, ratio, per_tensor)
-        # A multiplier of 1 or more is not monotone.
-        wanted = np.minimum(np.maximum(largest / self.limit, floor), _LARGEST_MULTIPLIER / ratio)
-        bits = wanted.astype(np.float32).view(np.uint32)
-        solved, change = np.zeros(wanted.size, bool), np.zeros(wanted.size)
-        if universal:
-            smallest = np.maximum(largest / (self.limit + 0.499), floor)
-            snapped = snap(self.make, wanted, smallest, ratio)
-            bits, solved, change = snapped.scale_bits, snapped.solved, np.abs(snapped.change)
-        report = LayerReport(
-            name=self.layer.name,
-            bits=self.bits,
-            sparsity=1 - np.count_nonzero(self._quantized(bits)) / self.values.size,
-            channels=wanted.size,
-            snapped=int(solved.sum()),
-            unsnapped=tuple(np.flatnonzero(~solved).tolist()),
-            median_change=float(np.median(change)),
-            largest_change=float(change.max()),
-        )
-        return bits, report
-
-    def _smallest_scale(self, source: float, ratio: float, per_tensor: bool) -> FloatArray:
-        """Scales below which a bias, multiplier or accumulator leaves its range: float64 [n]."""
-        bias = np.abs(self._real_bias()) / (source * _LARGEST_BIAS)
-        floor = np.maximum(bias, _SMALLEST_MULTIPLIER / ratio)
-        # Rounding moves each weight by half a level at most.
-        inputs, most = self.layer.weight[0].numel(), ACCUMULATOR_LIMIT - _LARGEST_BIAS
-        magnitude = self.layer.weight.abs().flatten(1).sum(1).numpy()
-        floor = np.maximum(floor, magnitude * 255 / (most - inputs * 255 / 2))
-        return floor.max(keepdims=True) if per_tensor else floor
-
-    def _real_bias(self) -> FloatArray:
-        return self.layer.bias.numpy() + self.shift
-
-    def _scale_of(self, end: int) -> float:
-        quantization = self.ends[end].quantization
-        assert quantization is not None
-        return float(quantization.scale)
-
-    def _largest(self) -> FloatArray:
-        return self.layer.weight.abs().flatten(1).amax(1).numpy()
-
-    def _quantized(self, bits: ScaleBits, rows: list[int] | None = None) -> Int8Array:
-        scale = bits.view(np.float32).astype(np.float64)
-        values = self.values
-        if self.layer.groups > 1:
-            values = values if rows is None else values[..., rows]
-        else:
-            values = values if rows is None else values[rows]
-            scale = scale.reshape(-1, *[1] * (self.values.ndim - 1))
-        return np.clip(np.rint(values / scale), -self.limit, self.limit).astype(np.int8)
-
-    def make(self, bits: ScaleBits, rows: list[int] | None = None) -> tuple[Graph, Linear]:
-        """The operator for these scales, with a graph of all tensors so far and it alone.
-
-        With ``rows``, the output channels of the operator are these alone, one scale each; it then
-        serves for questions about channels, not for execution.
-        """
-        scale = bits.view(np.float32).astype(np.float64)
-        real = self._real_bias()
-        real = real if rows is None else real[rows]
-        channels = len(real)
-        bias = np.rint(real / (self._scale_of(0) * scale))
-        inputs, output = self.indices
-        weights = Weights(self._quantized(bits, rows), self.bits, bits)
-        activation = Activation.RELU if self.layer.relu else Activation.NONE
-        name, whole = self.layer.name, np.broadcast_to(bias, channels).astype(np.int32)
-        operator: Linear
-        if self.layer.convolution:
-            kind = DepthwiseConv2D if self.layer.groups > 1 else Conv2D
-            operator = kind(
-                name=name, inputs=inputs, output=output, weights=weights, bias=whole,
-                activation=activation, stride=self.layer.stride, dilation=self.layer.dilation,
-                padding=self.padding,
-            )  # fmt: skip
-        elif len(self.ends[0].shape) == 4:
-            pixel = replace(weights, values=weights.values[:, None, None, :])
-            operator = Conv2D(
-                name=name, inputs=inputs, output=output, weights=pixel, bias=whole,
-                activation=activation,
-            )  # fmt: skip
-        else:
-            operator = FullyConnected(
-                name=name, inputs=inputs, output=output, weights=weights, bias=whole,
-                activation=activation,
-            )  # fmt: skip
-        return Graph(self.tensors, (operator,), inputs[0], output), operator
+    bias = np.full(channels, -offset)
+    return Layer(name, name, np.ones((channels, 1, 1, 1)), bias, relu=True, groups=channels)
