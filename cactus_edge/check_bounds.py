@@ -27,6 +27,7 @@ from cactus_edge.graph import (
     Reshape,
     window_geometry,
 )
+from cactus_edge.operators import Lookup, Move, Pair, moved, paired
 from cactus_edge.semantics import Rounding
 
 Box = tuple[Int64Array, Int64Array]
@@ -68,8 +69,29 @@ def propagate(graph: Graph, op: Operator, boxes: list[Box]) -> Box:
     if isinstance(op, Pad):
         fill = source.zero_point
         return tuple(np.pad(end, op.paddings, constant_values=fill) for end in boxes[0])  # pyright: ignore
+    if isinstance(op, Move):
+        ends = [moved(graph, op, [box[end] for box in boxes]) for end in (0, 1)]
+        return ends[0], ends[1]
+    if isinstance(op, Lookup):
+        return _between(graph, op, lower, upper)
+    if isinstance(op, Pair):
+        corners = [paired(graph, op, a, b) for a in boxes[0] for b in boxes[1]]
+        return np.minimum.reduce(corners), np.maximum.reduce(corners)
     assert isinstance(op, Reshape)
     return tuple(end.reshape(-1, *target.shape[1:]) for end in boxes[0])  # pyright: ignore
+
+
+def _between(graph: Graph, op: Lookup, lower: Int64Array, upper: Int64Array) -> Box:
+    """Least and greatest entry of a table between both ends, for any table."""
+    assert op.table is not None
+    first = graph.tensors[op.inputs[0]].dtype.range[0]
+    a, b = (end.reshape(len(end), -1) - first for end in (lower, upper))
+    kinds = np.arange(a.shape[1]) % len(op.table)
+    least, most = op.table[kinds, a], op.table[kinds, a]
+    for step in range(1, int((b - a).max(initial=0)) + 1):
+        entry = op.table[kinds, np.minimum(a + step, b)]
+        least, most = np.minimum(least, entry), np.maximum(most, entry)
+    return least.reshape(lower.shape), most.reshape(lower.shape)
 
 
 def accumulators(op: Linear, lower: Int64Array, upper: Int64Array) -> Box:

@@ -45,6 +45,7 @@ from cactus_edge.graph import (
     Weights,
     window_geometry,
 )
+from cactus_edge.operators import TABLED, Move
 
 _log = logging.getLogger(__name__)
 
@@ -64,9 +65,11 @@ def compact(graph: Graph, wanted: Collection[int]) -> Graph:
         wanted: integer activations, by tensor index.
 
     Returns:
-        ``graph`` itself where no tensor loses a channel, or where what is left would break a
-        constraint.
+        ``graph`` itself where no tensor loses a channel, where what is left would break a
+        constraint, or where it has tables or moved elements.
     """
+    if any(isinstance(op, (*TABLED, Move)) for op in graph.core):
+        return graph  # they join channels in ways that the families below do not describe
     whole = {graph.core_input, graph.logits, *wanted}
     operators, needed = _read(graph, _folded(graph), {graph.logits, *wanted})
     kept = _kept(graph, needed, whole)

@@ -12,7 +12,7 @@ from typing import cast
 
 import numpy as np
 
-from cactus_edge import scales
+from cactus_edge import constraints_imported, scales
 from cactus_edge.errors import InvalidGraphError
 from cactus_edge.graph import (
     Activation,
@@ -36,12 +36,13 @@ from cactus_edge.graph import (
     sixes,
     window_geometry,
 )
+from cactus_edge.operators import Lookup, Move, Pair, WithConstant, arity
 from cactus_edge.semantics import AddRounding, Rounding
 
 ACCUMULATOR_LIMIT = 1 << 27
 
 Predicate = Callable[[Graph, Operator], str]
-_RULES: list[tuple[tuple[type[Operator], ...], Predicate]] = []
+_RULES: list[tuple[tuple[type[Operator], ...], Predicate]] = [*constraints_imported.RULES]
 
 
 def _rule(*kinds: type[Operator]) -> Callable[[Predicate], Predicate]:
@@ -90,7 +91,7 @@ def _check_wiring(graph: Graph) -> None:
     last = len(graph.operators) - 1
     for index, op in enumerate(graph.operators):
         where = f"operator {index} ({op.kind} '{op.name}')"
-        if len(op.inputs) != (2 if isinstance(op, Add) else 1):
+        if len(op.inputs) != arity(op):
             raise InvalidGraphError(f"{where}: takes {len(op.inputs)} activations")
         missing = [graph.tensors[i].name for i in op.inputs if i not in known]
         if missing:
@@ -273,11 +274,12 @@ def clamp_fits(graph: Graph, op: Operator) -> str:
     return "" if least <= lower <= upper <= greatest else f"clamp {lower}..{upper}"
 
 
-@_rule(Linear, Add, Pool2D)
+@_rule(Linear, Add, Pool2D, Pair, WithConstant)
 def six_is_the_same_everywhere(graph: Graph, op: Operator) -> str:
     """RELU6 only at output scales at which all runtimes round a stored 6 to one integer."""
-    fused = cast("Linear | Add | Pool2D", op)
-    if fused.activation is not Activation.RELU6 or fused.clamp is not None:
+    fused = cast("Linear | Add | Pool2D | Pair | WithConstant", op)
+    clamp = None if isinstance(fused, (Pair, WithConstant)) else fused.clamp
+    if fused.activation is not Activation.RELU6 or clamp is not None:
         return ""
     target = graph.tensors[op.output]
     if target.quantization is None:
@@ -342,7 +344,7 @@ def parameters_fit(rounding: int, multiplier: int, shift: int, wide: bool) -> bo
     return rounding != Rounding.SINGLE or multiplier >> shift == 0 or is_one
 
 
-@_rule(Linear, Add, Pool2D, Pad, Reshape)
+@_rule(Linear, Add, Pool2D, Pad, Reshape, Lookup, Pair, Move)
 def wide_logits_end_the_graph(graph: Graph, op: Operator) -> str:
     """Int16 and int32 are for logits alone, of a linear layer that is given its multipliers.
 

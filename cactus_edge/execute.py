@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from cactus_edge import profiles, semantics
+from cactus_edge import operators, profiles, semantics
 from cactus_edge.errors import DataError
 from cactus_edge.graph import (
     Add,
@@ -30,6 +30,7 @@ from cactus_edge.graph import (
     Tensor,
     window_geometry,
 )
+from cactus_edge.operators import Lookup, Move, Pair
 from cactus_edge.semantics import Rounding
 
 
@@ -99,6 +100,12 @@ def run_operator(graph: Graph, op: Operator, inputs: list[Int64Array]) -> Int64A
             return np.pad(inputs[0], op.paddings, constant_values=source.zero_point)
         case Reshape():
             return inputs[0].reshape(-1, *target.shape[1:])
+        case Lookup():
+            return operators.looked_up(graph, op, inputs[0])
+        case Pair():
+            return operators.paired(graph, op, *inputs)
+        case Move():
+            return operators.moved(graph, op, inputs)
         case _:
             raise AssertionError(f"{op.kind} is not part of the integer core")
 

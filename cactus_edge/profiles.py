@@ -12,11 +12,10 @@ every runtime that is installed.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
 
 import numpy as np
 
-from cactus_edge import scales, semantics
+from cactus_edge import scales, tables
 from cactus_edge.errors import InvalidGraphError, UsageError
 from cactus_edge.graph import (
     Add,
@@ -32,6 +31,8 @@ from cactus_edge.graph import (
     Tensor,
     window_geometry,
 )
+from cactus_edge.lookups import Arithmetic, early_shift_agrees
+from cactus_edge.operators import TABLED, Lookup, Mean, Pair
 from cactus_edge.scales import ScaleArithmetic
 from cactus_edge.semantics import AddRounding, Rounding
 
@@ -72,6 +73,8 @@ class Profile:
     ``needs_covering_windows``: SAME convolutions larger than 1x1 whose windows leave out input
     elements are computed wrongly (tflite-runtime 2.14's XNNPACK, LiteRT's up to 2.1.0, the last
     that was measured on aarch64), so they are refused.
+    ``arithmetic``: of ``operators.Lookup`` and ``Pair``; ``mean``: of MEAN. None where that was not
+    measured, and such models are refused.
     """
 
     name: str
@@ -88,6 +91,8 @@ class Profile:
     packed_unmeasured: bool = False
     add_early_shift: bool = False
     needs_covering_windows: bool = False
+    arithmetic: Arithmetic | None = None
+    mean: Method | None = None
 
 
 _TABLE = (
@@ -97,6 +102,8 @@ _TABLE = (
         (_DOUBLE, _DOUBLE),
         (_DOUBLE, _DOUBLE),
         _DOUBLE,
+        arithmetic=Arithmetic.MICRO,
+        mean=_DOUBLE,
     ),
     Profile(
         "tflite-reference",
@@ -104,6 +111,8 @@ _TABLE = (
         (_DOUBLE_PRODUCT, _DOUBLE),
         (_DOUBLE, _DOUBLE),
         _DOUBLE,
+        arithmetic=Arithmetic.TFLITE,
+        mean=_DOUBLE,
     ),
     Profile(
         "tflite-x86",
@@ -111,6 +120,7 @@ _TABLE = (
         (_NEON_PRODUCT, _NEON),
         (_NEON, _NEON),
         _DOUBLE,
+        arithmetic=Arithmetic.TFLITE,
     ),
     Profile(
         "tflite-arm",
@@ -130,6 +140,8 @@ _TABLE = (
         add=AddRounding.FIXED_POINT,
         needs_covering_windows=True,
         packed="tflite-x86",
+        arithmetic=Arithmetic.XNNPACK,
+        mean=_FLOAT32,
     ),
     Profile(
         "tflite-xnnpack-arm",
@@ -148,6 +160,8 @@ _TABLE = (
         (_FLOAT64, _FLOAT64),
         (_DOUBLE, _DOUBLE),
         _DOUBLE,
+        arithmetic=Arithmetic.TFLITE,
+        mean=_DOUBLE,
     ),
     Profile(
         "litert-x86",
@@ -157,6 +171,7 @@ _TABLE = (
         _DOUBLE,
         depthwise_vector=_NEON,
         add_early_shift=True,
+        arithmetic=Arithmetic.TFLITE_HALF_UP,
     ),
     Profile(
         "litert-arm",
@@ -177,6 +192,7 @@ _TABLE = (
         add=AddRounding.FIXED_POINT,
         packed="litert-x86",
         packed_fully_connected=True,
+        arithmetic=Arithmetic.XNNPACK,
     ),
     Profile(
         "litert-xnnpack-arm",
@@ -275,6 +291,8 @@ def requantization(graph: Graph, op: Linear, profile: Profile) -> Requantization
     """
     rounding = np.zeros(op.channels, np.int64)
     multiplier, shift = rounding.copy(), rounding.copy()
+    if isinstance(op, Mean):
+        return _mean(graph, op, profile)
     start = 0
     for end, method in methods(op, profile):
         pairs = np.array(factor(graph, op, method), np.int64)
@@ -286,20 +304,20 @@ def requantization(graph: Graph, op: Linear, profile: Profile) -> Requantization
     return Requantization(rounding, multiplier, shift)
 
 
-@cache
-def early_shift_agrees(
-    integers: tuple[int, int, int, int, int, int], least_a: int, least_b: int
-) -> bool:
-    """Whether ``add_early_shift`` is ``add_double_half_away`` on every pair of operands.
-
-    ``least_a`` and ``least_b`` are the operands' least values less their zero points.
-    """
-    if max(integers[1], integers[3]) > 20:
-        return False
-    level = np.arange(256, dtype=np.int64)
-    a, b = (level + least_a)[:, None], (level + least_b)[None, :]
-    early = semantics.add_early_shift(a, b, *integers)  # pyright: ignore[reportArgumentType]
-    return np.array_equal(early, semantics.ADD[AddRounding.DOUBLE_HALF_AWAY](a, b, *integers))
+def _mean(graph: Graph, op: Mean, profile: Profile) -> Requantization:
+    """Of a MEAN, whose division is folded into the factor."""
+    if profile.mean is None:
+        raise InvalidGraphError(
+            f"MEAN '{op.name}': how {profile.summary} rounds it is not described; an "
+            "AVERAGE_POOL_2D over the whole input is covered"
+        )
+    ends = (_scale(graph.tensors[index], op) for index in (op.inputs[0], op.output))
+    _, height, width, _ = op.weights.values.shape
+    try:
+        pair = scales.mean_parameters(profile.mean.rounding, *ends, height * width)
+    except InvalidGraphError as error:
+        raise InvalidGraphError(f"MEAN '{op.name}': {error}") from None
+    return Requantization.uniform(profile.mean.rounding, *pair, op.channels)
 
 
 def add_requantization(graph: Graph, op: Add, rounding: AddRounding) -> AddRequantization:
@@ -335,17 +353,34 @@ def resolve(graph: Graph, name: str = DEFAULT) -> Graph:
             ends = [graph.tensors[index] for index in op.inputs]
             least = [end.dtype.range[0] - end.zero_point for end in ends]
             if profile.add_early_shift and not early_shift_agrees(chosen.integers, *least):
-                raise InvalidGraphError(
-                    f"ADD '{op.name}': {profile.summary} rounds it by an element's position, which "
-                    f"profile '{name}' does not cover; equal input scales avoid that"
-                )
+                raise InvalidGraphError(_by_position(op, profile))
             return replace(op, requantization=chosen)
+        if isinstance(op, TABLED) and op.table is None:
+            return _tabled(graph, op, profile)
         return op
 
     operators = tuple(resolved(op) for op in graph.operators)
     if all(new is old for new, old in zip(operators, graph.operators, strict=True)):
         return graph
     return replace(graph, operators=operators)
+
+
+def _tabled(graph: Graph, op: Lookup | Pair, profile: Profile) -> Operator:
+    """``op`` with the table of a profile."""
+    if profile.arithmetic is None:
+        raise InvalidGraphError(
+            f"{op.kind} '{op.name}': how {profile.summary} computes it was not measured"
+        )
+    if profile.add_early_shift and tables.depends_on_position(graph, op):
+        raise InvalidGraphError(_by_position(op, profile))
+    return tables.resolved(graph, op, profile.arithmetic)
+
+
+def _by_position(op: Operator, profile: Profile) -> str:
+    return (
+        f"ADD '{op.name}': {profile.summary} rounds it by an element's position, which "
+        f"profile '{profile.name}' does not cover; equal input scales avoid that"
+    )
 
 
 def _require_covering_windows(graph: Graph, op: Conv2D, profile: Profile) -> None:
@@ -395,4 +430,6 @@ def uncovered(graph: Graph) -> dict[str, str]:
 
 def is_resolved(graph: Graph) -> bool:
     """Whether every operator that rescales carries its integers."""
-    return all(op.requantization is not None for op in graph.core if isinstance(op, (Linear, Add)))
+    rescaling = [op for op in graph.core if isinstance(op, (Linear, Add))]
+    tabled = [op for op in graph.core if isinstance(op, TABLED)]
+    return all(op.requantization for op in rescaling) and all(op.table is not None for op in tabled)

@@ -161,6 +161,32 @@ def parameters(rounding: semantics.Rounding, real: Binary) -> tuple[int, int]:
             return real.significand, -real.exponent
 
 
+def mean_parameters(
+    rounding: semantics.Rounding, inputs: Binary, output: Binary, count: int
+) -> tuple[int, int]:
+    """``(multiplier, shift)`` of a MEAN of ``count`` elements, rounded as its runtime rounds.
+
+    TFLite's reference divides the Q31 multiplier; XNNPACK multiplies the output's scale first.
+
+    Raises:
+        InvalidGraphError: the factor is outside [2**-31, 1).
+    """
+    if rounding is semantics.Rounding.FLOAT32:
+        whole = multiply(output, nearest(count, 1, 32), 32)
+        return parameters(rounding, divide(inputs, whole, 32))
+    ratio = divide(inputs, output, 64)
+    bits = min(count.bit_length() - 1, 32)
+    # The ratio itself may be 1 or more, its quotient may not.
+    width = ratio.significand.bit_length() + ratio.exponent
+    scaled = Binary(ratio.significand, ratio.exponent - max(width, 0))
+    multiplier, shift = quantize_multiplier(scaled)
+    bits = min(bits, 31 - (shift - max(width, 0)))
+    divided, shift = (multiplier << bits) // count, shift - max(width, 0) + bits
+    if not (0 <= shift <= 31 and divided):
+        raise InvalidGraphError("the factor of the mean is outside [2**-31, 1)")
+    return divided, shift
+
+
 def add_parameters(
     rounding: semantics.AddRounding, a: Binary, b: Binary, output: Binary
 ) -> tuple[int, int, int, int, int, int]:

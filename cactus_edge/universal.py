@@ -3,13 +3,13 @@
 Requantization is monotone, so two profiles agree on a channel if and only if they agree on both
 ends of each step: for every level k, at the least accumulator that reaches k and at the one below
 it. Those few hundred points, within the accumulators that the channel can reach, are evaluated
-under every method that any profile uses for that operator. ADD is compared on all pairs.
-Pools, PAD and RESHAPE have one arithmetic everywhere.
+under every method that any profile uses for that operator. ADD is compared on all pairs, tables
+entry by entry, MEAN by its integers. Pools and what moves elements have one arithmetic everywhere.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from cactus_edge import profiles, semantics
 from cactus_edge.constraints import accumulator_bounds, stored_range
 from cactus_edge.errors import InvalidGraphError
 from cactus_edge.graph import Add, Graph, Int64Array, Linear, Requantization
+from cactus_edge.operators import Lookup, Mean, Pair
 from cactus_edge.profiles import Method
 from cactus_edge.semantics import AddRounding, Rounding
 
@@ -35,7 +36,9 @@ def agreement(graph: Graph) -> list[LayerAgreement]:
     """One entry for each operator that rescales; explicitly resolved operators always agree."""
     entries: list[LayerAgreement] = []
     for op in graph.core:
-        if isinstance(op, Linear):
+        if isinstance(op, (Lookup, Pair, Mean)):
+            entries.append(LayerAgreement(op.name, 1, () if _alike(graph, op) else (0,)))
+        elif isinstance(op, Linear):
             bad = () if op.requantization else disagreeing_channels(graph, op)
             entries.append(LayerAgreement(op.name, op.channels, bad))
         elif isinstance(op, Add):
@@ -132,6 +135,25 @@ def stored(
     code = Rounding(int(parameters.rounding[0]))
     rounded = semantics.REQUANTIZE[code](accumulator, parameters.multiplier, parameters.shift)
     return semantics.clamp(rounded + zero_point, *limits)  # pyright: ignore
+
+
+def _alike(graph: Graph, op: Lookup | Pair | Mean) -> bool:
+    """Whether all profiles that cover an operator give it the same table or integers."""
+    found: set[bytes] = set()
+    alone = replace(graph, operators=(op,), input=op.inputs[0], output=op.output)
+    for name in profiles.PROFILES:
+        try:
+            resolved = profiles.resolve(alone, name).operators[0]
+        except InvalidGraphError:
+            continue
+        if isinstance(resolved, Mean):
+            assert resolved.requantization is not None
+            r = resolved.requantization
+            found.add(b"|".join(v.tobytes() for v in (r.rounding, r.multiplier, r.shift)))
+        else:
+            assert isinstance(resolved, (Lookup, Pair)) and resolved.table is not None
+            found.add(resolved.table.tobytes())
+    return len(found) < 2
 
 
 def _add_agrees(graph: Graph, op: Add) -> bool:

@@ -26,7 +26,15 @@ MAX_LINES = 450
 STEERING = {"ascent.py", "branching.py", "finder.py", "lp.py"}
 CERTIFIED = sorted(
     path
-    for pattern in ("semantics.py", "profiles.py", "check*.py", "certify/**/*.py")
+    for pattern in (
+        "semantics.py",
+        "lookups.py",
+        "operators.py",
+        "tables.py",
+        "profiles.py",
+        "check*.py",
+        "certify/**/*.py",
+    )
     for path in PACKAGE.glob(pattern)
     if path.name not in STEERING and not path.name.startswith("attack_")
 )
@@ -48,6 +56,7 @@ CHECKER_MODULES = {
     "check_sample",
     "check_stairs",
     "constraints",
+    "constraints_imported",
     "datasets",
     "decision",
     "errors",
@@ -56,11 +65,14 @@ CHECKER_MODULES = {
     "flatbuffer",
     "graph",
     "inputs",
+    "lookups",
+    "operators",
     "profiles",
     "proofs",
     "scales",
     "semantics",
     "specification",
+    "tables",
     "universal",
     "vnnlib",
 }

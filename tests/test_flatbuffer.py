@@ -170,6 +170,23 @@ def test_operator_versions_are_the_lowest_that_all_runtimes_take() -> None:
         "SOFTMAX": 2,
         "QUANTIZE": 1,
         "DEQUANTIZE": 2,
+        "RELU": 2,
+        "RELU6": 2,
+        "RELU_N1_TO_1": 1,
+        "LEAKY_RELU": 2,
+        "LOGISTIC": 2,
+        "TANH": 2,
+        "HARD_SWISH": 1,
+        "SUB": 2,
+        "MUL": 2,
+        "CONCATENATION": 2,
+        "TRANSPOSE": 2,
+        "STRIDED_SLICE": 2,
+        "SLICE": 2,
+        "PADV2": 2,
+        "MEAN": 2,
+        "SQUEEZE": 1,
+        "EXPAND_DIMS": 1,
     }
 
 

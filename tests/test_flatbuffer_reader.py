@@ -243,8 +243,15 @@ MALFORMED: dict[str, tuple[Edit, str]] = {
         "two different operators, 7 and 34",
     ),
     "code version": (put(code(0), version=0), "operator code 0: operator version 0"),
+    "keep dimensions": (
+        lambda t: (
+            put(options(6), keep_num_dims=True)(t),
+            put(operator(6), inputs=[5, *operator(6)(t)["inputs"][1:]])(t),
+        ),
+        "(FULLY_CONNECTED): its output is [1, 3], not [1, 2, 1, 3]",
+    ),
     "other options": (
-        put(operator(1), builtin_options_type=10),
+        put(operator(1), builtin_options_type=12),
         "(CONV_2D): has options of another",
     ),
     "untyped options": (drop(operator(1), "builtin_options_type"), "has options of another"),
@@ -298,7 +305,6 @@ UNSUPPORTED: dict[str, tuple[Edit, str]] = {
         "'flat': dynamic shape [1, -1]; only the batch",
     ),
     "int16 activations": (put(tensor("flat"), type=7), "'flat': activations are INT16; supported"),
-    "uint8 activations": (put(tensor("flat"), type=3), "'flat': activations are UINT8"),
     "unknown type": (put(tensor("flat"), type=99), "'flat': tensor type 99 is unknown"),
     "int64 bias": (
         lambda t: (put(tensor("logits/bias"), type=4)(t), data_of("logits/bias", bytes(24))(t)),
@@ -314,7 +320,7 @@ UNSUPPORTED: dict[str, tuple[Edit, str]] = {
     ),
     "no scale": (
         drop(tensor("depthwise"), "quantization"),
-        "tensor 'depthwise': int8 tensors need",
+        "tensor 'depthwise': integer tensors need",
     ),
     "no input scale": (
         drop(tensor("flat"), "quantization"),
@@ -349,8 +355,8 @@ UNSUPPORTED: dict[str, tuple[Edit, str]] = {
         "operator 3 (ADD): fused TANH; supported: NONE, RELU, RELU6",
     ),
     "operator": (
-        put(code(0), builtin_code=40, deprecated_builtin_code=40),
-        "operator 0: operator MEAN is not supported; supported: CONV_2D, DEPTHWISE_CONV_2D",
+        put(code(0), builtin_code=42, deprecated_builtin_code=42),
+        "operator 0: operator DIV is not supported; supported: CONV_2D, DEPTHWISE_CONV_2D",
     ),
     "unknown operator": (
         put(code(0), builtin_code=999, deprecated_builtin_code=127),
@@ -369,13 +375,6 @@ UNSUPPORTED: dict[str, tuple[Edit, str]] = {
     "weights format": (put(options(6), weights_format=1), "(FULLY_CONNECTED): shuffled weights"),
     "asymmetric": (put(options(6), asymmetric_quantize_inputs=True), "asymmetric_quantize_inputs"),
     "bias type": (put(options(6), quantized_bias_type=4), "quantized_bias_type INT64"),
-    "keep dimensions": (
-        lambda t: (
-            put(options(6), keep_num_dims=True)(t),
-            put(operator(6), inputs=[5, *operator(6)(t)["inputs"][1:]])(t),
-        ),
-        "keep_num_dims on an input of other than 2 dimensions",
-    ),
     "beta": (put(options(7), beta=0x40000000), "operator 7 (SOFTMAX): beta other than 1"),
     "dynamic new shape": (put(operator(5), inputs=[5, -1]), "its new shape is not constant"),
     "memory plan": (

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from cactus_edge.certify import margin
+from cactus_edge.certify import attack_tables, margin
+from cactus_edge.certify.attack_tables import Gradient, through_factor
 from cactus_edge.execute import windows
 from cactus_edge.graph import (
     Activation,
@@ -35,6 +36,7 @@ from cactus_edge.graph import (
     window_geometry,
 )
 from cactus_edge.kernels import gradient
+from cactus_edge.operators import TABLED, Lookup, Move, Pair
 from cactus_edge.runtime import Session
 from cactus_edge.semantics import AddRounding, Rounding
 
@@ -42,14 +44,6 @@ Int32Array = npt.NDArray[np.int32]
 UInt8Array = npt.NDArray[np.uint8]
 Values = Mapping[int, Stored]
 _SHARE_BITS = 10
-
-
-@dataclass(frozen=True, eq=False)
-class Gradient:
-    """``values * 2**exponents``: int32 [samples, ...] and int64 [samples]."""
-
-    values: Int32Array
-    exponents: Int64Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +84,7 @@ class Network:
         self._gates.pop(self.last.output, None)
         wanted = {graph.logits, *self._gates}
         wanted |= {t for op in graph.core if isinstance(op, MaxPool2D) for t in _ends(op)}
+        wanted |= {t for op in graph.core if isinstance(op, TABLED) for t in op.inputs}
         if self.layer is not None:
             wanted.add(self.layer.source)
         wanted.discard(graph.core_input)
@@ -126,13 +121,17 @@ class Network:
             case Linear():
                 return [_through_linear(self._transposes[op.output], outgoing, shape)]
             case Add():
-                return [_through_factor(outgoing, *factor) for factor in _add_factors(op)]
+                return [through_factor(outgoing, *factor) for factor in _add_factors(op)]
             case Pool2D():
                 return [_through_pool(op, values, outgoing, shape)]
             case Pad():
                 (top, _), (left, _) = op.paddings[1], op.paddings[2]
                 inner = outgoing.values[:, top : top + shape[1], left : left + shape[2]]
                 return [replace(outgoing, values=np.ascontiguousarray(inner))]
+            case Lookup() | Pair():
+                return attack_tables.through_table(self.graph, op, values, outgoing)
+            case Move():
+                return attack_tables.through_move(self.graph, op, outgoing)
             case _:
                 return [replace(outgoing, values=outgoing.values.reshape(shape))]
 
@@ -228,20 +227,12 @@ def _through_linear(layer: _Transpose, outgoing: Gradient, shape: tuple[int, ...
     return Gradient(np.ascontiguousarray(inner), exponents)
 
 
-def _through_factor(outgoing: Gradient, factor: int, exponent: int) -> Gradient:
-    values = outgoing.values.copy()
-    exponents = outgoing.exponents - exponent
-    flat = values.reshape(len(values), -1, 1)
-    gradient.scale(flat, np.array([factor], np.int32), 2 * gradient.BITS, exponents)
-    return Gradient(values, exponents)
-
-
 def _through_pool(
     op: Pool2D, values: Values, outgoing: Gradient, shape: tuple[int, ...]
 ) -> Gradient:
     average = isinstance(op, AveragePool2D)
     # Cut to ``BITS``: a maximum may pass one gradient to each element of every window.
-    outgoing = _through_factor(outgoing, 1, 0)
+    outgoing = through_factor(outgoing, 1, 0)
     flat = outgoing.values.reshape(shape[0], -1, shape[3])
     position = np.arange(shape[1] * shape[2], dtype=np.int64).reshape(1, shape[1], shape[2], 1)
     taps = windows(position, op.window, op.stride, (1, 1), op.padding, fill=-1)

@@ -20,7 +20,7 @@ from cactus_edge.certify import margin
 from cactus_edge.certify.linear import finder, lp
 from cactus_edge.certify.linear.goals import Goal, PairGoal, pair_goal
 from cactus_edge.certify.linear.lp import Relaxation
-from cactus_edge.certify.linear.network import Network, network
+from cactus_edge.certify.linear.network import Network, network, undescribed
 from cactus_edge.certify.linear.search import Budget, Evaluate, Outcome, Seconds, Tree
 from cactus_edge.execute import execute
 from cactus_edge.graph import BoolArray, Graph, Int64Array
@@ -111,7 +111,7 @@ class Decider:
         Raises:
             MissingExtraError: the method is ``complete`` and its solver is not installed.
         """
-        if self.layer is None:
+        if self.layer is None or undescribed(self.graph) is not None:
             return Decision((), False, effort.method)
         until = time.monotonic() + effort.budget.seconds if deadline is None else deadline
         gaps = decision.gaps(self.graph, label, len(self.layer.bias))

@@ -29,6 +29,7 @@ from cactus_edge.constraints import validate
 from cactus_edge.errors import CactusEdgeError, DataError, InvalidGraphError
 from cactus_edge.execute import check_input, execute
 from cactus_edge.graph import Add, BoolArray, Graph, Int64Array, Linear
+from cactus_edge.operators import TABLED
 from cactus_edge.proofs import Proof
 from cactus_edge.runtime import Session
 
@@ -101,6 +102,8 @@ def _integers(graph: Graph) -> bytes:
             parts += [r.rounding.tobytes(), r.multiplier.tobytes(), r.shift.tobytes()]
         elif isinstance(op, Add):
             parts.append(repr(op.requantization).encode())
+        elif isinstance(op, TABLED) and op.table is not None:
+            parts.append(op.table.tobytes())
     return b"|".join(parts)
 
 

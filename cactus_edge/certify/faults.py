@@ -22,12 +22,13 @@ from cactus_edge.certify.faults_sites import BIAS, Sites, linear_layers, shared
 from cactus_edge.certify.faults_suffix import Whole
 from cactus_edge.constraints import ACCUMULATOR_LIMIT, accumulator_bounds, validate
 from cactus_edge.datasets import Dataset
-from cactus_edge.errors import DataError, InvalidGraphError, UsageError
+from cactus_edge.errors import DataError, InvalidGraphError, UnsupportedModelError, UsageError
 from cactus_edge.execute import check_input, requantize
 from cactus_edge.fault_report import Fault, FaultModel, Finding, Report, Sample, Verdict
 from cactus_edge.flatbuffer import read_tflite
 from cactus_edge.graph import Add, Graph, Int64Array, Linear, Requantization
 from cactus_edge.inputs import Perturbation
+from cactus_edge.operators import Lookup, Mean, Move, Pair
 
 CHUNK = 32
 _NO_RADIUS = Perturbation.levels(0)
@@ -90,8 +91,15 @@ def covering(
 
     Raises:
         InvalidGraphError: a named profile does not cover the model, or none does.
+        UnsupportedModelError: an operator of ``operators``, whose constants may be stored together
+            with weights.
         UsageError: no such profile.
     """
+    for op in graph.core:
+        if isinstance(op, (Lookup, Pair, Mean, Move)):
+            raise UnsupportedModelError(
+                f"{op.kind} '{op.name}': faults are not certified for models with this operator"
+            )
     uncovered = profiles.uncovered(graph)
     if names is None:
         chosen = tuple(name for name in profiles.PROFILES if name not in uncovered)

@@ -15,6 +15,7 @@ import numpy as np
 
 from cactus_edge.certify.decide import Decider, Decision, Effort, method_of
 from cactus_edge.certify.linear.goals import AtomGoal, Goal, pair_goal
+from cactus_edge.certify.linear.network import undescribed
 from cactus_edge.certify.linear.search import Budget, Seconds, Tree
 from cactus_edge.execute import execute
 from cactus_edge.graph import BoolArray, Graph, Int64Array
@@ -142,6 +143,8 @@ def exclude_enough(
     Raises:
         MissingExtraError: the method is ``complete`` and its solver is not installed.
     """
+    if undescribed(decider.graph) is not None:
+        return Decision((), False, effort.method)
     prover = Prover(decider)
     proofs: list[Proof] = []
     missing = len(left) - rule.allowed

@@ -75,7 +75,7 @@ def twin(graph: Graph) -> Twin:
 
     Raises:
         UnsupportedModelError: a RESHAPE splits the channels of a large tensor that a convolution, a
-            pool or an ADD then reads.
+            pool or an ADD then reads; or an operator is a table or moves elements.
     """
     tensors = [_doubled(tensor) for tensor in graph.tensors]
     halves = {graph.core_input: _stacked(graph.tensors[graph.core_input])}
@@ -177,9 +177,12 @@ def _rewrite(graph: Graph, op: Operator, source: tuple[Int64Array, Int64Array]) 
             return replace(op, clamp=graph.output_range(op))
         case Pad() | Reshape():
             return op
-        case _:
-            assert isinstance(op, Pool2D)
+        case Pool2D():
             return replace(op, clamp=graph.output_range(op))
+        case _:
+            raise UnsupportedModelError(
+                f"{op.kind} '{op.name}' has no twin: bounds of it are propagated another way"
+            )
 
 
 def _linear(graph: Graph, op: Linear, source: tuple[Int64Array, Int64Array]) -> Linear:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from cactus_edge import constraints, files, profiles
-from cactus_edge.csource import elementwise, integrity, library, linear, verdict
+from cactus_edge.csource import elementwise, integrity, library, linear, tabled, verdict
 from cactus_edge.csource.depthwise import depthwise
 from cactus_edge.csource.encoding import Layout
 from cactus_edge.csource.header import Facts, header, run_signature
@@ -34,6 +34,7 @@ from cactus_edge.graph import (
     Pool2D,
     Reshape,
 )
+from cactus_edge.operators import Lookup, Move, Pair
 
 # Indices and the sums of average pools are int32_t, with a factor of 256 to spare.
 _MAX_ELEMENTS = 1 << 23
@@ -116,8 +117,8 @@ def generate(
         certified: add ``<prefix>_predict_certified``.
 
     Raises:
-        InvalidGraphError: the graph breaks a constraint, a size or sum does not fit int32, or
-            logits are wider than int8.
+        InvalidGraphError: the graph breaks a constraint, a size or sum does not fit int32,
+            logits are wider than int8, or SUB or MUL has two activations.
         UsageError: no such profile, a prefix that C does not allow, or a layout that cannot hold
             the weights.
     """
@@ -235,6 +236,15 @@ def _layer(graph: Graph, op: Operator, index: int, layout: Layout, needs: Needs)
             return elementwise.copy(graph, op, index, needs)
         case Reshape():
             return LayerText("")
+        case Lookup():
+            return tabled.lookup(graph, op, index)
+        case Move():
+            return tabled.move(graph, op, index)
+        case Pair():
+            raise InvalidGraphError(
+                f"{op.kind} '{op.name}': two activations take a table of 65,536 entries, which "
+                "generated C does not hold; leave the operator out, or run the file elsewhere"
+            )
         case _:
             raise AssertionError(f"{op.kind} is not part of the integer core")
 

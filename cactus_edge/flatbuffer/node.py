@@ -49,7 +49,8 @@ class Constant:
 class Node:
     """An operator as it stands in a file, with its constants looked up.
 
-    ``constants`` are the inputs behind the activations, None where one is left out.
+    ``constants`` are the inputs behind the activations, None where one is left out;
+    ``constant_first`` where the only one stands before the activation.
     """
 
     place: Place
@@ -59,6 +60,7 @@ class Node:
     constants: Sequence[Constant | None]
     output: int
     tensors: Sequence[Tensor]
+    constant_first: bool = False
 
     @property
     def source(self) -> Tensor:

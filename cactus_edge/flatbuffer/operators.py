@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cactus_edge.flatbuffer import schema
+from cactus_edge.flatbuffer import imported, schema
+from cactus_edge.flatbuffer.imported import Split, plain, reshaped
 from cactus_edge.flatbuffer.node import Constant, Node
 from cactus_edge.flatbuffer.packing import pack_int4
 from cactus_edge.flatbuffer.storable import bias_scale_bits, fused_activation
@@ -27,6 +28,7 @@ from cactus_edge.graph import (
     Conv2D,
     DepthwiseConv2D,
     Dequantize,
+    DType,
     FullyConnected,
     Graph,
     Linear,
@@ -38,6 +40,7 @@ from cactus_edge.graph import (
     Reshape,
     Softmax,
 )
+from cactus_edge.operators import Mean
 
 _ONE_BITS = 0x3F800000  # the pattern of 1 in float32
 
@@ -53,6 +56,8 @@ class Encoded(NamedTuple):
 def encode(graph: Graph, op: Operator) -> Encoded:
     """Options and constants of an operator that ``storable.check`` has accepted."""
     match op:
+        case Mean():
+            return Encoded(*imported.encode(graph, op))
         case Conv2D():
             return Encoded(_window_options(graph, op), _linear_constants(graph, op))
         case FullyConnected():
@@ -64,14 +69,15 @@ def encode(graph: Graph, op: Operator) -> Encoded:
             return Encoded({**_fused(graph, op), **_strides(op), **sizes}, [])
         case Pad():
             paddings = np.array(op.paddings, np.int32)
-            return Encoded(None, [_int32_constant(f"{op.name}/paddings", paddings)])
+            return Encoded(None, [imported.int32_constant(f"{op.name}/paddings", paddings)])
         case Reshape():
             shape = np.array(graph.tensors[op.output].shape, np.int32)
-            return Encoded({"new_shape": shape}, [_int32_constant(f"{op.name}/shape", shape)])
+            constant = imported.int32_constant(f"{op.name}/shape", shape)
+            return Encoded({"new_shape": shape}, [constant])
         case Softmax():
             return Encoded({"beta": _ONE_BITS}, [])
         case _:
-            return Encoded(None, [])
+            return Encoded(*imported.encode(graph, op))
 
 
 def _fused(graph: Graph, op: Linear | Add | Pool2D) -> dict[str, object]:
@@ -93,13 +99,6 @@ def _window_options(graph: Graph, op: Conv2D) -> dict[str, object]:
     if isinstance(op, DepthwiseConv2D):
         options["depth_multiplier"] = op.channels // graph.tensors[op.inputs[0]].shape[3]
     return options
-
-
-def _int32_constant(name: str, values: npt.NDArray[np.int32]) -> Constant:
-    data = _octets(values.astype("<i4"))
-    return Constant(
-        name, "INT32", values.shape, data, np.zeros(0, np.uint32), np.zeros(0, np.int64)
-    )
 
 
 def _octets(values: npt.NDArray[np.int8] | npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
@@ -133,8 +132,8 @@ def _linear_constants(graph: Graph, op: Linear) -> list[Constant]:
 
 
 # ------------------------------------------------------------------------------------------ decode
-def decode(node: Node) -> Operator:
-    """The operator that ``node`` stands for.
+def decode(node: Node) -> Operator | Split:
+    """The operator that ``node`` stands for, or two.
 
     Raises:
         MalformedModelError: options or constants are missing or contradict each other.
@@ -182,7 +181,7 @@ def _depthwise_conv_2d(node: Node) -> Operator:
     )
 
 
-def _fully_connected(node: Node) -> Operator:
+def _fully_connected(node: Node) -> Operator | Split:
     node.check_bias_type()
     if node.integer("weights_format") != 0:
         raise node.place.unsupported(
@@ -192,10 +191,22 @@ def _fully_connected(node: Node) -> Operator:
         raise node.place.unsupported("asymmetric_quantize_inputs; only full int8 is supported")
     if node.options is not None and node.options.present("quant_spec"):
         raise node.place.unsupported("a quant_spec")
-    if node.integer("keep_num_dims") != 0 and len(node.source.shape) != 2:
-        raise node.place.unsupported("keep_num_dims on an input of other than 2 dimensions")
     weights = node.weights(2, 0)
-    return FullyConnected(
+    channels, depth = weights.values.shape
+    if node.source.size != depth:
+        raise node.place.unsupported(
+            f"rows of {depth} in an input {list(node.source.shape)}; one row is supported"
+        )
+    kept = node.integer("keep_num_dims") != 0
+    wanted = (*node.source.shape[:-1], channels) if kept else (1, channels)
+    if node.target.shape != wanted:
+        raise node.place.malformed(f"its output is {list(node.target.shape)}, not {list(wanted)}")
+    if len(wanted) > 2 and weights.per_channel:
+        raise node.place.unsupported(
+            "an output of more than 2 dimensions with a scale for each channel, which "
+            "tflite-runtime's reference kernel computes wrongly; reshape behind the layer instead"
+        )
+    op = FullyConnected(
         name=node.name("/weight"),
         inputs=node.inputs,
         output=node.output,
@@ -203,28 +214,11 @@ def _fully_connected(node: Node) -> Operator:
         bias=node.bias(weights, weights.values.shape[0]),
         activation=node.activation(),
     )
-
-
-def _plain(node: Node, constants: int = 0) -> None:
-    """Refuse inputs beyond those that the operator takes."""
-    if len(node.constants) != constants:
-        count = len(node.inputs) + constants
-        given = len(node.inputs) + len(node.constants)
-        raise node.place.malformed(f"has {given} inputs instead of {count}")
-
-
-def _add(node: Node) -> Operator:
-    _plain(node)
-    return Add(
-        name=node.target.name,
-        inputs=node.inputs,
-        output=node.output,
-        activation=node.activation(),
-    )
+    return reshaped(node, op, (1, channels))
 
 
 def _pool(node: Node) -> Operator:
-    _plain(node)
+    plain(node)
     kind = AveragePool2D if node.kind.name == "AVERAGE_POOL_2D" else MaxPool2D
     return kind(
         name=node.target.name,
@@ -238,7 +232,7 @@ def _pool(node: Node) -> Operator:
 
 
 def _pad(node: Node) -> Operator:
-    _plain(node, 1)
+    plain(node, 1)
     constant = node.constant(0, "the tensor of paddings", "INT32")
     if constant is None:
         raise node.place.malformed("has no constant tensor of paddings")
@@ -285,27 +279,29 @@ def _resolves_to(wanted: tuple[int, ...], shape: tuple[int, ...]) -> bool:
 
 
 def _softmax(node: Node) -> Operator:
-    _plain(node)
+    plain(node)
     if node.integer("beta") != _ONE_BITS:
         raise node.place.unsupported("beta other than 1")
     return Softmax(name=node.target.name, inputs=node.inputs, output=node.output)
 
 
 def _quantize(node: Node) -> Operator:
-    _plain(node)
+    plain(node)
+    if node.source.dtype is not DType.FLOAT32:
+        return imported.quantize(node)
     return Quantize(name=node.target.name, inputs=node.inputs, output=node.output)
 
 
 def _dequantize(node: Node) -> Operator:
-    _plain(node)
+    plain(node)
     return Dequantize(name=node.target.name, inputs=node.inputs, output=node.output)
 
 
-_DECODERS: dict[str, Callable[[Node], Operator]] = {
+_DECODERS: dict[str, Callable[[Node], Operator | Split]] = {
     "CONV_2D": _conv_2d,
     "DEPTHWISE_CONV_2D": _depthwise_conv_2d,
     "FULLY_CONNECTED": _fully_connected,
-    "ADD": _add,
+    **imported.DECODERS,
     "AVERAGE_POOL_2D": _pool,
     "MAX_POOL_2D": _pool,
     "PAD": _pad,

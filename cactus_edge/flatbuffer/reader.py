@@ -15,13 +15,16 @@ import numpy.typing as npt
 from cactus_edge import constraints, scales
 from cactus_edge.errors import InvalidGraphError, UnsupportedModelError
 from cactus_edge.flatbuffer import schema, storable
+from cactus_edge.flatbuffer.imported import Split
 from cactus_edge.flatbuffer.node import Constant, Node
 from cactus_edge.flatbuffer.operators import decode
 from cactus_edge.flatbuffer.packing import packed_size
 from cactus_edge.flatbuffer.wire import Place, Table, open_root
 from cactus_edge.graph import DType, Graph, Linear, Operator, Quantization, Tensor
 
-_ACTIVATION_TYPES = {"INT8": DType.INT8, "FLOAT32": DType.FLOAT32}
+_ACTIVATION_TYPES = {"INT8": DType.INT8, "UINT8": DType.UINT8, "FLOAT32": DType.FLOAT32}
+# The operators of which either operand may be a constant, or any number are activations.
+_TWO, _ANY = ("ADD", "SUB", "MUL"), ("CONCATENATION",)
 _CONSTANT_BYTES = {"INT8": 1, "INT32": 4}
 
 
@@ -67,15 +70,33 @@ def _graph(model: Table) -> Graph:
     codes = model.tables("operator_codes", "operator code")
     lookup = _Lookup(place, tensors, [_kind_or_error(code) for code in codes])
     metadata = _metadata(model, buffers)
-    decoded = [lookup.operator(index, table) for index, table in enumerate(operators)]
+    decoded, extras = _flattened(
+        [lookup.operator(index, table) for index, table in enumerate(operators)],
+        len(lookup.activations),
+    )
     widths = [value for entry, value in metadata if entry == storable.BITS_ENTRY]
     return Graph(
-        tensors=lookup.activations,
+        tensors=(*lookup.activations, *extras),
         operators=_with_widths(decoded, widths, place),
         input=lookup.edge(subgraph, "inputs"),
         output=lookup.edge(subgraph, "outputs"),
         metadata=tuple(entry for entry in metadata if entry[0] != storable.BITS_ENTRY),
     )
+
+
+def _flattened(
+    decoded: Sequence[Operator | Split], count: int
+) -> tuple[list[Operator], list[Tensor]]:
+    """The operators, and the tensors that they need behind the first ``count``."""
+    operators: list[Operator] = []
+    extras: list[Tensor] = []
+    for op in decoded:
+        if isinstance(op, Split):
+            operators += op.numbered(count + len(extras))
+            extras.append(op.extra)
+        else:
+            operators.append(op)
+    return operators, extras
 
 
 def _refuse(table: Table, *names: str) -> None:
@@ -109,13 +130,13 @@ def _tensor(table: Table, buffers: Sequence[npt.NDArray[np.uint8]]) -> _Entry:
     index = table.integer("buffer")
     if index >= len(buffers):
         raise place.malformed(f"buffer {index} does not exist, there are {len(buffers)}")
-    shape = _shape(table, place)
+    data = buffers[index] if index else buffers[0]
+    shape = _shape(table, place, scalar=len(data) > 0)
     code = table.integer("type")
     if code not in schema.TYPE_NAMES:
         raise place.unsupported(f"tensor type {code} is unknown")
     kind = schema.TYPE_NAMES[code]
     scale_bits, zero_points, dimension = _quantization(table, place, len(shape))
-    data = buffers[index] if index else buffers[0]
     if len(data):
         constant = Constant(name, kind, shape, data, scale_bits, zero_points, dimension)
         _check_size(constant, place)
@@ -134,8 +155,11 @@ def _tensor(table: Table, buffers: Sequence[npt.NDArray[np.uint8]]) -> _Entry:
     return _Entry(place, Tensor(name, shape, _ACTIVATION_TYPES[kind], quantization), None)
 
 
-def _shape(table: Table, place: Place) -> tuple[int, ...]:
+def _shape(table: Table, place: Place, *, scalar: bool) -> tuple[int, ...]:
+    """The extents; none at all only where a ``scalar`` is allowed."""
     shape = table.integers("shape")
+    if scalar and not shape:
+        return shape
     if len(shape) < 1 or len(shape) > 8 or min(shape) < 1:
         raise place.malformed(
             f"shape {list(shape[:9])}; 1 to 8 extents of at least 1 are supported"
@@ -164,7 +188,7 @@ def _quantization(
     if scale_bits.size != zero_points.size:
         raise place.malformed(f"{scale_bits.size} scales, {zero_points.size} zero points")
     dimension = quantization.integer("quantized_dimension")
-    if not 0 <= dimension < rank:
+    if not 0 <= dimension < max(rank, 1):
         raise place.malformed(f"quantized dimension {dimension} of a tensor with {rank}")
     try:
         for bits in np.unique(scale_bits).tolist():
@@ -264,8 +288,8 @@ class _Lookup:
             raise self._place.unsupported(f"{len(indices)} {name}; exactly one is supported")
         return self._activation(indices[0], self._place, f"the model's {name.removesuffix('s')}")
 
-    def operator(self, index: int, table: Table) -> Operator:
-        """The operator that a table of the file stands for."""
+    def operator(self, index: int, table: Table) -> Operator | Split:
+        """The operator, or two, that a table of the file stands for."""
         opcode = table.integer("opcode_index")
         if opcode >= len(self._kinds):
             raise table.place.malformed(
@@ -282,9 +306,15 @@ class _Lookup:
         if any(map(len, extras)) or changed or any(map(table.integer, sizes)):
             raise place.unsupported("custom options, intermediates and variables are not supported")
         inputs, outputs = table.integers("inputs"), table.integers("outputs")
-        count = 2 if kind.name == "ADD" else 1
-        if len(inputs) < count or len(outputs) != 1:
+        if not inputs or len(outputs) != 1:
             raise place.malformed(f"has {len(inputs)} inputs and {len(outputs)} outputs")
+        count = len(inputs) if kind.name in _ANY else 1
+        first = False
+        if kind.name in _TWO:
+            given = [self._has_data(i, place) for i in inputs]
+            first = given[:1] == [True] and len(inputs) == 2 and not given[1]
+            inputs = inputs[::-1] if first else inputs
+            count = 2 - any(given[:2])
         constants = [self._constant(i, place, count + k) for k, i in enumerate(inputs[count:])]
         for constant in filter(None, constants):
             table.file.spend(len(constant.data), place)
@@ -297,8 +327,13 @@ class _Lookup:
                 constants=constants,
                 output=self._activation(outputs[0], place, "its output"),
                 tensors=self.activations,
+                constant_first=first,
             )
         )
+
+    def _has_data(self, index: int, place: Place) -> bool:
+        self._check(index, place)
+        return self._entries[index].constant is not None
 
 
 def _options(table: Table, kind: schema.Kind, place: Place) -> Table | None:

@@ -123,6 +123,16 @@ TABLES: dict[str, dict[str, Field]] = {
     "AddOptions": _fields("fused_activation_function int8, pot_scale_int16 bool 1"),
     "ReshapeOptions": _fields("new_shape [int32]"),
     "SoftmaxOptions": _fields("beta float32"),
+    "SubOptions": _fields("fused_activation_function int8, pot_scale_int16 bool 1"),
+    "MulOptions": _fields("fused_activation_function int8"),
+    "LeakyReluOptions": _fields("alpha float32"),
+    "ConcatenationOptions": _fields("axis int32, fused_activation_function int8"),
+    "StridedSliceOptions": _fields(
+        "begin_mask int32, end_mask int32, ellipsis_mask int32, new_axis_mask int32,"
+        "shrink_axis_mask int32, offset bool"
+    ),
+    "ReducerOptions": _fields("keep_dims bool"),
+    "SqueezeOptions": _fields("squeeze_dims [int32]"),
 }
 
 
@@ -160,6 +170,23 @@ _KINDS = (
     _kind("SOFTMAX", 2, 4, "SoftmaxOptions"),
     _kind("QUANTIZE", 1, 6, "QuantizeOptions"),
     _kind("DEQUANTIZE", 2, 9, "DequantizeOptions"),
+    _kind("RELU", 2, 3, "NONE"),
+    _kind("RELU6", 2, 3, "NONE"),
+    _kind("RELU_N1_TO_1", 1, 2, "NONE"),
+    _kind("LEAKY_RELU", 2, 2, "LeakyReluOptions"),
+    _kind("LOGISTIC", 2, 3, "NONE"),
+    _kind("TANH", 2, 3, "NONE"),
+    _kind("HARD_SWISH", 1, 1, "HardSwishOptions"),
+    _kind("SUB", 2, 6, "SubOptions"),
+    _kind("MUL", 2, 7, "MulOptions"),
+    _kind("CONCATENATION", 2, 5, "ConcatenationOptions"),
+    _kind("TRANSPOSE", 2, 7, "TransposeOptions"),
+    _kind("STRIDED_SLICE", 2, 9, "StridedSliceOptions"),
+    _kind("SLICE", 2, 7, "SliceOptions"),
+    _kind("PADV2", 2, 5, "PadV2Options"),
+    _kind("MEAN", 2, 4, "ReducerOptions"),
+    _kind("SQUEEZE", 1, 2, "SqueezeOptions"),
+    _kind("EXPAND_DIMS", 1, 1, "ExpandDimsOptions"),
 )
 # The version alone makes LiteRT 2.3 leave this one to another kernel, which rounds differently.
 DIVERGENT_VERSIONS = (("FULLY_CONNECTED", 8),)

@@ -28,6 +28,7 @@ from cactus_edge.graph import (
     Tensor,
     window_geometry,
 )
+from cactus_edge.operators import TABLED, Function, Mean, Unary
 
 # LiteRT takes no more for strides and dilations.
 LARGEST_STEP = (1 << 15) - 1
@@ -50,8 +51,9 @@ def check(graph: Graph) -> None:
         raise UnsupportedModelError(
             f"{len(graph.operators)} operators; files of up to {MOST_OPERATORS} are supported"
         )
-    for tensor in graph.tensors:
-        _check_tensor(tensor)
+    computed = _away_from_quantize(graph)
+    for index, tensor in enumerate(graph.tensors):
+        _check_tensor(tensor, uint8=index not in computed)
     for index, op in enumerate(graph.operators):
         _check_operator(graph, op, f"operator {index} ({op.kind} '{op.name}')")
     _check_reshapes(graph)
@@ -75,7 +77,17 @@ def _check_reshapes(graph: Graph) -> None:
             )
 
 
-def _check_tensor(tensor: Tensor) -> None:
+def _away_from_quantize(graph: Graph) -> set[int]:
+    """Tensors that anything but a QUANTIZE reads or writes, and that may not be uint8 therefore."""
+    return {
+        index
+        for op in graph.operators
+        if not (isinstance(op, Unary) and op.function is Function.QUANTIZE)
+        for index in (*op.inputs, op.output)
+    }
+
+
+def _check_tensor(tensor: Tensor, *, uint8: bool) -> None:
     where = f"tensor {tensor.name!r}"
     if not tensor.name.isprintable():
         raise UnsupportedModelError(f"{where}: a name in a file must be printable")
@@ -83,7 +95,7 @@ def _check_tensor(tensor: Tensor) -> None:
         raise UnsupportedModelError(
             f"{where}: {tensor.size} elements; up to {MOST_ELEMENTS} are supported"
         )
-    if tensor.dtype is DType.UINT8:
+    if tensor.dtype is DType.UINT8 and not uint8:
         raise UnsupportedModelError(
             f"{where}: uint8 beside int8 weights runs nowhere; store int8 (value - 128)"
         )
@@ -92,16 +104,17 @@ def _check_tensor(tensor: Tensor) -> None:
             f"{where}: {tensor.dtype.value} logits are for graphs built by hand and run in no "
             "runtime beside int8; give the last layer an int8 output"
         )
-    if (tensor.dtype is DType.INT8) != (tensor.quantization is not None):
+    if (tensor.dtype is not DType.FLOAT32) != (tensor.quantization is not None):
         raise UnsupportedModelError(
-            f"{where}: int8 tensors need a scale in a file, float32 tensors have none"
+            f"{where}: integer tensors need a scale in a file, float32 tensors have none"
         )
 
 
 def _check_operator(graph: Graph, op: Operator, where: str) -> None:
     if not op.name.isprintable():
         raise UnsupportedModelError(f"{where!r}: a name in a file must be printable")
-    if isinstance(op, (Linear, Add)) and op.requantization is not None:
+    tabled = isinstance(op, TABLED) and op.table is not None
+    if tabled or (isinstance(op, (Linear, Add)) and op.requantization is not None):
         raise UnsupportedModelError(
             f"{where}: a file holds scales, not multipliers; write the graph before `resolve`"
         )
@@ -110,7 +123,7 @@ def _check_operator(graph: Graph, op: Operator, where: str) -> None:
             f"{where}: clamp {op.clamp} is none of NONE, RELU, RELU6 for this output; "
             "leave it to the activation"
         )
-    if isinstance(op, Linear):
+    if isinstance(op, Linear) and not isinstance(op, Mean):
         _check_weights(graph, op, where)
     if isinstance(op, (Conv2D, Pool2D)):
         _check_window(graph, op, where)

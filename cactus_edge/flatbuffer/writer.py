@@ -17,6 +17,7 @@ from cactus_edge.flatbuffer.node import Constant
 from cactus_edge.flatbuffer.operators import encode
 from cactus_edge.flatbuffer.wire import Values, serialize
 from cactus_edge.graph import Graph, Linear, Operator, Tensor
+from cactus_edge.operators import WithConstant
 
 
 def write_tflite(graph: Graph) -> bytes:
@@ -62,7 +63,7 @@ def model_values(graph: Graph) -> dict[str, object]:
 
 
 def _operator_code(kind: schema.Kind) -> Values:
-    # Readers older than 2020 know the first field only; every code here fits it.
+    # Readers older than 2020 know the first field only; every code that is written fits it.
     code = {"deprecated_builtin_code": kind.code, "builtin_code": kind.code}
     return {**code, "version": kind.version}
 
@@ -124,9 +125,12 @@ class _Draft:
         if kind not in self.kinds:
             self.kinds.append(kind)
         options, constants = encode(graph, op)
+        inputs = [*op.inputs, *map(self.add_constant, constants)]
+        if isinstance(op, WithConstant) and op.first:
+            inputs.reverse()
         values: dict[str, object] = {
             "opcode_index": self.kinds.index(kind),
-            "inputs": np.array([*op.inputs, *map(self.add_constant, constants)], np.int32),
+            "inputs": np.array(inputs, np.int32),
             "outputs": [op.output],
         }
         if options is not None:

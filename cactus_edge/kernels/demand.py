@@ -80,6 +80,14 @@ class TableBuilder:
         self._integers.append(flat)
         return self._advance(2, flat.size)
 
+    def copy_runs(self, source: Int64Array, target: Int64Array) -> dict[str, int]:
+        """A step's fields for copying elements at one set of offsets to another."""
+        broken = (np.diff(source) != 1) | (np.diff(target) != 1)
+        starts = np.flatnonzero(np.concatenate([[True], broken]))
+        lengths = np.diff(np.concatenate([starts, [source.size]]))
+        runs = np.stack([source[starts], target[starts], lengths], axis=1)
+        return {"taps": self.integers(runs), "tap_count": len(runs)}
+
     def _advance(self, which: int, size: int) -> int:
         begin = self._sizes[which]
         self._sizes[which] += size

@@ -1,4 +1,4 @@
-"""Copies (input, results, PAD, RESHAPE), ADD and the pools."""
+"""Copies (input, results, PAD, RESHAPE, moves), ADD, tables and the pools."""
 
 from __future__ import annotations
 
@@ -55,6 +55,79 @@ def add(
             six,
             work.activations[c : c + size],
         )
+
+
+@kernel
+def lookup(step: Step, tables: Tables, work: Workspace, images: int) -> None:
+    """A table of one input; each image has ``height`` rows of ``channels`` bytes."""
+    for row in range(images * step.height):
+        image, y = divmod(row, step.height)
+        source = step.source + image * step.source_image + y * step.source_row
+        target = step.target + image * step.target_image + y * step.target_row
+        kind = (y * step.channels) % step.kinds
+        for i in range(step.channels):
+            place = step.weights + 256 * kind + np.int64(work.activations[source + i])
+            work.activations[target + i] = np.uint8(tables.weights[place])
+            kind += 1
+            if kind == step.kinds:
+                kind = 0
+
+
+@kernel
+def lookup_interval(
+    step: Step, tables: Tables, low: Workspace, high: Workspace, images: int
+) -> None:
+    """The least and the greatest entry between both ends, for tables that rise and fall."""
+    for row in range(images * step.height):
+        image, y = divmod(row, step.height)
+        source = step.source + image * step.source_image + y * step.source_row
+        target = step.target + image * step.target_image + y * step.target_row
+        kind = (y * step.channels) % step.kinds
+        for i in range(step.channels):
+            begin = step.weights + 256 * kind
+            least, most = np.uint8(255), np.uint8(0)
+            first, last = low.activations[source + i], high.activations[source + i]
+            for byte in range(np.int64(first), np.int64(last) + 1):
+                entry = np.uint8(tables.weights[begin + byte])
+                least, most = min(least, entry), max(most, entry)
+            low.activations[target + i], high.activations[target + i] = least, most
+            kind += 1
+            if kind == step.kinds:
+                kind = 0
+
+
+@kernel
+def pair(step: Step, tables: Tables, work: Workspace, images: int) -> None:
+    """A table of two inputs, of which the second may repeat along a row."""
+    for row in range(images * step.height):
+        image, y = divmod(row, step.height)
+        a = step.source + image * step.source_image + y * step.source_row
+        b = step.other + image * step.other_image + y * step.other_row
+        target = step.target + image * step.target_image + y * step.target_row
+        for i in range(step.channels):
+            x = np.int64(work.activations[a + i])
+            z = np.int64(work.activations[b + i % step.other_width])
+            place = step.weights + 256 * x + z
+            work.activations[target + i] = np.uint8(tables.weights[place])
+
+
+@kernel
+def pair_interval(step: Step, tables: Tables, low: Workspace, high: Workspace, images: int) -> None:
+    """The least and the greatest of a box's corners: the table is monotone in each input."""
+    for row in range(images * step.height):
+        image, y = divmod(row, step.height)
+        a = step.source + image * step.source_image + y * step.source_row
+        b = step.other + image * step.other_image + y * step.other_row
+        target = step.target + image * step.target_image + y * step.target_row
+        for i in range(step.channels):
+            j = b + i % step.other_width
+            first = step.weights + 256 * np.int64(low.activations[a + i])
+            last = step.weights + 256 * np.int64(high.activations[a + i])
+            left, right = np.int64(low.activations[j]), np.int64(high.activations[j])
+            p, q = np.uint8(tables.weights[first + left]), np.uint8(tables.weights[first + right])
+            r, s = np.uint8(tables.weights[last + left]), np.uint8(tables.weights[last + right])
+            low.activations[target + i] = min(min(p, q), min(r, s))
+            high.activations[target + i] = max(max(p, q), max(r, s))
 
 
 @kernel

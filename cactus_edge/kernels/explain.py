@@ -21,6 +21,8 @@ KERNELS = {
     steps.AVERAGE: "average pool",
     steps.MAXIMUM: "max pool",
     steps.COPY: "copy",
+    steps.LOOKUP: "table",
+    steps.PAIR: "table of two",
     steps.TILED: "dense tile",
     steps.STREAM: "dense stream",
     steps.BLOCKS: "blocks",

@@ -16,7 +16,6 @@ from cactus_edge.graph import (
     FullyConnected,
     Graph,
     Int8Array,
-    Int64Array,
     Linear,
     Operator,
     Pad,
@@ -25,6 +24,7 @@ from cactus_edge.graph import (
     window_geometry,
 )
 from cactus_edge.kernels import steps as opcodes
+from cactus_edge.kernels import tabled
 from cactus_edge.kernels.demand import Demand, Layout, TableBuilder
 from cactus_edge.kernels.formats.depthwise import as_matrix
 from cactus_edge.kernels.pack import pack_linear, window_offsets
@@ -34,6 +34,7 @@ from cactus_edge.kernels.simd.emit import depthwise_wide, wide
 from cactus_edge.kernels.simd.pack import Matrix, pack_taps, pack_vector, with_rows
 from cactus_edge.kernels.simd.tiers import Tier
 from cactus_edge.kernels.steps import Step, table
+from cactus_edge.operators import Lookup, Move, Pair
 
 _SLACK = 256
 """Tiles load whole registers, behind the last activation too."""
@@ -117,10 +118,10 @@ def build(
             continue
         chosen = layout if isinstance(layout, Layout) else layout.get(number, Layout.DENSE)
         before = context.builder.size
-        step, needed = _step(context, op, chosen)
-        steps.append(step)
-        operators.append(number)
-        sizes.append(context.builder.size - before)
+        made, needed = _steps(context, op, chosen)
+        steps += made
+        operators += [number] * len(made)
+        sizes += [context.builder.size - before] + [0] * (len(made) - 1)
         demand = demand.union(needed)
     results: dict[int, int] = {}
     size = 0
@@ -187,15 +188,6 @@ class _Context:
     wanted: frozenset[int]
 
 
-def _copy_runs(context: _Context, source: Int64Array, target: Int64Array) -> dict[str, int]:
-    """The fields that describe copying elements at one set of offsets to another."""
-    broken = (np.diff(source) != 1) | (np.diff(target) != 1)
-    starts = np.flatnonzero(np.concatenate([[True], broken]))
-    lengths = np.diff(np.concatenate([starts, [source.size]]))
-    runs = np.stack([source[starts], target[starts], lengths], axis=1)
-    return {"taps": context.builder.integers(runs), "tap_count": len(runs)}
-
-
 def _load(context: _Context) -> Step:
     index = context.graph.core_input
     target = context.placements[index].offsets()
@@ -204,7 +196,7 @@ def _load(context: _Context) -> Step:
         target=context.placements[index].origin,
         target_image=context.placements[index].image,
         flip=byte_offset(context.graph.tensors[index]),
-        **_copy_runs(context, np.arange(target.size), target),
+        **context.builder.copy_runs(np.arange(target.size), target),
     )
 
 
@@ -216,22 +208,34 @@ def _store(context: _Context, index: int, begin: int) -> Step:
         source_image=context.placements[index].image,
         target=begin,
         flip=byte_offset(context.graph.tensors[index]),
-        **_copy_runs(context, source, np.arange(source.size)),
+        **context.builder.copy_runs(source, np.arange(source.size)),
     )
 
 
-def _step(context: _Context, op: Operator, layout: Layout) -> tuple[Step, Demand]:
+def _steps(context: _Context, op: Operator, layout: Layout) -> tuple[list[Step], Demand]:
     match op:
         case Linear():
-            return _linear(context, op, layout)
+            step, demand = _linear(context, op, layout)
         case Add():
-            return _add(context, op), Demand()
+            step, demand = _add(context, op), Demand()
         case Pool2D():
-            return _pool(context, op)
+            step, demand = _pool(context, op)
         case Pad() | Reshape():
-            return _move(context, op), Demand()
+            step, demand = _move(context, op), Demand()
+        case Lookup():
+            offset = context.placements[op.output].offset
+            step = tabled.lookup(op, context.builder, _rows(context, op), offset)
+            demand = Demand()
+        case Pair():
+            ends = [context.placements[index] for index in op.inputs]
+            step = tabled.pair(op, context.builder, _rows(context, op), *ends)
+            demand = Demand()
+        case Move():
+            copies = tabled.moves(context.graph, op, context.builder, context.placements)
+            return copies, Demand()
         case _:
             raise AssertionError(f"{op.kind} is not part of the integer core")
+    return [step], demand
 
 
 def _common(context: _Context, op: Operator) -> dict[str, int]:
@@ -250,6 +254,12 @@ def _common(context: _Context, op: Operator) -> dict[str, int]:
         "lower": lower + target.offset,
         "upper": upper + target.offset,
     }
+
+
+def _rows(context: _Context, op: Operator) -> dict[str, int]:
+    """``_common`` of an operator that writes its output row by row, with no pixels."""
+    target = context.placements[op.output]
+    return {**_common(context, op), "height": target.rows, "channels": target.row_bytes}
 
 
 def _linear(context: _Context, op: Linear, layout: Layout) -> tuple[Step, Demand]:
@@ -351,18 +361,16 @@ def _depthwise(
 def _add(context: _Context, op: Add) -> Step:
     requantization = op.requantization
     assert requantization is not None, "graph is not resolved"
-    other, target = context.placements[op.inputs[1]], context.placements[op.output]
+    other = context.placements[op.inputs[1]]
     return Step(
         opcode=opcodes.ADD,
         other=other.origin,
         other_image=other.image,
         other_row=other.row,
         other_zero=other.zero,
-        height=target.rows,
-        channels=target.row_bytes,
         rounding=context.builder.integers(requantization.integers),
         round_count=int(requantization.rounding),
-        **_common(context, op),
+        **_rows(context, op),
     )
 
 
@@ -401,5 +409,5 @@ def _move(context: _Context, op: Pad | Reshape) -> Step:
         source_image=source.image,
         target=target.origin,
         target_image=target.image,
-        **_copy_runs(context, source.offsets(), written),
+        **context.builder.copy_runs(source.offsets(), written),
     )

@@ -19,15 +19,17 @@ MAXIMUM = 5
 LOAD = 6
 STORE = 7
 COPY = 8
+LOOKUP = 9
+PAIR = 10
 # Linear layers on vector tiles, see ``simd.layers``.
-TILED = 9
-STREAM = 10
-BLOCKS = 11
-PERMUTED = 12
-PERMUTED_STREAM = 13
-MASKED_STREAM = 14
-DEPTHWISE_TILE = 15
-SKIPPING = 16
+TILED = 11
+STREAM = 12
+BLOCKS = 13
+PERMUTED = 14
+PERMUTED_STREAM = 15
+MASKED_STREAM = 16
+DEPTHWISE_TILE = 17
+SKIPPING = 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,12 @@ class Step:
     Copies: triples (source, target, length)."""
     pool: int = 0
     """(window, stride, padding before, input extent), each of height and width."""
+    other_width: int = 0
+    """Two inputs: bytes of a row of the second one, which repeat along the row."""
+    kinds: int = 0
+    """Lookups: rows of the table, which is in ``Program.weights``."""
+    monotone: int = 0
+    """1 where every row of a lookup's table does not decrease."""
     # Linear layers.
     runs: int = 0
     run_count: int = 0

@@ -24,7 +24,17 @@ import numpy.typing as npt
 from cactus_edge.kernels import team as words
 from cactus_edge.kernels.program import Program
 from cactus_edge.kernels.rows import Workspace
-from cactus_edge.kernels.steps import ADD, AVERAGE, COPY, DEPTHWISE_TILE, LOAD, MAXIMUM, STORE
+from cactus_edge.kernels.steps import (
+    ADD,
+    AVERAGE,
+    COPY,
+    DEPTHWISE_TILE,
+    LOAD,
+    LOOKUP,
+    MAXIMUM,
+    PAIR,
+    STORE,
+)
 from cactus_edge.kernels.walk import Frame, check_batch
 
 _log = logging.getLogger(__name__)
@@ -44,7 +54,7 @@ _REPEATS = 5
 _TRIALS = 20
 _LEAST_REST, _LONGEST_REST = 8, 1024
 """Runs that the leader makes alone after helpers were of no use."""
-_INDIVISIBLE = (COPY, LOAD, STORE)
+_INDIVISIBLE = (COPY, LOAD, LOOKUP, PAIR, STORE)
 
 
 class ParallelWorker:

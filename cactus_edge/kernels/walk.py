@@ -16,14 +16,25 @@ import numpy.typing as npt
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 
 from cactus_edge import semantics
-from cactus_edge.kernels.elementwise import add, copy_runs, pool
+from cactus_edge.kernels.elementwise import add, copy_runs, lookup, pair, pool
 from cactus_edge.kernels.jit import entry, kernel, pointer, source_digest
 from cactus_edge.kernels.linear import linear
 from cactus_edge.kernels.program import Program
 from cactus_edge.kernels.rows import Tables, Workspace
 from cactus_edge.kernels.simd.tags import Tag
 from cactus_edge.kernels.simd.tiers import Tier
-from cactus_edge.kernels.steps import ADD, COPY, DEPTHWISE, LOAD, STEP, STORE, TILED, Step
+from cactus_edge.kernels.steps import (
+    ADD,
+    COPY,
+    DEPTHWISE,
+    LOAD,
+    LOOKUP,
+    PAIR,
+    STEP,
+    STORE,
+    TILED,
+    Step,
+)
 from cactus_edge.kernels.team import (
     STOP,
     await_run,
@@ -54,7 +65,7 @@ def _operate(
     part: int,
     parts: int,
 ) -> None:
-    """A part of a step for a block of images; copies have one part."""
+    """A part of a step for a block of images; copies and tables have one part."""
     code, count = step.opcode, len(sources)
     if code <= DEPTHWISE or code >= TILED:
         linear(tag, step, tables, work, count, part, parts)
@@ -69,6 +80,10 @@ def _operate(
     elif code == COPY:
         for i in range(count):
             copy_runs(step, tables.integers, work.activations, work.activations, i)
+    elif code == LOOKUP:
+        lookup(step, tables, work, count)
+    elif code == PAIR:
+        pair(step, tables, work, count)
     else:
         pool(step, tables, work, count, part, parts)
 

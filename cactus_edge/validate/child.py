@@ -51,12 +51,16 @@ class Worker:
             UnsupportedModelError: a graph cannot be written to a file.
         """
         models = [self._bytes(graph) for graph, _ in parts]
-        batches = [np.ascontiguousarray(batch, np.int8) for _, batch in parts]
+        batches = [
+            np.ascontiguousarray(batch, graph.tensors[graph.core_input].dtype.value)
+            for graph, batch in parts
+        ]
         head = {
             "module": self._module,
             "mode": self._mode,
             "models": [len(model) for model in models],
             "shapes": [batch.shape for batch in batches],
+            "dtypes": [batch.dtype.name for batch in batches],
         }
         request = [json.dumps(head).encode(), b"\n", *models, *(b.tobytes() for b in batches)]
         try:
@@ -75,9 +79,10 @@ class Worker:
             raise ToolError(f"{self._module} ({self._mode}): {reason}")
         line, _, raw = done.stdout.partition(b"\n")
         outputs: list[Int64Array] = []
-        for shape in json.loads(line)["shapes"]:
+        answer = json.loads(line)
+        for shape, dtype in zip(answer["shapes"], answer["dtypes"], strict=True):
             size = int(np.prod(shape))
-            outputs.append(np.frombuffer(raw[:size], np.int8).reshape(shape).astype(np.int64))
+            outputs.append(np.frombuffer(raw[:size], dtype).reshape(shape).astype(np.int64))
             raw = raw[size:]
         return outputs
 

@@ -25,11 +25,12 @@ def serve(source: IO[bytes], target: IO[bytes]) -> None:
     models = [source.read(size) for size in head["models"]]
     module, mode = importlib.import_module(head["module"]), head["mode"]
     outputs: list[np.ndarray[Any, Any]] = []
-    for model, shape in zip(models, head["shapes"], strict=True):
-        batch = np.frombuffer(source.read(int(np.prod(shape))), np.int8).reshape(shape)
+    for model, shape, dtype in zip(models, head["shapes"], head["dtypes"], strict=True):
+        batch = np.frombuffer(source.read(int(np.prod(shape))), dtype).reshape(shape)
         call = _micro(module, model) if mode == "micro" else _stock(module, mode, model)
         outputs.append(np.stack([call(sample[None]) for sample in batch]))
-    answer = json.dumps({"shapes": [output.shape for output in outputs]}).encode() + b"\n"
+    shapes, dtypes = zip(*((output.shape, output.dtype.name) for output in outputs), strict=True)
+    answer = json.dumps({"shapes": shapes, "dtypes": dtypes}).encode() + b"\n"
     target.write(answer + b"".join(output.tobytes() for output in outputs))
 
 

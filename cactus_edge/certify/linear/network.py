@@ -22,6 +22,7 @@ import numpy as np
 
 from cactus_edge import semantics
 from cactus_edge.constraints import accumulator_bounds
+from cactus_edge.errors import UnsupportedModelError
 from cactus_edge.execute import requantize
 from cactus_edge.graph import (
     Add,
@@ -41,6 +42,8 @@ from cactus_edge.graph import (
     Weights,
     window_geometry,
 )
+from cactus_edge.operators import TABLED
+from cactus_edge.operators import Move as Moved
 from cactus_edge.semantics import AddRounding, Rounding
 
 _UNREACHED = 1 << 50
@@ -129,8 +132,21 @@ class Network:
     zero_points: dict[int, int]
 
 
+def undescribed(graph: Graph) -> Operator | None:
+    """The first operator without a linear form: a table, or a ``Move`` of ``operators``."""
+    return next((op for op in graph.core if isinstance(op, (*TABLED, Moved))), None)
+
+
 def network(graph: Graph) -> Network:
-    """The network of a resolved graph, from its integer input to its logits."""
+    """The network of a resolved graph, from its integer input to its logits.
+
+    Raises:
+        UnsupportedModelError: see ``undescribed``.
+    """
+    if (op := undescribed(graph)) is not None:
+        raise UnsupportedModelError(
+            f"{op.kind} '{op.name}': linear bounds do not describe it; use method 'interval'"
+        )
     nodes = tuple(_node(graph, op) for op in graph.core)
     held = {graph.core_input, *(op.output for op in graph.core)}
     return Network(

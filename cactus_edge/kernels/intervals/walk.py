@@ -1,8 +1,8 @@
 """A whole graph on boxes, block by block: the interval form of ``kernels.walk``.
 
 The program is that of the graph itself, with dense weights. Two workspaces hold lower and upper
-ends; what is monotone in each input (ADD, pools, copies) runs on one after the other, and linear
-layers on both at once.
+ends; what does not decrease in any input (ADD, pools, copies) runs on one after the other, linear
+layers and other tables on both at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from cactus_edge import semantics
 from cactus_edge.graph import DepthwiseConv2D, Graph, Linear, Operator
 from cactus_edge.kernels.demand import Layout
-from cactus_edge.kernels.elementwise import add, copy_runs, pool
+from cactus_edge.kernels.elementwise import (
+    add,
+    copy_runs,
+    lookup,
+    lookup_interval,
+    pair_interval,
+    pool,
+)
 from cactus_edge.kernels.intervals.layers import linear_interval
 from cactus_edge.kernels.jit import entry, kernel, pointer, source_digest
 from cactus_edge.kernels.program import Program, build
@@ -36,7 +43,9 @@ from cactus_edge.kernels.steps import (
     DENSE,
     DEPTHWISE,
     LOAD,
+    LOOKUP,
     MAXIMUM,
+    PAIR,
     PERMUTED,
     STEP,
     STORE,
@@ -50,7 +59,7 @@ Walk = Callable[[Tag, int, int, int, int, int, int], int]
 DIGEST = source_digest(semantics)
 _FRAME = 39
 _OPCODES = {
-    DENSE, DEPTHWISE, ADD, AVERAGE, MAXIMUM, LOAD, STORE, COPY, TILED, PERMUTED
+    DENSE, DEPTHWISE, ADD, AVERAGE, MAXIMUM, LOAD, STORE, COPY, LOOKUP, PAIR, TILED, PERMUTED
 }  # fmt: skip
 """Steps that have an interval form."""
 _MOST_WEIGHTS = 0.6
@@ -112,10 +121,18 @@ def _cost(program: Program, number: int) -> float:  # float: chooses a form, not
 
 
 @kernel
-def _monotone(step: Step, tables: Tables, low: Workspace, high: Workspace, boxes: int) -> None:
-    """Operators that are monotone in each input: one end, then the other."""
+def _elementwise(step: Step, tables: Tables, low: Workspace, high: Workspace, boxes: int) -> None:
+    """Operators that do not decrease: one end, then the other. The rest has rules of its own."""
+    if step.opcode == PAIR:
+        pair_interval(step, tables, low, high, boxes)
+        return
+    if step.opcode == LOOKUP and step.monotone == 0:
+        lookup_interval(step, tables, low, high, boxes)
+        return
     for work in (low, high):
-        if step.opcode == ADD:
+        if step.opcode == LOOKUP:
+            lookup(step, tables, work, boxes)
+        elif step.opcode == ADD:
             add(step, tables, work, boxes)
         elif step.opcode == COPY:
             for i in range(boxes):
@@ -199,7 +216,7 @@ def _walker(digest: int) -> Walk:
                         copy_runs(step, tables.integers, low.activations, least[j], j)
                         copy_runs(step, tables.integers, high.activations, most[j], j)
                 else:
-                    _monotone(step, tables, low, high, count)
+                    _elementwise(step, tables, low, high, count)
         return digest
 
     return run

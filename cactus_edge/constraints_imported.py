@@ -1,0 +1,183 @@
+"""Rules of the operators in ``operators``; ``constraints`` runs them with its own.
+
+A predicate's docstring is the text of the error and the line in ``docs/operators.md``; it returns
+the detail of what is broken, or an empty string.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import numpy as np
+
+from cactus_edge import tables
+from cactus_edge.graph import DType, Graph, Operator
+from cactus_edge.operators import (
+    LEVELS,
+    Combination,
+    Concatenation,
+    Function,
+    Lookup,
+    Mean,
+    Move,
+    Pair,
+    StridedSlice,
+    Transpose,
+    Unary,
+    WithConstant,
+)
+
+Predicate = Callable[[Graph, Operator], str]
+RULES: list[tuple[tuple[type[Operator], ...], Predicate]] = []
+MOST_KINDS = 4096
+
+
+def _rule(*kinds: type[Operator]) -> Callable[[Predicate], Predicate]:
+    def register(predicate: Predicate) -> Predicate:
+        RULES.append((kinds, predicate))
+        return predicate
+
+    return register
+
+
+@_rule(Lookup)
+def lookup_shape(graph: Graph, op: Operator) -> str:
+    """Input and output have one shape."""
+    source, target = graph.tensors[op.inputs[0]], graph.tensors[op.output]
+    return "" if source.shape == target.shape else f"{list(source.shape)} -> {list(target.shape)}"
+
+
+@_rule(Lookup, Pair)
+def tabled_types(graph: Graph, op: Operator) -> str:
+    """Inputs and output are int8 with a scale; QUANTIZE also takes and gives uint8."""
+    bytes_ = isinstance(op, Unary) and op.function is Function.QUANTIZE
+    allowed = (DType.INT8, DType.UINT8) if bytes_ else (DType.INT8,)
+    for tensor in (graph.tensors[index] for index in (*op.inputs, op.output)):
+        given = isinstance(op, (Lookup, Pair)) and op.table is not None
+        if tensor.dtype not in allowed or not (given or tensor.quantization):
+            return f"'{tensor.name}' is {tensor.dtype.value}"
+    return ""
+
+
+@_rule(Unary)
+def function_output(graph: Graph, op: Operator) -> str:
+    """LOGISTIC's output has scale 1/256 and zero point -128, TANH's 1/128 and 0."""
+    unary = cast(Unary, op)
+    wanted = tables.fixed_output(unary)
+    target = graph.tensors[op.output]
+    fits = wanted is None or unary.table is not None or target.quantization == wanted
+    return "" if fits else f"'{target.name}' has another"
+
+
+@_rule(WithConstant)
+def constant_shape(graph: Graph, op: Operator) -> str:
+    """The constant has one element, one for each channel, or the input's shape; up to 4096."""
+    shape = cast(WithConstant, op).constant.shape
+    source = graph.tensors[op.inputs[0]].shape
+    plain = tuple(extent for extent in shape if extent != 1)
+    channels = shape[-1:] == plain == source[-1:]
+    size = int(np.prod(shape))
+    fits = size <= MOST_KINDS and len(shape) <= len(source)
+    fits = fits and (not plain or channels or shape == source or (1, *shape) == source)
+    return "" if fits else f"constant {list(shape)} on {list(source)}"
+
+
+@_rule(Pair)
+def pair_shape(graph: Graph, op: Operator) -> str:
+    """Operands have the output's shape, or one of them [1, 1, 1, channels] of it."""
+    target = graph.tensors[op.output].shape
+    pixel = (*(1 for _ in target[:-1]), target[-1])
+    shapes = [graph.tensors[index].shape for index in op.inputs]
+    fits = target in shapes and all(shape in (target, pixel) for shape in shapes)
+    return "" if fits else f"{list(shapes[0])} and {list(shapes[1])} -> {list(target)}"
+
+
+@_rule(Pair)
+def pair_combination(graph: Graph, op: Operator) -> str:
+    """SUB or MUL."""
+    combination = cast(Pair, op).combination
+    return "" if combination is not Combination.ADD else combination.value
+
+
+@_rule(Lookup, Pair)
+def table_fits(graph: Graph, op: Operator) -> str:
+    """A table holds storable integers, and that of two inputs is monotone in each of them."""
+    table = cast("Lookup | Pair", op).table
+    if table is None:
+        return ""
+    least, most = graph.tensors[op.output].dtype.range
+    if table.ndim != 2 or table.shape[1] != LEVELS or table.min() < least or table.max() > most:
+        return f"table {list(table.shape)}"
+    if isinstance(op, Lookup):
+        size = graph.tensors[op.inputs[0]].size
+        return "" if not size % len(table) else f"{len(table)} rows for {size} elements"
+    if len(table) != LEVELS:
+        return f"table {list(table.shape)}"
+    for axis in (0, 1):
+        steps = np.diff(table, axis=axis)
+        if not ((steps >= 0).all(axis=axis) | (steps <= 0).all(axis=axis)).all():
+            return f"not monotone along input {axis}"
+    return ""
+
+
+@_rule(Mean)
+def mean_is_a_sum(graph: Graph, op: Operator) -> str:
+    """Over height and width of [1, height, width, channels]; both extents stay as 1."""
+    mean = cast(Mean, op)
+    source = graph.tensors[op.inputs[0]].shape
+    values = mean.weights.values
+    fits = values.shape == (1, *source[1:]) and bool((values == 1).all()) and not mean.bias.any()
+    return "" if fits else f"input {list(source)}, window {list(values.shape[1:3])}"
+
+
+@_rule(Move)
+def move_quantization(graph: Graph, op: Operator) -> str:
+    """Inputs and output have one type, scale and zero point."""
+    target = graph.tensors[op.output]
+    for source in (graph.tensors[index] for index in op.inputs):
+        if (source.dtype, source.quantization) != (target.dtype, target.quantization):
+            return f"'{source.name}' and '{target.name}' differ"
+    return ""
+
+
+@_rule(Transpose)
+def transpose_shape(graph: Graph, op: Operator) -> str:
+    """A permutation of the axes that leaves the batch in place."""
+    permutation = cast(Transpose, op).permutation
+    source, target = graph.tensors[op.inputs[0]].shape, graph.tensors[op.output].shape
+    fits = sorted(permutation) == list(range(len(source))) and permutation[0] == 0
+    fits = fits and tuple(source[axis] for axis in permutation) == target
+    return "" if fits else f"{list(source)} -> {list(target)} by {list(permutation)}"
+
+
+@_rule(StridedSlice)
+def slice_shape(graph: Graph, op: Operator) -> str:
+    """The elements that are taken lie inside the input; no axis is added or dropped."""
+    part = cast(StridedSlice, op)
+    source, target = graph.tensors[op.inputs[0]].shape, graph.tensors[op.output].shape
+    fits = (
+        len(source) == len(target) == len(part.begin) == len(part.stride) and 0 not in part.stride
+    )
+    if fits:
+        for extent, count, begin, stride in zip(
+            source, target, part.begin, part.stride, strict=True
+        ):
+            last = begin + (count - 1) * stride
+            fits &= 0 <= begin < extent and 0 <= last < extent
+    return "" if fits else f"{list(source)} -> {list(target)} from {list(part.begin)}"
+
+
+@_rule(Concatenation)
+def concatenation_shape(graph: Graph, op: Operator) -> str:
+    """At least one input; along ``axis``, which is not the batch, extents add up."""
+    axis = cast(Concatenation, op).axis
+    target = graph.tensors[op.output].shape
+    shapes = [graph.tensors[index].shape for index in op.inputs]
+    fits = 0 < axis < len(target) and all(len(shape) == len(target) for shape in shapes)
+    if fits:
+        wanted = list(target)
+        wanted[axis] = sum(shape[axis] for shape in shapes)
+        rest = [(*s[:axis], target[axis], *s[axis + 1 :]) == target for s in shapes]
+        fits = wanted[axis] == target[axis] and all(rest)
+    return "" if fits else f"{[list(s) for s in shapes]} along {axis} -> {list(target)}"

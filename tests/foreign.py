@@ -1,0 +1,529 @@
+"""Files as other converters write them: models that together cover every operator and option.
+
+``FAMILY`` gives, by name, a function that makes the bytes of a small model from a generator. They
+are written table by table, so that forms are met which our own writer never chooses: constants
+without axes, dropped dimensions, scales that are shared or not, biases left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cactus_edge.flatbuffer import schema
+from cactus_edge.flatbuffer.packing import pack_int4
+from cactus_edge.flatbuffer.wire import serialize
+
+Shape = tuple[int, ...]
+Scale = tuple[float, int]
+HEIGHT, WIDTH, CHANNELS = 6, 5, 6
+INPUT: Shape = (1, HEIGHT, WIDTH, CHANNELS)
+
+
+def pattern(value: float) -> int:
+    """The bit pattern of a float32."""
+    return int(np.float32(value).view(np.uint32))
+
+
+@dataclass
+class File:
+    """A model as it grows; methods return tensor indices. Tensor 0 is the input."""
+
+    rng: np.random.Generator
+    shapes: list[Shape] = field(default_factory=list)
+    scales: list[Scale] = field(default_factory=list)
+    tensors: list[dict[str, object]] = field(default_factory=list)
+    buffers: list[dict[str, object]] = field(default_factory=lambda: [{}])
+    codes: list[tuple[str, int]] = field(default_factory=list)
+    operators: list[dict[str, object]] = field(default_factory=list)
+
+    def scale(self) -> Scale:
+        low, high = (-128, 128) if self.rng.random() < 0.7 else (-128, -127)
+        return float(10 ** self.rng.uniform(-1.9, -1.2)), int(self.rng.integers(low, high))
+
+    def tensor(
+        self,
+        shape: Shape,
+        scale: Scale | None,
+        kind: str = "INT8",
+        data: np.ndarray | None = None,
+        channel_scales: np.ndarray | None = None,
+        axis: int = 0,
+    ) -> int:
+        values: dict[str, object] = {"shape": shape, "type": schema.TYPE_CODES[kind]}
+        values["name"] = f"t{len(self.tensors)}"
+        if channel_scales is not None:
+            bits = channel_scales.astype(np.float32).view(np.uint32)
+            values["quantization"] = {
+                "scale": bits,
+                "zero_point": np.zeros(bits.size, np.int64),
+                "quantized_dimension": axis,
+            }
+        elif scale is not None:
+            values["quantization"] = {"scale": [pattern(scale[0])], "zero_point": [scale[1]]}
+        if data is not None:
+            self.buffers.append({"data": np.ascontiguousarray(data).tobytes()})
+            values["buffer"] = len(self.buffers) - 1
+        self.tensors.append(values)
+        self.shapes.append(shape)
+        self.scales.append(scale or (0.0, 0))
+        return len(self.tensors) - 1
+
+    def input(self, shape: Shape = INPUT, scale: Scale | None = None, kind: str = "INT8") -> int:
+        return self.tensor(shape, scale or self.scale(), kind)
+
+    def list_of(self, *values: int) -> int:
+        return self.tensor((len(values),), None, "INT32", np.array(values, np.int32))
+
+    def op(
+        self,
+        kind: str,
+        inputs: Sequence[int],
+        shape: Shape,
+        scale: Scale,
+        options: dict[str, object] | None = None,
+        output: str = "INT8",
+    ) -> int:
+        index = self.tensor(shape, scale, output)
+        entry = (kind, schema.KINDS[kind].version)
+        if entry not in self.codes:
+            self.codes.append(entry)
+        values: dict[str, object] = {
+            "opcode_index": self.codes.index(entry),
+            "inputs": np.array(inputs, np.int32),
+            "outputs": [index],
+        }
+        if options is not None:
+            values["builtin_options_type"] = schema.KINDS[kind].options_type
+            values["builtin_options"] = (schema.KINDS[kind].options, options)
+        self.operators.append(values)
+        return index
+
+    def bytes(self, output: int) -> bytes:
+        codes = [
+            {
+                "deprecated_builtin_code": min(schema.KINDS[kind].code, 127),
+                "builtin_code": schema.KINDS[kind].code,
+                "version": version,
+            }
+            for kind, version in self.codes
+        ]
+        subgraph = {
+            "tensors": self.tensors,
+            "inputs": [0],
+            "outputs": [output],
+            "operators": self.operators,
+            "name": "main",
+        }
+        return serialize(
+            {
+                "version": 3,
+                "operator_codes": codes,
+                "subgraphs": [subgraph],
+                "description": "another converter",
+                "buffers": self.buffers,
+            }
+        )
+
+    # ------------------------------------------------------------------ layers
+    def linear(
+        self,
+        source: int,
+        kind: str,
+        weights: Shape,
+        shape: Shape,
+        options: dict[str, object],
+        *,
+        per_channel: bool = True,
+        bias: bool = True,
+        int4: bool = False,
+        spread: float = 1.0,
+    ) -> int:
+        """A layer whose outputs fill their range."""
+        axis = 3 if kind == "DEPTHWISE_CONV_2D" else 0
+        channels = weights[axis]
+        most = 7 if int4 else 127
+        values = self.rng.integers(-most, most + 1, weights).astype(np.int8)
+        depth = values.size / channels
+        target = self.scale()
+        gain = 40 * spread / (most * 0.58 * 74 * np.sqrt(depth))
+        factors = gain * self.rng.uniform(0.5, 1.5, channels if per_channel else 1)
+        scales = np.float32(factors * target[0] / self.scales[source][0])
+        tensor = self.tensor(
+            weights,
+            None,
+            "INT4" if int4 else "INT8",
+            pack_int4(values) if int4 else values,
+            scales,
+            axis if per_channel else 0,
+        )
+        inputs = [source, tensor]
+        if bias:
+            stored = self.rng.integers(-40, 41, channels) / np.broadcast_to(factors, channels)
+            bias_scales = np.float32(self.scales[source][0]) * scales
+            data = np.rint(stored).astype("<i4")
+            inputs.append(self.tensor((channels,), None, "INT32", data, bias_scales, 0))
+        elif kind == "FULLY_CONNECTED":
+            inputs.append(-1)
+        return self.op(kind, inputs, shape, target, options)
+
+    def conv(
+        self,
+        source: int,
+        channels: int = 8,
+        kernel: tuple[int, int] = (3, 3),
+        stride: tuple[int, int] = (1, 1),
+        dilation: tuple[int, int] = (1, 1),
+        same: bool = True,
+        activation: int = 0,
+        depthwise: int = 0,
+        **how: bool,
+    ) -> int:
+        """CONV_2D, or DEPTHWISE_CONV_2D with a multiplier."""
+        _, height, width, depth = self.shapes[source]
+        reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+        extents = [
+            -(-e // s) if same else (e - r) // s + 1
+            for e, r, s in zip((height, width), reach, stride, strict=True)
+        ]
+        options: dict[str, object] = {
+            "padding": 0 if same else 1,
+            "stride_h": stride[0],
+            "stride_w": stride[1],
+            "dilation_h_factor": dilation[0],
+            "dilation_w_factor": dilation[1],
+            "fused_activation_function": activation,
+        }
+        if depthwise:
+            options["depth_multiplier"] = depthwise
+            channels = depth * depthwise
+            kind, weights = "DEPTHWISE_CONV_2D", (1, *kernel, channels)
+        else:
+            kind, weights = "CONV_2D", (channels, *kernel, depth)
+        return self.linear(source, kind, weights, (1, *extents, channels), options, **how)
+
+    def dense(self, source: int, outputs: int = 10, keep: bool = False, **how: bool) -> int:
+        """FULLY_CONNECTED of all elements, or of one row with ``keep``."""
+        shape = self.shapes[source]
+        depth = int(np.prod(shape))
+        output = (*shape[:-1], outputs) if keep else (1, outputs)
+        options: dict[str, object] = {"fused_activation_function": 0, "keep_num_dims": int(keep)}
+        return self.linear(source, "FULLY_CONNECTED", (outputs, depth), output, options, **how)
+
+    def unary(self, kind: str, source: int, scale: Scale | None = None, **options: object) -> int:
+        target = self.scale() if scale is None else scale
+        return self.op(kind, [source], self.shapes[source], target, options or None)
+
+    def pool(self, kind: str, source: int, window: tuple[int, int], **options: int) -> int:
+        _, height, width, channels = self.shapes[source]
+        stride = (options.get("stride_h", window[0]), options.get("stride_w", window[1]))
+        same = options.get("padding", 0) == 0
+        extents = [
+            -(-e // s) if same else (e - w) // s + 1
+            for e, w, s in zip((height, width), window, stride, strict=True)
+        ]
+        values = {
+            "padding": 0,
+            "stride_h": stride[0],
+            "stride_w": stride[1],
+            "filter_height": window[0],
+            "filter_width": window[1],
+            **options,
+        }
+        return self.op(kind, [source], (1, *extents, channels), self.scales[source], values)
+
+    def combined(self, kind: str, a: int, b: int, activation: int = 0) -> int:
+        """ADD, SUB or MUL; the shape is that of the larger operand."""
+        shape = max(self.shapes[a], self.shapes[b], key=lambda s: (np.prod(s), len(s)))
+        product = self.scales[a][0] * self.scales[b][0]
+        sizes = {"MUL": product * 60, "ADD": max(self.scales[a][0], self.scales[b][0]) * 1.7}
+        scale = sizes.get(kind, sizes["ADD"]), int(self.rng.integers(-128, 60))
+        return self.op(kind, [a, b], shape, scale, {"fused_activation_function": activation})
+
+    def constant(self, shape: Shape) -> int:
+        return self.tensor(
+            shape, self.scale(), data=self.rng.integers(-128, 128, shape).astype(np.int8)
+        )
+
+    def moved(self, kind: str, inputs: Sequence[int], shape: Shape, **options: object) -> int:
+        return self.op(kind, inputs, shape, self.scales[inputs[0]], options or None)
+
+    def sliced(self, source: int, shape: Shape, rows: Sequence[Sequence[int]], **masks: int) -> int:
+        lists = [self.list_of(*row) for row in rows]
+        return self.moved("STRIDED_SLICE", [source, *lists], shape, **{"end_mask": 0, **masks})
+
+
+Build = Callable[[File], int]
+FAMILY: dict[str, Build] = {}
+PLAIN = -128
+
+
+def model(build: Build) -> Build:
+    FAMILY[build.__name__] = build
+    return build
+
+
+def made(name: str, seed: int) -> bytes:
+    """The bytes of a model of the family."""
+    file = File(np.random.default_rng((seed, list(FAMILY).index(name))))
+    return file.bytes(FAMILY[name](file))
+
+
+# ---------------------------------------------------------------------- functions of one value
+def _function(kind: str, scale: Scale | None = None, **options: object) -> None:
+    def build(file: File) -> int:
+        layer = file.conv(file.input())
+        return file.dense(file.unary(kind, layer, scale, **options))
+
+    build.__name__ = kind.lower()
+    FAMILY[build.__name__] = build
+
+
+_function("RELU")
+_function("RELU_N1_TO_1")
+_function("LEAKY_RELU", alpha=pattern(0.2))
+_function("LOGISTIC", (1 / 256, -128))
+_function("TANH", (1 / 128, 0))
+_function("HARD_SWISH")
+_function("QUANTIZE")
+
+
+@model
+def relu6(file: File) -> int:
+    layer = file.conv(file.input())
+    return file.dense(file.unary("RELU6", layer, file.scales[layer]))
+
+
+@model
+def functions_in_a_row(file: File) -> int:
+    found = file.input()
+    found = file.unary("HARD_SWISH", found)
+    found = file.unary("LEAKY_RELU", found, alpha=pattern(0.3))
+    found = file.unary("TANH", found, (1 / 128, 0))
+    return file.unary("QUANTIZE", found, (0.01, 3))
+
+
+@model
+def unsigned_input(file: File) -> int:
+    source = file.input(scale=(1 / 255, 0), kind="UINT8")
+    signed = file.op("QUANTIZE", [source], INPUT, (1 / 255, -128))
+    return file.dense(file.conv(signed))
+
+
+@model
+def unsigned_output(file: File) -> int:
+    found = file.dense(file.conv(file.input()))
+    scale, zero = file.scales[found]
+    return file.op("QUANTIZE", [found], file.shapes[found], (scale, zero + 128), None, "UINT8")
+
+
+# ---------------------------------------------------------------------- functions of two values
+def _two(kind: str) -> None:
+    def tensors(file: File) -> int:
+        source = file.input()
+        return file.dense(file.combined(kind, file.conv(source, 6), file.conv(source, 6)))
+
+    def channels(file: File) -> int:
+        return file.combined(kind, file.conv(file.input()), file.constant((8,)), activation=1)
+
+    def scalar(file: File) -> int:
+        layer = file.conv(file.input())
+        return file.dense(file.combined(kind, file.constant(()), layer))
+
+    def whole(file: File) -> int:
+        source = file.input()
+        return file.combined(kind, file.constant(INPUT), source)
+
+    for build in (tensors, channels, scalar, whole):
+        FAMILY[f"{kind.lower()}_{build.__name__}"] = build
+
+
+for _kind in ("ADD", "SUB", "MUL"):
+    _two(_kind)
+
+
+@model
+def squeeze_and_excite(file: File) -> int:
+    features = file.conv(file.input(), 8)
+    pooled = file.pool("AVERAGE_POOL_2D", features, (HEIGHT, WIDTH), padding=1)
+    hidden = file.conv(pooled, 4, (1, 1), activation=1)
+    gate = file.unary("LOGISTIC", file.conv(hidden, 8, (1, 1)), (1 / 256, -128))
+    return file.combined("MUL", features, gate)
+
+
+@model
+def gate_first(file: File) -> int:
+    features = file.input()
+    pooled = file.pool("MAX_POOL_2D", features, (HEIGHT, WIDTH), padding=1)
+    return file.combined("SUB", pooled, features)
+
+
+# ---------------------------------------------------------------------- moved elements
+@model
+def transposed(file: File) -> int:
+    source = file.conv(file.input(), 4)
+    order = file.list_of(0, 3, 1, 2)
+    turned = file.moved("TRANSPOSE", [source, order], (1, 4, HEIGHT, WIDTH))
+    return file.dense(file.conv(turned))
+
+
+@model
+def cropped(file: File) -> int:
+    source = file.conv(file.input(), 4)
+    rows = (0, 1, -4, 0), (1, HEIGHT, 5, 4), (1, 2, 1, 1)
+    return file.dense(file.sliced(source, (1, 3, 4, 4), rows))
+
+
+@model
+def reversed_rows(file: File) -> int:
+    source = file.input()
+    rows = (0, -1, 0, 0), (0, 0, 0, 0), (1, -1, 2, 1)
+    shape = (1, HEIGHT, -(-WIDTH // 2), CHANNELS)
+    return file.dense(file.sliced(source, shape, rows, end_mask=15, begin_mask=9))
+
+
+@model
+def one_row(file: File) -> int:
+    source = file.input()
+    rows = (0, 2, 0, 0), (1, 3, WIDTH, CHANNELS), (1, 1, 1, 1)
+    return file.dense(file.sliced(source, (1, WIDTH, CHANNELS), rows, shrink_axis_mask=2))
+
+
+@model
+def sized_slice(file: File) -> int:
+    source = file.conv(file.input(), 4)
+    lists = file.list_of(0, 1, 0, 1), file.list_of(1, 3, -1, 2)
+    return file.dense(file.moved("SLICE", [source, *lists], (1, 3, WIDTH, 2)))
+
+
+def _joined(axis: int) -> None:
+    def build(file: File) -> int:
+        source = file.input()
+        first = file.pool("MAX_POOL_2D", source, (1, 1))
+        second = file.pool("MAX_POOL_2D", source, (3, 3), stride_h=1, stride_w=1)
+        shape = list(INPUT)
+        shape[axis] *= 3
+        options = {"axis": axis if axis < 3 else -1, "fused_activation_function": 0}
+        return file.conv(
+            file.moved("CONCATENATION", [first, second, source], tuple(shape), **options)
+        )
+
+    FAMILY[f"concatenation_along_{axis}"] = build
+
+
+for _axis in (1, 2, 3):
+    _joined(_axis)
+
+
+@model
+def padded(file: File) -> int:
+    source = file.conv(file.input(), 4)
+    table = np.array([[0, 0], [1, 2], [0, 1], [0, 0]], np.int32)
+    rows = file.tensor((4, 2), None, "INT32", table)
+    wide = file.moved("PAD", [source, rows], (1, HEIGHT + 3, WIDTH + 1, 4))
+    return file.dense(file.conv(wide, same=False))
+
+
+@model
+def padded_with_a_value(file: File) -> int:
+    source = file.conv(file.input(), 4)
+    table = np.array([[0, 0], [1, 1], [1, 1], [0, 0]], np.int32)
+    rows = file.tensor((4, 2), None, "INT32", table)
+    scale = file.scales[source]
+    value = file.tensor((1,), scale, data=np.array([scale[1]], np.int8))
+    shape = (1, HEIGHT + 2, WIDTH + 2, 4)
+    return file.dense(file.moved("PADV2", [source, rows, value], shape))
+
+
+@model
+def squeezed(file: File) -> int:
+    source = file.conv(file.input(), 12)
+    pooled = file.pool("AVERAGE_POOL_2D", source, (HEIGHT, WIDTH), padding=1)
+    flat = file.moved("SQUEEZE", [pooled], (1, 12), squeeze_dims=np.array([1, 2], np.int32))
+    return file.dense(flat)
+
+
+@model
+def expanded(file: File) -> int:
+    hidden = file.dense(file.input(), 12)
+    axis = file.tensor((), None, "INT32", np.array(1, np.int32))
+    wide = file.moved("EXPAND_DIMS", [hidden, axis], (1, 1, 12))
+    again = file.list_of(1)
+    return file.conv(file.moved("EXPAND_DIMS", [wide, again], (1, 1, 1, 12)), 5, (1, 1))
+
+
+# ---------------------------------------------------------------------- means
+def _mean(keep: bool) -> None:
+    def build(file: File) -> int:
+        source = file.conv(file.input(), 8)
+        scale = file.scales[source][0] * 0.4, -7
+        axes = file.list_of(1, 2) if keep else file.list_of(2, 1)
+        shape = (1, 1, 1, 8) if keep else (1, 8)
+        return file.dense(file.op("MEAN", [source, axes], shape, scale, {"keep_dims": int(keep)}))
+
+    FAMILY["mean_keeping_dimensions" if keep else "mean"] = build
+
+
+_mean(True)
+_mean(False)
+
+
+# ---------------------------------------------------------------------- linear layers
+@model
+def dense_without_bias(file: File) -> int:
+    return file.dense(file.conv(file.input(), activation=1), bias=False)
+
+
+@model
+def convolution_without_bias(file: File) -> int:
+    return file.dense(file.conv(file.input(), bias=False))
+
+
+@model
+def one_scale_for_all_channels(file: File) -> int:
+    layer = file.conv(file.input(), per_channel=False)
+    return file.dense(file.conv(layer, depthwise=1, per_channel=False), per_channel=False)
+
+
+@model
+def strides_and_dilations(file: File) -> int:
+    layer = file.conv(file.input(), stride=(2, 1), same=False)
+    return file.conv(layer, 5, (2, 2), dilation=(1, 2), same=False, activation=3)
+
+
+@model
+def depth_multiplier(file: File) -> int:
+    layer = file.conv(file.input(), depthwise=3, activation=1)
+    return file.dense(file.conv(layer, depthwise=1, stride=(2, 2), kernel=(3, 3), same=False))
+
+
+@model
+def packed_weights(file: File) -> int:
+    layer = file.conv(file.input(), int4=True)
+    return file.dense(layer, int4=True, per_channel=False)
+
+
+@model
+def kept_dimensions(file: File) -> int:
+    layer = file.conv(file.input(), 8)
+    pooled = file.pool("AVERAGE_POOL_2D", layer, (HEIGHT, WIDTH), padding=1)
+    return file.dense(pooled, keep=True, per_channel=False)
+
+
+@model
+def pools(file: File) -> int:
+    layer = file.conv(file.input(), 8)
+    layer = file.pool("AVERAGE_POOL_2D", layer, (2, 3), stride_h=1, stride_w=2)
+    return file.dense(file.pool("MAX_POOL_2D", layer, (3, 2), stride_h=2, stride_w=1, padding=1))
+
+
+@model
+def residual(file: File) -> int:
+    source = file.input()
+    layer = file.conv(source, CHANNELS, activation=1)
+    layer = file.combined("ADD", file.conv(layer, CHANNELS), source, activation=1)
+    axes = file.list_of(1, 2)
+    scale = file.scales[layer]
+    return file.dense(file.op("MEAN", [layer, axes], (1, CHANNELS), scale, {"keep_dims": 0}))

@@ -1,0 +1,412 @@
+"""Models of another converter: read, run as every runtime runs them, bounded and certified."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cactus_edge import check_bounds, constraints, constraints_imported, lookups, profiles
+from cactus_edge.certify import Request
+from cactus_edge.certify.attack import Settings
+from cactus_edge.certify.attack_network import Network, transposed
+from cactus_edge.certify.attack_tables import Gradient, through_move
+from cactus_edge.certify.engine import cover
+from cactus_edge.certify.faults import covering
+from cactus_edge.certify.intervals import IntervalSession
+from cactus_edge.certify.linear.network import network
+from cactus_edge.certify.twin import twin
+from cactus_edge.csource import generate
+from cactus_edge.datasets import Dataset
+from cactus_edge.errors import CactusEdgeError, InvalidGraphError, UnsupportedModelError
+from cactus_edge.execute import execute, execute_all
+from cactus_edge.fault_report import FaultModel
+from cactus_edge.flatbuffer import read_tflite, write_tflite
+from cactus_edge.graph import DType, Graph, Int64Array, Quantization, Tensor
+from cactus_edge.inputs import Perturbation
+from cactus_edge.kernels.place import core_tensors
+from cactus_edge.operators import (
+    Combination,
+    Function,
+    Lookup,
+    Move,
+    Pair,
+    Unary,
+    WithConstant,
+    moved,
+)
+from cactus_edge.runtime import Session
+from cactus_edge.scales import decode_float32
+from cactus_edge.validate import Peer, peers, prefix
+from cactus_edge.validate.child import Worker
+from firmware_sim import run_host
+from tests.certificates import certified, checked, encoded
+from tests.foreign import CHANNELS, FAMILY, INPUT, File, made, pattern
+
+NO_BIAS = "convolution_without_bias"
+RUNTIMES = tuple(peer for peer in peers() if peer.extra == "runtimes")
+# Described by neither of the profiles that are compared here, see ``profiles``.
+UNDESCRIBED = {"mean", "mean_keeping_dimensions", "residual"}
+
+
+def graph_of(name: str, seed: int = 0) -> Graph:
+    return read_tflite(made(name, seed), name)
+
+
+def drawn(graph: Graph, count: int, seed: int = 0) -> Int64Array:
+    tensor = graph.tensors[graph.core_input]
+    lowest, highest = tensor.dtype.range
+    rng = np.random.default_rng(seed)
+    return rng.integers(lowest, highest + 1, (count, *tensor.shape[1:]))
+
+
+class Bytes(Worker):
+    """A runtime that is given the files themselves, which hold what our writer never writes."""
+
+    def __init__(self, peer: Peer, files: Mapping[int, bytes]) -> None:
+        super().__init__(peer.module, peer.mode)
+        self._files = files
+
+    def _bytes(self, graph: Graph) -> bytes:
+        return self._files.get(id(graph)) or super()._bytes(graph)
+
+
+def compared(peer: Peer, seed: int, samples: int, layers: int) -> Iterator[tuple[str, int, int]]:
+    """(model, elements, mismatches): files whole, and up to each layer as we write them."""
+    files: dict[int, bytes] = {}
+    parts: list[tuple[Graph, Int64Array]] = []
+    names: list[str] = []
+    for name in FAMILY:
+        graph = graph_of(name, seed)
+        refused = name == NO_BIAS and peer.name != "TFLite Micro"
+        if refused or peer.profile in profiles.uncovered(graph):
+            continue
+        files[id(graph)] = made(name, seed)
+        inputs = drawn(graph, samples, seed)
+        cut = [prefix(graph, index) for index in range(len(graph.core))] if layers else []
+        for part in (graph, *cut):
+            names.append(name)
+            parts.append((part, inputs if part is graph else inputs[:layers]))
+    outputs = Bytes(peer, files).run(parts)
+    for name, (part, inputs), output in zip(names, parts, outputs, strict=True):
+        wanted = execute(part, inputs, peer.profile)
+        yield name, wanted.size, int((output.reshape(wanted.shape) != wanted).sum())
+
+
+@pytest.mark.parametrize("peer", RUNTIMES, ids=lambda peer: peer.name)
+def test_every_runtime_computes_every_layer(peer: Peer) -> None:
+    if peer.absence:
+        pytest.skip(peer.absence)
+    found = list(compared(peer, 0, 6, 3))
+    assert [(name, wrong) for name, _, wrong in found if wrong] == []
+    seen = {name for name, _, _ in found}
+    missing = set(FAMILY) - seen - {NO_BIAS, "relu_n1_to_1"}
+    assert missing <= UNDESCRIBED and len(seen) >= 40
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_written_again_it_is_the_same_graph(name: str) -> None:
+    graph = graph_of(name)
+    assert read_tflite(write_tflite(graph)).fingerprint() == graph.fingerprint()
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("profile", ["tflite-reference", "tflite-xnnpack-x86"])
+def test_kernels_and_bounds_equal_the_reference(name: str, profile: str) -> None:
+    graph = profiles.resolve(graph_of(name), profile)
+    constraints.validate(graph)
+    stored = drawn(graph, 5)
+    values = execute_all(graph, stored)
+    tensors = core_tensors(graph)[1:]
+    type_ = graph.tensors[graph.core_input].dtype
+    found = Session(graph, tensors=tensors).run_tensors(stored.astype(type_.value))
+    for index in tensors:
+        assert np.array_equal(found[index].reshape(5, -1), values[index].reshape(5, -1))
+
+    rng = np.random.default_rng(1)
+    distance = rng.integers(0, 25, (2, *stored.shape))
+    lower, upper = (np.clip(stored + d, *type_.range) for d in (-distance[0], distance[1]))
+    bounds = IntervalSession(graph, tensors=tensors).run(lower, upper)
+    inside = execute_all(graph, rng.integers(lower, upper + 1))
+    boxes = {graph.core_input: (lower, upper)}
+    for op in graph.core:
+        boxes[op.output] = check_bounds.propagate(graph, op, [boxes[i] for i in op.inputs])
+        low, high = (end.reshape(5, -1) for end in boxes[op.output])
+        assert np.array_equal(bounds[op.output][0], low), op.kind
+        assert np.array_equal(bounds[op.output][1], high), op.kind
+        for point in (values, inside):
+            flat = point[op.output].reshape(5, -1)
+            assert ((low <= flat) & (flat <= high)).all(), op.kind
+
+
+# ---------------------------------------------------------------------- exact rules
+def alone(op: Unary | Pair | WithConstant, *tensors: Tensor) -> Graph:
+    return Graph(tensors, (op,), 0, len(tensors) - 1)
+
+
+def tensor(name: str, size: int, scale: float, zero_point: int) -> Tensor:
+    return Tensor(name, (1, size), DType.INT8, Quantization.of(scale, zero_point))
+
+
+def test_bounds_of_a_table_that_falls_and_rises_are_exact() -> None:
+    """All boxes of HARD_SWISH: both ends are taken on inside."""
+    op = Unary(name="swish", inputs=(0,), output=1, function=Function.HARD_SWISH)
+    ends = tensor("a", 1, 0.04, 20), tensor("b", 1, 0.015, -60)
+    graph = profiles.resolve(alone(op, *ends), "tflite-reference")
+    values = execute(graph, np.arange(-128, 128)[:, None])[:, 0]
+    assert (np.diff(values) < 0).any() and (np.diff(values) > 0).any()
+    low, high = (index - 128 for index in np.triu_indices(256))
+    least, most = IntervalSession(graph).run(low[:, None], high[:, None])[1]
+    parts = [values[a : b + 1] for a, b in zip(low + 128, high + 128, strict=True)]
+    wanted = [(part.min(), part.max()) for part in parts]
+    assert np.array_equal(np.concatenate([least, most], axis=1), np.array(wanted))
+
+
+@pytest.mark.parametrize("combination", [Combination.MUL, Combination.SUB])
+@pytest.mark.parametrize("profile", ["tflite-micro", "litert-xnnpack-x86"])
+def test_bounds_of_two_inputs_are_exact(combination: Combination, profile: str) -> None:
+    op = Pair(name="two", inputs=(0, 1), output=2, combination=combination)
+    given = tensor("a", 1, 0.03, 11), tensor("b", 1, 0.05, -30)
+    graph = profiles.resolve(alone(op, *given, tensor("c", 1, 0.08, 5)), profile)
+    operator = graph.operators[0]
+    assert isinstance(operator, Pair) and operator.table is not None
+    assert constraints_imported.table_fits(graph, operator) == ""
+    rng = np.random.default_rng(2)
+    corners = np.sort(rng.integers(-128, 128, (300, 2, 2)), axis=2)
+    boxes = [(corners[:, side, :1], corners[:, side, 1:]) for side in (0, 1)]
+    low, high = check_bounds.propagate(graph, operator, boxes)
+    for (a, b), least, most in zip(corners + 128, low[:, 0], high[:, 0], strict=True):
+        part = operator.table[a[0] : a[1] + 1, b[0] : b[1] + 1]
+        assert (part.min(), part.max()) == (least, most)
+
+
+def test_a_function_too_near_a_boundary_is_refused() -> None:
+    """LOGISTIC at the very scale where an entry is a half: no float library decides it alike."""
+    half = 200.5 / 256  # float: an entry that lies between two integers
+    scale = np.float32(np.log(half / (1 - half)) / 64)
+    op = Unary(name="gate", inputs=(0,), output=1, function=Function.LOGISTIC)
+    ends = tensor("a", 1, float(scale), 0), tensor("b", 1, 1 / 256, -128)
+    with pytest.raises(InvalidGraphError, match="rounding boundary, where the float library"):
+        profiles.resolve(alone(op, *ends), "tflite-reference")
+    near = tensor("a", 1, float(scale) * 1.0001, 0)
+    profiles.resolve(alone(op, near, ends[1]), "tflite-reference")
+
+
+@pytest.mark.parametrize(
+    ("arithmetic", "other"),
+    [
+        (lookups.Arithmetic.TFLITE, lookups.Arithmetic.TFLITE_HALF_UP),
+        (lookups.Arithmetic.TFLITE, lookups.Arithmetic.XNNPACK),
+    ],
+)
+def test_arithmetics_differ_where_they_should(
+    arithmetic: lookups.Arithmetic, other: lookups.Arithmetic
+) -> None:
+    """A comparison with runtimes that cannot tell them apart would show nothing."""
+    x = np.arange(-255, 256, dtype=np.int64)
+    source, target = (decode_float32(pattern(s)) for s in (0.02, 0.08))
+    first, second = (lookups.requantize(x, source, target, a) for a in (arithmetic, other))
+    assert (first != second).any() and np.abs(first - second).max() == 1
+
+
+# ---------------------------------------------------------------------- certificates and attacks
+CERTIFIED = "squeeze_and_excite", "functions_in_a_row", "concatenation_along_3", "sub_channels"
+
+
+@pytest.mark.parametrize("name", CERTIFIED)
+def test_certificates_are_made_and_checked(name: str) -> None:
+    model = made(name, 0)
+    graph = read_tflite(model)
+    classes = graph.tensors[graph.logits].size
+    rng = np.random.default_rng(4)
+    images = rng.random((6, *INPUT[1:]), dtype=np.float32)
+    data = Dataset("made-up", images, np.zeros(6, np.int64), classes, "test", "5e" * 32)
+    first = certified(model, Request(data, Perturbation.levels(0)))
+    labels = np.array([sample.prediction for sample in first.samples])
+    data = replace(data, labels=labels)
+    request = Request(
+        data, Perturbation.levels(1), attack=Settings(steps=4), method="complete", budget=1
+    )
+    claim = certified(model, request)
+    assert {sample.verdict for sample in claim.samples} <= {"certified", "refuted", "unknown"}
+    assert checked(encoded(claim.head, claim.samples), model, data).problems == ()
+
+
+@pytest.mark.parametrize("name", ["transposed", "reversed_rows", "concatenation_along_2"])
+def test_the_gradient_of_a_move_is_its_transpose(name: str) -> None:
+    graph = graph_of(name)
+    op = next(op for op in graph.core if isinstance(op, Move))
+    rng = np.random.default_rng(5)
+    inputs = [rng.integers(-9, 9, (2, *graph.tensors[i].shape[1:])) for i in op.inputs]
+    output = moved(graph, op, inputs)
+    seeds = rng.integers(-9, 9, output.shape).astype(np.int32)
+    back = through_move(graph, op, Gradient(seeds, np.zeros(2, np.int64)))
+    sums = sum((a * b.values).sum() for a, b in zip(inputs, back, strict=True))
+    assert sums == (output * seeds).sum()
+
+
+@pytest.mark.parametrize("name", ["hard_swish", "squeeze_and_excite", "gate_first", "one_row"])
+def test_an_attack_goes_uphill(name: str) -> None:
+    """Steps along the gradient raise a logit more often than steps against it."""
+    graph = profiles.resolve(graph_of(name), "tflite-reference")
+    whole = Network(graph)
+    points = drawn(graph, 24, 6).astype(np.int8)
+    seeds = np.zeros((24, graph.tensors[graph.logits].size), np.int32)
+    seeds[:, 1] = 1
+    slope = np.sign(transposed(whole, whole.forward(points), seeds))
+    assert slope.any()
+    ends = [
+        execute(graph, np.clip(points.astype(np.int64) + side * 6 * slope, -128, 127)).reshape(
+            24, -1
+        )
+        for side in (1, -1)
+    ]
+    rises = ends[0][:, 1] - ends[1][:, 1]
+    assert (rises > 0).sum() > 2 * (rises < 0).sum()
+
+
+def test_profiles_with_other_tables_are_certified_apart() -> None:
+    groups = cover(graph_of("leaky_relu"), None).groups
+    names = [set(group.names) for group in groups]
+    assert not any({"tflite-reference", "litert-xnnpack-x86"} <= group for group in names)
+
+
+# ---------------------------------------------------------------------- C
+@pytest.mark.parametrize("name", ["add_channels", "transposed", "concatenation_along_3"])
+def test_generated_c_is_the_same(name: str) -> None:
+    graph = graph_of(name)
+    stored = drawn(graph, 4)
+    found = run_host(graph, stored, profiles.DEFAULT).outputs
+    wanted = execute(graph, stored)
+    assert np.array_equal(found.reshape(wanted.shape), wanted)
+
+
+def test_generated_c_refuses_two_activations_by_name() -> None:
+    with pytest.raises(InvalidGraphError, match="MUL 't.*two activations"):
+        generate(graph_of("mul_tensors"))
+
+
+# ---------------------------------------------------------------------- refusals
+HEIGHT = INPUT[1]
+
+
+def _shuffled(file: File) -> int:
+    source = file.input()
+    order = file.list_of(1, 0, 2, 3)
+    return file.moved("TRANSPOSE", [source, order], (HEIGHT, 1, 5, CHANNELS))
+
+
+def _rank(file: File) -> int:
+    source = file.input()
+    return file.moved("TRANSPOSE", [source, file.list_of(0, 1, 2)], INPUT)
+
+
+def _mean_of_rows(file: File) -> int:
+    source = file.input()
+    shape = (1, *INPUT[2:])
+    axes = file.list_of(1)
+    return file.op("MEAN", [source, axes], shape, file.scales[source], {"keep_dims": 0})
+
+
+def _joined_scales(file: File) -> int:
+    source = file.input()
+    other = file.unary("QUANTIZE", source, (0.03, 4))
+    options = {"axis": 3, "fused_activation_function": 0}
+    shape = (*INPUT[:3], 2 * CHANNELS)
+    return file.moved("CONCATENATION", [source, other], shape, **options)
+
+
+def _logistic_scale(file: File) -> int:
+    return file.unary("LOGISTIC", file.input(), (1 / 128, -128))
+
+
+def _outside(file: File) -> int:
+    rows = (0, 0, 0, 0), (0, 0, 0, 0), (1, 1, 1, 1)
+    return file.sliced(file.input(), INPUT, rows)
+
+
+def _broadcast(file: File) -> int:
+    source = file.input()
+    column = file.pool("MAX_POOL_2D", source, (1, 5), padding=1)
+    return file.combined("MUL", source, column)
+
+
+def _negative_slope(file: File) -> int:
+    return file.unary("LEAKY_RELU", file.input(), alpha=pattern(-0.5))
+
+
+def _other_padding(file: File) -> int:
+    source = file.input(scale=(0.03, 5))
+    table = np.array([[0, 0], [1, 1], [1, 1], [0, 0]], np.int32)
+    rows = file.tensor((4, 2), None, "INT32", table)
+    value = file.tensor((1,), (0.03, 5), data=np.array([6], np.int8))
+    return file.moved("PADV2", [source, rows, value], (1, HEIGHT + 2, 7, CHANNELS))
+
+
+def _unsigned_inside(file: File) -> int:
+    return file.conv(file.input(scale=(1 / 255, 3), kind="UINT8"))
+
+
+def _kept_channels(file: File) -> int:
+    layer = file.pool("MAX_POOL_2D", file.input(), (HEIGHT, 5), padding=1)
+    return file.dense(layer, keep=True)
+
+
+REFUSED: list[tuple[Callable[[File], int], str]] = [
+    (_shuffled, "the batch must be 1"),
+    (_rank, "permutation .* of 4 dimensions"),
+    (_mean_of_rows, "supported: height and width"),
+    (_joined_scales, "one type, scale and zero point"),
+    (_logistic_scale, "LOGISTIC's output has scale 1/256"),
+    (_outside, "takes nothing of axis 0"),
+    (_broadcast, "Operands have the output's shape"),
+    (_negative_slope, "alpha that is not a positive"),
+    (_other_padding, "a padding other than the zero point"),
+    (_unsigned_inside, "uint8 beside int8 weights"),
+    (_kept_channels, "reshape behind the layer"),
+]
+
+
+@pytest.mark.parametrize(("build", "message"), REFUSED, ids=[b.__name__ for b, _ in REFUSED])
+def test_what_runtimes_would_compute_otherwise_is_refused(
+    build: Callable[[File], int], message: str
+) -> None:
+    file = File(np.random.default_rng(0))
+    data = file.bytes(build(file))
+    with pytest.raises(CactusEdgeError, match=message) as caught:
+        read_tflite(data, "file.tflite")
+    assert "file.tflite" in str(caught.value) and caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("name", ["tanh", "mul_tensors", "transposed"])
+def test_other_methods_decline_by_name(name: str) -> None:
+    graph = profiles.resolve(graph_of(name), "tflite-reference")
+    kind = next(op.kind for op in graph.core if isinstance(op, (Lookup, Pair, Move)))
+    with pytest.raises(UnsupportedModelError, match=f"{kind} .*linear bounds"):
+        network(graph)
+    with pytest.raises(UnsupportedModelError, match=f"{kind} .*no twin"):
+        twin(graph)
+    with pytest.raises(UnsupportedModelError, match=f"{kind} .*faults"):
+        covering(graph_of(name), FaultModel(layers=(0,), bits=(0,)), None)
+
+
+@pytest.mark.parametrize("change", ["range", "rows", "monotone"])
+def test_tables_of_hand_made_graphs_are_checked(change: str) -> None:
+    name = "mul_tensors" if change == "monotone" else "relu"
+    graph = profiles.resolve(graph_of(name), "tflite-reference")
+    index, op = next((i, o) for i, o in enumerate(graph.operators) if isinstance(o, (Lookup, Pair)))
+    assert op.table is not None
+    table = op.table.copy()
+    if change == "range":
+        table[0, 3] = 128
+    elif change == "rows":
+        table = np.repeat(table, 7, axis=0)
+    else:
+        table[10, 100] = 127 if table[10, 100] < 100 else -128
+        table[10, 101] = table[10, 99]
+    changed = [*graph.operators]
+    changed[index] = replace(op, table=table)
+    with pytest.raises(InvalidGraphError, match="table holds storable"):
+        constraints.validate(replace(graph, operators=tuple(changed)))
