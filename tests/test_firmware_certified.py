@@ -11,10 +11,11 @@ from graphs import TINY_SHAPES, enumerate_box, random_graph, random_inputs
 from cactus_edge import decision, profiles
 from cactus_edge.certify import Certifier, margin, twin
 from cactus_edge.csource import Layout, generate
-from cactus_edge.errors import ToolError
+from cactus_edge.errors import ToolError, UnsupportedModelError
 from cactus_edge.execute import execute, execute_all
 from cactus_edge.graph import DType, Graph
 from cactus_edge.inputs import around
+from cactus_edge.operators import Lookup
 from firmware_sim import BOARDS, Verdicts, certify_board, certify_host
 
 CPUS = {
@@ -200,3 +201,26 @@ def test_comparison_can_fail() -> None:
         found = certify_host(graph, broken, inputs, levels)
         with pytest.raises(AssertionError):
             equals_the_host(graph, inputs, levels, found, profiles.DEFAULT)
+
+
+@pytest.mark.parametrize("falls", [False, True])
+def test_a_table_that_falls_is_refused(falls: bool) -> None:
+    """Both ends of a box go through a table one by one, which only a monotone one allows."""
+    rng = np.random.default_rng(3)
+    graph = random_graph(rng, shape=(1, 5), depth=1, operators=("FULLY_CONNECTED",))
+    table = np.sort(rng.integers(-128, 128, (1, 256)), axis=1)
+    if falls:
+        table[0, 100] = table[0, 99] - 1
+    target = replace(graph.tensors[graph.output], name="looked up")
+    lookup = Lookup(name="t", inputs=(graph.output,), output=len(graph.tensors), table=table)
+    whole = Graph(
+        (*graph.tensors, target), (*graph.operators, lookup), graph.input, len(graph.tensors)
+    )
+    if falls:
+        with pytest.raises(UnsupportedModelError, match="falls somewhere"):
+            generate(whole, certified=True)
+        return
+    inputs = random_inputs(rng, whole, 12)
+    levels = np.arange(12)
+    found = certify_host(whole, generate(whole, certified=True), inputs, levels)
+    equals_the_host(whole, inputs, levels, found, "tflite-micro")

@@ -101,13 +101,11 @@ def _reads_any_order(graph: Graph, op: Operator) -> bool:
     """Whether the columns of a layer's weights can follow its input: each is one element of it."""
     if isinstance(op, FullyConnected):
         return True
-    pixel = isinstance(op, Conv2D) and not isinstance(op, DepthwiseConv2D)
-    return (
-        pixel
-        and op.weights.values.shape[1:3] == (1, 1)
-        and graph.tensors[op.inputs[0]].shape[1:3] == (1, 1)
-        and graph.tensors[op.output].shape[1:3] == (1, 1)
-    )
+    if not isinstance(op, Conv2D) or isinstance(op, DepthwiseConv2D):
+        return False
+    ends = (graph.tensors[index] for index in (op.inputs[0], op.output))
+    whole = all(end.shape[1:3] == (1, 1) for end in ends)
+    return whole and op.weights.values.shape[1:3] == (1, 1)
 
 
 def _doubled(tensor: Tensor) -> Tensor:

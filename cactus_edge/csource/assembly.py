@@ -119,6 +119,7 @@ def generate(
     Raises:
         InvalidGraphError: the graph breaks a constraint, a size or sum does not fit int32,
             logits are wider than int8, or SUB or MUL has two activations.
+        UnsupportedModelError: ``certified``, and an operator is not monotone.
         UsageError: no such profile, a prefix that C does not allow, or a layout that cannot hold
             the weights.
     """
@@ -127,6 +128,8 @@ def generate(
     resolved = profiles.resolve(graph, profile)
     constraints.validate(resolved)
     _check_sizes(resolved)
+    if certified:
+        verdict.require_monotone(resolved)
     head = verdict.Head.of(resolved) if certified else None
     needs = Needs(bounds=certified, head=-1 if head is None else head.operator)
     texts: list[LayerText] = []
@@ -237,9 +240,9 @@ def _layer(graph: Graph, op: Operator, index: int, layout: Layout, needs: Needs)
         case Reshape():
             return LayerText("")
         case Lookup():
-            return tabled.lookup(graph, op, index)
+            return tabled.lookup(graph, op, index, needs)
         case Move():
-            return tabled.move(graph, op, index)
+            return tabled.move(graph, op, index, needs)
         case Pair():
             raise InvalidGraphError(
                 f"{op.kind} '{op.name}': two activations take a table of 65,536 entries, which "

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from cactus_edge.csource.text import LayerText, block, c_type, function, table
+from cactus_edge.csource.text import LayerText, Needs, block, c_type, function
 from cactus_edge.graph import Graph
 from cactus_edge.operators import Lookup, Move, sources
 
 
-def lookup(graph: Graph, op: Lookup, index: int) -> LayerText:
+def lookup(graph: Graph, op: Lookup, index: int, needs: Needs) -> LayerText:
     """``layer_<index>(input, output)``; a table without a cycle of kinds needs no counter."""
     assert op.table is not None, "graph is not resolved"
     source, target = graph.tensors[op.inputs[0]], graph.tensors[op.output]
@@ -19,11 +19,11 @@ def lookup(graph: Graph, op: Lookup, index: int) -> LayerText:
     lines = block(f"for (int32_t n = 0; n < {target.size}; n++)", f"output[n] = {entry};")
     kind, given = c_type(target.dtype), c_type(source.dtype)
     arguments = [f"const {given} *restrict input", f"{kind} *restrict output"]
-    text = table(f"entries_{index}", op.table, unsigned=kind == "uint8_t")
+    text = needs.table(f"entries_{index}", op.table, unsigned=kind == "uint8_t")
     return LayerText(f"{text}{function(f'layer_{index}', arguments, lines)}", 0, "", op.table.size)
 
 
-def move(graph: Graph, op: Move, index: int) -> LayerText:
+def move(graph: Graph, op: Move, index: int, needs: Needs) -> LayerText:
     """``layer_<index>(input_0, ..., output)``: runs of (read, written, length) of each input."""
     kind = c_type(graph.tensors[op.output].dtype)
     text, lines = "", []
@@ -33,7 +33,7 @@ def move(graph: Graph, op: Move, index: int) -> LayerText:
         lengths = np.diff(np.concatenate([starts, [read.size]]))
         runs = np.stack([read[starts], written[starts], lengths], axis=1).astype(np.int64)
         name = f"runs_{index}_{number}"
-        text += table(name, runs, unsigned=True)
+        text += needs.table(name, runs, unsigned=True)
         lines += block(
             f"for (int32_t run = 0; run < {3 * len(runs)}; run += 3)",
             *block(

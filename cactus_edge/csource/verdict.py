@@ -32,7 +32,9 @@ from cactus_edge.csource.text import (
     literal,
     plus,
 )
+from cactus_edge.errors import UnsupportedModelError
 from cactus_edge.graph import Graph, Linear, Reshape
+from cactus_edge.operators import Lookup
 
 # No two stored bytes are further apart.
 _FURTHEST = 512
@@ -66,6 +68,23 @@ class Head:
             index -= 1
         parts = tuple(int(part) for part in layer.parts)
         return Head(index, layer.source, layer.weights.shape[1], parts)
+
+
+def require_monotone(graph: Graph) -> None:
+    """Both ends of a box may go through every operator of a resolved graph one by one.
+
+    Raises:
+        UnsupportedModelError: a table falls somewhere, so that its ends are not those of a range.
+    """
+    for op in graph.core:
+        if not isinstance(op, Lookup):
+            continue
+        assert op.table is not None, "graph is not resolved"
+        if (np.diff(op.table.astype(np.int64), axis=-1) < 0).any():
+            raise UnsupportedModelError(
+                f"{op.kind} '{op.name}' falls somewhere, which self-certifying firmware does not "
+                "propagate; leave --certified out and certify on the host"
+            )
 
 
 def scratch(head: Head | None, texts: list[LayerText]) -> dict[int, int]:
