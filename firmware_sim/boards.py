@@ -84,7 +84,7 @@ CPUS: dict[str, Cpu] = {
     "cortex-m3": Cpu("cortex_m3", "UC_CPU_ARM_CORTEX_M3", _ARM),
     "cortex-m4": Cpu("cortex_m4", "UC_CPU_ARM_CORTEX_M4", _ARM),
     "cortex-m7": Cpu("cortex_m7", "UC_CPU_ARM_CORTEX_M7", _ARM),
-    "cortex-m33": Cpu("cortex_m33", "UC_CPU_ARM_CORTEX_M33", _ARM),
+    "cortex-m33": Cpu("cortex_m33+dsp", "UC_CPU_ARM_CORTEX_M33", _ARM),
     "rv32imc": Cpu(
         "generic_rv32+m+c", "UC_CPU_RISCV32_SIFIVE_E31", _RISCV, "riscv32-freestanding-none"
     ),

@@ -325,15 +325,26 @@ def decoded(matrix: np.ndarray, layout: Layout, block: int) -> np.ndarray:
                 result[channel, position] += value
         assert next(stream, None) is None
         return result
-    step = 2 if encoding.layout.packed else 1
+    packed, taps = encoding.layout.packed, matrix.shape[1]
+    step = 2 if packed else 1
+
+    def put(channel: int, tap: int, byte: int) -> None:
+        nibbles = [(byte & 15 ^ 8) - 8, byte >> 4] if packed else [byte]
+        fitting = nibbles[: taps - tap]
+        result[channel, tap : tap + len(fitting)] = fitting
+
     for start, end, width in blocks(matrix.shape[0], block):
         for first in range(start, end, width):
-            for tap in range(0, matrix.shape[1], step):
+            for group in range(0, taps // 4 * 4, 4):
+                # Pairs of channels for nibbles, single channels for bytes; odd widths as they come.
+                together = 1 if not packed else width if width % 2 else 2
+                for one in range(first, first + width, together):
+                    for tap in range(group, group + 4, step):
+                        for channel in range(one, one + together):
+                            put(channel, tap, next(stream))
+            for tap in range(taps // 4 * 4, taps, step):
                 for channel in range(first, first + width):
-                    byte = next(stream)
-                    nibbles = [(byte & 15 ^ 8) - 8, byte >> 4] if step == 2 else [byte]
-                    fitting = nibbles[: matrix.shape[1] - tap]
-                    result[channel, tap : tap + len(fitting)] = fitting
+                    put(channel, tap, next(stream))
     assert next(stream, None) is None
     return result
 
@@ -466,6 +477,11 @@ def test_generated_c_has_no_warnings(tmp_path: Path, certified: bool) -> None:
 def test_prefix_has_to_be_an_identifier(prefix: str) -> None:
     with pytest.raises(UsageError, match="not a C identifier"):
         generate(hand_made(), prefix=prefix)
+
+
+def test_prefix_leaves_the_example_its_name() -> None:
+    with pytest.raises(UsageError, match="main.c is the example's"):
+        generate(hand_made(), prefix="Main")
 
 
 def test_a_nibble_cannot_be_forced() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from cactus_edge import constraints, files, profiles
-from cactus_edge.csource import elementwise, integrity, library, linear, tabled, verdict
+from cactus_edge.csource import elementwise, integrity, library, linear, pairs, tabled, verdict
 from cactus_edge.csource.depthwise import depthwise
 from cactus_edge.csource.encoding import Layout
 from cactus_edge.csource.header import Facts, header, run_signature
@@ -125,6 +125,8 @@ def generate(
     """
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", prefix):
         raise UsageError(f"prefix '{prefix}' is not a C identifier; use letters, digits and _")
+    if prefix.lower() == "main":
+        raise UsageError(f"prefix '{prefix}': main.c is the example's; choose another one")
     resolved = profiles.resolve(graph, profile)
     constraints.validate(resolved)
     _check_sizes(resolved)
@@ -286,6 +288,7 @@ typedef char {prefix}_arithmetic_shift[(-1 >> 1) == -1 ? 1 : -1];
 #define LAYER static
 #endif
 
+{pairs.guard(upper)}
 #ifdef {upper}_TRACE
 #define TRACE(layer, data, bytes) {prefix}_trace(layer, data, bytes)
 #else

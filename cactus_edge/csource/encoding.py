@@ -2,9 +2,12 @@
 
 Four layouts, chosen for each layer by size or forced:
 
-- ``INT8``: one byte per weight, in blocks of output channels, inside a block tap by tap, so that
-  one pointer walks over the table in the order of use.
-- ``INT4``: the same in pairs of taps, the first in the low nibble; an odd last tap is padded.
+- ``INT8``: one byte per weight, in blocks of output channels, inside a block by groups of four
+  taps, inside a group channel by channel, so that one pointer walks over the table in the order of
+  use and one word has four taps of a channel. The up to three taps that are left follow tap by tap.
+- ``INT4``: the same with two bytes for four taps, the earlier tap in the low nibble. First bytes of
+  two channels lie side by side, then their second ones: one word has four taps of both channels.
+  Blocks of an odd width have first the first bytes of all channels, then the second ones.
 - ``SPARSE8``: for each output channel its non-zero weights alone, two bytes each: the distance
   from the previous one and the value.
 - ``SPARSE4``: the same in one byte, distance in the low nibble and value in the high one.
@@ -108,16 +111,36 @@ def blocks(channels: int, block: int) -> list[tuple[int, int, int]]:
     return [run for run in runs if run[0] < run[1]]
 
 
+def place(layout: Layout, width: int, channel: int, unit: int) -> int:
+    """Where byte ``unit`` (a tap, or a pair of taps) of a channel lies in a dense group of four."""
+    if not layout.packed:
+        return 4 * channel + unit
+    if width % 2:
+        return width * unit + channel
+    return channel // 2 * 4 + 2 * unit + channel % 2
+
+
+def group_units(layout: Layout) -> int:
+    """Bytes of a channel in a group of four taps."""
+    return 2 if layout.packed else 4
+
+
 def _dense(matrix: Int8Array, layout: Layout, block: int) -> Encoding:
-    values = matrix
+    values, units = matrix, group_units(layout)
     if layout.packed:
         even = np.pad(matrix, ((0, 0), (0, matrix.shape[1] % 2)))
         values = (even[:, 0::2] & 15) | (even[:, 1::2] << 4)
-    parts = [
-        values[first : first + width].T.reshape(-1)
-        for start, end, width in blocks(matrix.shape[0], block)
-        for first in range(start, end, width)
-    ]
+    full = matrix.shape[1] // 4 * units
+    parts: list[Int8Array] = []
+    for start, end, width in blocks(matrix.shape[0], block):
+        order = np.argsort([place(layout, width, c, u) for c in range(width) for u in range(units)])
+        for first in range(start, end, width):
+            rows = values[first : first + width]
+            groups = rows[:, :full].reshape(width, -1, units).swapaxes(0, 1)
+            parts += [
+                groups.reshape(-1, width * units)[:, order].reshape(-1),
+                rows[:, full:].T.reshape(-1),
+            ]
     table = frozen_array(np.concatenate(parts), np.int8)
     return Encoding(layout, block, table, np.zeros(0, np.int64))
 

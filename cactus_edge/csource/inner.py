@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from cactus_edge.csource.encoding import Encoding, Layout, blocks
+from cactus_edge.csource import pairs
+from cactus_edge.csource.encoding import Encoding, Layout, blocks, group_units, place
 from cactus_edge.csource.text import block, plus
 
 # What fits the registers of a Cortex-M, by instructions counted on the M4, see docs/firmware.md.
@@ -24,7 +25,8 @@ class Kernel:
     The C text reads ``window``, writes ``target`` and calls ``requantize_<index>``. Outputs of two
     pixels are ``step`` elements apart. With ``ends`` the two "pixels" are the lower and the upper
     end of one box, and so are their sums: a negative weight takes the other end. With ``raw`` the
-    sums themselves are written.
+    sums themselves are written. ``pairs``: there may be a variant with two-way
+    multiplications.
     """
 
     index: int
@@ -38,10 +40,11 @@ class Kernel:
     step: int = 0
     ends: bool = False
     raw: bool = False
+    pairs: bool = False
 
     def of_ends(self, stride: int, step: int, *, raw: bool = False) -> Kernel:
         """The same for both ends of a box, that far apart in the input and in the output."""
-        return replace(self, pixels=2, stride=stride, step=step, ends=True, raw=raw)
+        return replace(self, pixels=2, stride=stride, step=step, ends=True, raw=raw, pairs=False)
 
     def products(self, channel: int, weight: str, values: Sequence[str]) -> list[str]:
         """Lines that add a weight times the value of each pixel."""
@@ -101,14 +104,25 @@ def low_nibble(byte: str) -> str:
 def _dense(kernel: Kernel) -> list[str]:
     lines = [f"const int8_t *weight = weights_{kernel.index};"]
     packed = kernel.encoding.layout.packed
+    bytes_of = _packed_bytes if packed else _plain_bytes
+    groups, rest = divmod(kernel.taps, 4)
     for start, end, width in blocks(kernel.channels, kernel.encoding.block):
         steps: list[str] = []
-        if kernel.taps > 1:
-            pair = _packed_taps(kernel, width, 2) if packed else _plain_pair(kernel, width)
-            steps += block(f"for (int32_t n = 0; n < {kernel.taps // 2}; n++)", *pair)
-        if kernel.taps % 2:
-            last = _packed_taps(kernel, width, 1) if packed else _plain_tap(kernel, width, 0)
-            steps += block("", *last, f"weight += {width};")
+        if groups:
+            units = group_units(kernel.encoding.layout)
+            body: list[str] = []
+            for unit in range(units):
+                places = [place(kernel.encoding.layout, width, c, unit) for c in range(width)]
+                body += block("", *bytes_of(kernel, places, unit * 4 // units, 4 // units))
+            body += ["x += 4;", f"weight += {units * width};"]
+            head = f"for (int32_t n = 0; n < {groups}; n++)"
+            steps += _choice(kernel, width, groups, block(head, *body))
+        for unit, tap in enumerate(range(0, rest, 2 if packed else 1)):
+            places = [unit * width + c for c in range(width)]
+            taps = min(2, rest - tap) if packed else 1
+            steps += block("", *bytes_of(kernel, places, tap, taps))
+        if rest:
+            steps.append(f"weight += {(rest + 1) // 2 * width if packed else rest * width};")
         lines += block(
             f"for (int32_t channel = {start}; channel < {end}; channel += {width})",
             *kernel.sums(width),
@@ -119,34 +133,48 @@ def _dense(kernel: Kernel) -> list[str]:
     return lines
 
 
-def _plain_tap(kernel: Kernel, width: int, tap: int) -> list[str]:
-    """All products of one tap of int8 weights; the pointers stand ``tap`` before it."""
+def _choice(kernel: Kernel, width: int, groups: int, portable: list[str]) -> list[str]:
+    """The groups of four taps, by two-way multiplications where the processor has them."""
+    packed, pixels = kernel.encoding.layout.packed, range(kernel.pixels)
+    apart = kernel.stride if kernel.pixels > 1 else 0
+    if not kernel.pairs or (packed and width % 2) or apart > pairs.FURTHEST:
+        return portable
+    name = "wide" if packed else "sum"
+    sums = [[f"{name}_{p}_{c}" for c in range(width)] for p in pixels]
+    kind = "u" if kernel.source_type == "uint8_t" else "s"
+    loop = pairs.loop(groups, apart, sums, kind, packed=packed)
+    if packed:
+        both = [(p, c) for p in pixels for c in range(width)]
+        starts = [f"int32_t wide_{p}_{c} = 0;" for p, c in both]
+        ends = [f"sum_{p}_{c} += wide_{p}_{c} >> 4;" for p, c in both]
+        loop = block("", *starts, *loop, *ends)
+    return ["#ifdef PAIRS", *loop, "#else", *portable, "#endif"]
+
+
+def _plain_bytes(kernel: Kernel, places: list[int], tap: int, taps: int) -> list[str]:
+    """All products of one tap of int8 weights that lie at ``places``, one for each channel."""
+    assert taps == 1, "a byte is one weight"
     lines = [f"const int32_t x_{p} = x[{p * kernel.stride + tap}];" for p in range(kernel.pixels)]
-    for c in range(width):
-        lines.append(f"const int32_t weight_{c} = weight[{tap * width + c}];")
+    for c, where in enumerate(places):
+        lines.append(f"const int32_t weight_{c} = weight[{where}];")
         lines += kernel.products(c, f"weight_{c}", [f"x_{p}" for p in range(kernel.pixels)])
     return lines
 
 
-def _plain_pair(kernel: Kernel, width: int) -> list[str]:
-    taps = [line for tap in (0, 1) for line in block("", *_plain_tap(kernel, width, tap))]
-    return [*taps, "x += 2;", f"weight += {2 * width};"]
-
-
-def _packed_taps(kernel: Kernel, width: int, taps: int) -> list[str]:
-    """All products of one byte of int4 weights per channel, of which ``taps`` nibbles count."""
+def _packed_bytes(kernel: Kernel, places: list[int], tap: int, taps: int) -> list[str]:
+    """The same of a byte of int4 weights per channel, of which ``taps`` nibbles count."""
     lines = [
-        f"const int32_t x_{p}_{tap} = x[{p * kernel.stride + tap}];"
+        f"const int32_t x_{p}_{t} = x[{p * kernel.stride + tap + t}];"
         for p in range(kernel.pixels)
-        for tap in range(taps)
+        for t in range(taps)
     ]
-    for c in range(width):
-        nibbles = [low_nibble(f"weight[{c}]"), f"weight[{c}] >> 4"][:taps]
-        for tap, nibble in enumerate(nibbles):
-            lines.append(f"const int32_t weight_{c}_{tap} = {nibble};")
-            values = [f"x_{p}_{tap}" for p in range(kernel.pixels)]
-            lines += kernel.products(c, f"weight_{c}_{tap}", values)
-    return lines if taps == 1 else [*lines, "x += 2;", f"weight += {width};"]
+    for c, where in enumerate(places):
+        nibbles = [low_nibble(f"weight[{where}]"), f"weight[{where}] >> 4"][:taps]
+        for t, nibble in enumerate(nibbles):
+            lines.append(f"const int32_t weight_{c}_{t} = {nibble};")
+            values = [f"x_{p}_{t}" for p in range(kernel.pixels)]
+            lines += kernel.products(c, f"weight_{c}_{t}", values)
+    return lines
 
 
 def _sparse(kernel: Kernel) -> list[str]:

@@ -21,7 +21,15 @@ from cactus_edge.csource.geometry import Geometry
 from cactus_edge.csource.planner import aligned
 from cactus_edge.csource.text import LayerText, Needs, block, c_type, function, literal, plus
 from cactus_edge.errors import InvalidGraphError
-from cactus_edge.graph import Conv2D, FullyConnected, Graph, Int8Array, Int64Array, Linear, Reshape
+from cactus_edge.graph import (
+    Conv2D,
+    FullyConnected,
+    Graph,
+    Int8Array,
+    Int64Array,
+    Linear,
+    Reshape,
+)
 
 
 def folded_bias(graph: Graph, op: Linear, matrix: Int64Array) -> Int64Array:
@@ -99,6 +107,18 @@ def layer(
     )
 
 
+def by_pairs(graph: Graph, op: Linear, encoding: Encoding) -> bool:
+    """Whether a dense layer can have two-way multiplications.
+
+    Sums of nibbles are 16 times as large until the end, and have to fit as well.
+    """
+    if not encoding.layout.packed:
+        return not encoding.layout.sparse
+    weights = op.weights.values.reshape(op.channels, -1).astype(np.int64)
+    largest = max(abs(end) for end in stored_range(graph, op.inputs[0]))
+    return 16 * largest * int(np.abs(weights).sum(axis=1).max()) < 1 << 31
+
+
 def halves(graph: Graph, op: Linear) -> tuple[int, int]:
     """How far the upper ends lie behind the lower ones: of the input's elements, the output's."""
     return aligned(graph.tensors[op.inputs[0]].size), aligned(graph.tensors[op.output].size)
@@ -111,7 +131,10 @@ def fully_connected(
     source, target = types(graph, op)
     matrix = op.weights.values
     encoding = encode(matrix, layout, inner.block_of(1), where=f"{op.kind} '{op.name}'")
-    kernel = inner.Kernel(index, encoding, source, target, matrix.shape[1], op.channels)
+    pairs = by_pairs(graph, op, encoding)
+    kernel = inner.Kernel(
+        index, encoding, source, target, matrix.shape[1], op.channels, pairs=pairs
+    )
     places = [f"const {source} *const window = input;", f"{target} *const target = output;"]
     lines = [*places, *inner.loops(kernel)]
     bounds: list[str] = []
@@ -134,7 +157,16 @@ def convolution(graph: Graph, op: Conv2D, index: int, layout: Layout, needs: Nee
     in_place = geometry.contiguous
     stride = geometry.stride[1] * geometry.channels if in_place else taps
     kernel = inner.Kernel(
-        index, encoding, source, target, taps, op.channels, pixels, stride, op.channels
+        index,
+        encoding,
+        source,
+        target,
+        taps,
+        op.channels,
+        pixels,
+        stride,
+        op.channels,
+        pairs=by_pairs(graph, op, encoding),
     )
     if in_place:
         first = geometry.element(geometry.top(), geometry.left())

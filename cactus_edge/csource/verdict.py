@@ -19,7 +19,7 @@ import numpy as np
 
 from cactus_edge import decision
 from cactus_edge.csource import inner
-from cactus_edge.csource.encoding import Encoding
+from cactus_edge.csource.encoding import Encoding, group_units
 from cactus_edge.csource.memory import Memory
 from cactus_edge.csource.planner import aligned
 from cactus_edge.csource.text import (
@@ -198,16 +198,26 @@ def _row(head: Head, encoding: Encoding) -> list[str]:
         first = f"channel < {full} ? {first} : {full}"
         columns = f"channel < {full} ? {width} : {rest}"
     packed = encoding.layout.packed
+    units = group_units(encoding.layout)
     length = (taps + 1) // 2 if packed else taps
-    value = "weight[n * columns]"
+    grouped = taps // 4 * units
+    byte = "n / 2" if packed else "n"
+    at = "own * 4 + unit % 4"
     if packed:
-        low = inner.low_nibble("weight[n / 2 * columns]")
-        value = f"(int8_t)((n & 1) ? weight[n / 2 * columns] >> 4 : {low})"
+        at = "(columns % 2 ? unit % 2 * columns + own : own / 2 * 4 + unit % 2 * 2 + own % 2)"
+    value = "weight[at]"
+    if packed:
+        value = f"(int8_t)((n & 1) ? weight[at] >> 4 : {inner.low_nibble('weight[at]')})"
     return [
         f"const int32_t columns = {columns};",
-        f"const int32_t first = {first};",
-        f"const int8_t *const weight = weights_{index} + first * {length} + (channel - first);",
-        f"for (int32_t n = 0; n < {taps}; n++) row[n] = {value};",
+        f"const int32_t first = {first}, own = channel - first;",
+        f"const int8_t *const weight = weights_{index} + first * {length};",
+        *block(
+            f"for (int32_t n = 0; n < {taps}; n++)",
+            f"const int32_t unit = {byte}, group = unit / {units} * {units} * columns;",
+            f"const int32_t at = unit < {grouped} ? group + {at} : unit * columns + own;",
+            f"row[n] = {value};",
+        ),
     ]
 
 
