@@ -272,6 +272,20 @@ def test_bad_scales_are_named(
     assert "logits" in err
 
 
+def test_simulate_counts_layer_by_layer(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    simulate = ["simulate", model, "--data", "digits", "--samples", 2, "--board", "RP2040"]
+    simulate += ["--cpu", "cortex-m0plus", "--by-layer"]
+    code, out, _ = call(capsys, *simulate, "--json")
+    shown = json.loads(out)
+    assert code == 0
+    assert [layer["name"] for layer in shown["layers"]] == ["conv", "flatten", "last"]
+    counts = [layer["instructions"] for layer in shown["layers"]]
+    assert counts[0] > counts[2] > counts[1] == 0
+    assert 0 < shown["instructions_median"] - sum(counts) < 50
+    code, out, _ = call(capsys, *simulate)
+    assert code == 0 and "FULLY_CONNECTED" in out
+
+
 def test_export_c(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "firmware"
     export = ["export-c", model, "-o", folder, "--json"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from cactus_edge.csource import CSource, generate
 from cactus_edge.errors import UsageError
 from cactus_edge.execute import execute
 from cactus_edge.graph import Graph
-from firmware_sim import BOARDS, Fault, Injector, flip_tables
+from firmware_sim import BOARDS, Fault, Injector, build, flip_tables
+from firmware_sim.certified import result_type
 
 BOARD_NAMES = ("RP2040", "STM32F405", "ESP32-C3")
 
@@ -46,6 +49,56 @@ def test_what_is_no_flip_is_not_noticed() -> None:
     found = flip_tables(graph, source, [[0, 8], [0, 0]], inputs)
     assert found.noticed.tolist() == [False, True]
     assert (found.labels[0] == found.right).all()
+
+
+WRITABLE = """\
+#include <stdint.h>
+#define const
+#include "model.inc"
+uint8_t *table(void) { return (uint8_t *)@TABLE@; }
+"""
+
+
+def test_inference_refuses_until_init_succeeded(tmp_path: Path) -> None:
+    """And again from a wrong CRC to the next right one."""
+    graph, _, inputs = model()
+    source = generate(graph, certified=True)
+    table = next(iter(source.tables))
+    texts = {
+        "cactus_edge.h": source.files["cactus_edge.h"],
+        "model.inc": source.files["cactus_edge.c"],
+        "all.c": WRITABLE.replace("@TABLE@", table),
+    }
+    library = ctypes.CDLL(str(build.shared_library(texts, tmp_path)))
+    library.table.restype = ctypes.POINTER(ctypes.c_uint8)
+    given = inputs[0].astype(np.int8).tobytes()
+    output = ctypes.create_string_buffer(b"untouched", source.output_bytes + 16)
+    result = np.full(1, 0, result_type(graph))
+
+    def run() -> tuple[int, int]:
+        certified = library.cactus_edge_predict_certified(
+            given, 1, ctypes.c_void_p(result.ctypes.data)
+        )
+        return library.cactus_edge_run(given, output), certified
+
+    ok, wrong, refused = 0, 1, 2
+    assert run() == (refused, refused)
+    assert output.value == b"untouched"
+    assert int(result["label"][0]) == -1 and int(result["certified"][0]) == 0
+    assert library.cactus_edge_verify() == ok
+    assert run() == (refused, refused)
+    assert library.cactus_edge_init() == ok
+    assert run() == (ok, ok)
+    assert int(result["label"][0]) >= 0
+    library.table()[0] ^= 4
+    assert run() == (ok, ok)
+    assert library.cactus_edge_verify() == wrong
+    assert run() == (refused, refused)
+    assert library.cactus_edge_init() == wrong
+    library.table()[0] ^= 4
+    assert run() == (refused, refused)
+    assert library.cactus_edge_init() == ok
+    assert run() == (ok, ok)
 
 
 @pytest.mark.parametrize("board", BOARD_NAMES)

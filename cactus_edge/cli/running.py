@@ -161,6 +161,15 @@ def _learn(as_json: bool) -> None:
         raise RuntimesDisagreeError(f"not as documented: {', '.join(other)}")
 
 
+class LayerInstructions(msgspec.Struct, frozen=True):
+    """Median of one layer, whose function is not inlined then."""
+
+    index: int
+    kind: str
+    name: str
+    instructions: int
+
+
 class SimulateOutput(msgspec.Struct, frozen=True):
     """What ``simulate --json`` prints; bytes are those of the board's memories."""
 
@@ -178,6 +187,7 @@ class SimulateOutput(msgspec.Struct, frozen=True):
     ram_bytes: int
     arena_bytes: int
     stack_bytes: int
+    layers: tuple[LayerInstructions, ...] = ()
 
 
 def simulate(
@@ -193,6 +203,9 @@ def simulate(
     profile: Annotated[
         str, typer.Option("--profile", help="Rounding profile of the C code.")
     ] = profiles.DEFAULT,
+    by_layer: Annotated[
+        bool, typer.Option("--by-layer", help="Also count the instructions of each layer.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run the model as C on an emulated microcontroller and compare with the reference.
@@ -203,7 +216,7 @@ def simulate(
 
     graph, _ = flatbuffer.load(model)
     stored = _samples(graph, data, samples)
-    result = run(graph, stored, profile=profile, cpu=cpu, board=board)
+    result = run(graph, stored, profile=profile, cpu=cpu, board=board, by_layer=by_layer)
     expected = execute(graph, stored, profile)
     counts = result.instructions
     shown = SimulateOutput(
@@ -221,11 +234,23 @@ def simulate(
         ram_bytes=result.ram_bytes,
         arena_bytes=result.arena_bytes,
         stack_bytes=result.stack_bytes,
+        layers=tuple(
+            LayerInstructions(index, op.kind, op.name, count)
+            for index, (op, count) in enumerate(
+                zip(graph.core, result.layer_instructions, strict=by_layer)
+            )
+        ),
     )
     rows = [
-        (name.replace("_", " "), value) for name, value in msgspec.structs.asdict(shown).items()
+        (name.replace("_", " "), value)
+        for name, value in msgspec.structs.asdict(shown).items()
+        if name != "layers"
     ]
-    emit(shown, as_json, table(f"{model.name} as firmware", ("", "value"), rows))
+    tables = [table(f"{model.name} as firmware", ("", "value"), rows)]
+    if by_layer:
+        lines = [(n.index, n.kind, n.name, n.instructions) for n in shown.layers]
+        tables.append(table("layers", ("", "operator", "name", "instructions"), lines))
+    emit(shown, as_json, *tables)
     if shown.mismatches:
         raise RuntimesDisagreeError(
             f"{model}: {shown.mismatches} outputs differ from the reference"

@@ -28,6 +28,7 @@ from cactus_edge.graph import (
 )
 from firmware_sim import BOARDS, Injector, certify_board, flip_tables, simulate
 from firmware_sim.injection import PLACES
+from firmware_sim.simulation import simulate_source
 from tests.evidence import results
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "mnist-0.1" / "model.tflite"
@@ -111,6 +112,7 @@ def test_instructions() -> None:
                     "weights": f"int{bits}",
                     "zeros": f"{sparsity:.0%}",
                     "instructions (median)": f"{run.instructions.median:,}",
+                    "without SMLAD": _portable(graph, samples[:5], name) if not sparsity else "",
                     "by layer": " ".join(layers),
                     "flash": f"{run.flash_bytes:,}",
                     "code": f"{run.code_bytes:,}",
@@ -132,6 +134,18 @@ def test_instructions() -> None:
         rows,
         COMMAND,
     )
+
+
+def _portable(graph: Graph, samples: np.ndarray, board: str) -> str:
+    """Median instructions of C without assembly; empty for cores that have no SMLAD."""
+    if BOARDS[board].cpu not in ("cortex-m4", "cortex-m7", "cortex-m33"):
+        return ""
+    source = generate(graph)
+    text = "#define CACTUS_EDGE_PORTABLE\n" + source.files["cactus_edge.c"]
+    source = replace(source, files={**source.files, "cactus_edge.c": text})
+    run = simulate_source(graph, source, samples, BOARDS[board])
+    np.testing.assert_array_equal(run.outputs, execute(graph, samples))
+    return f"{run.instructions.median:,}"
 
 
 @pytest.mark.evidence
