@@ -11,6 +11,7 @@ from firmware_sim.boards import BOARDS, CPUS, Board
 from firmware_sim.certified import Verdicts, certify_board, certify_host
 from firmware_sim.host import HostRun, run_host
 from firmware_sim.injection import Fault, Flips, Injector, flip_tables
+from firmware_sim.qemu import certify_qemu, run_qemu
 from firmware_sim.simulation import Instructions, Simulation, fit, simulate
 
 __all__ = [
@@ -26,8 +27,10 @@ __all__ = [
     "Verdicts",
     "certify_board",
     "certify_host",
+    "certify_qemu",
     "fit",
     "flip_tables",
     "run_host",
+    "run_qemu",
     "simulate",
 ]

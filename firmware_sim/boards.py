@@ -58,7 +58,7 @@ class Cpu:
         return self.target.startswith("thumb")
 
 
-_ARM = Registers(
+ARM = Registers(
     "arm_const",
     "UC_ARM_REG_",
     "SP",
@@ -67,7 +67,7 @@ _ARM = Registers(
     ("R0", "R1", "R2"),
     (*(f"R{n}" for n in range(13)), "SP", "LR"),
 )
-_RISCV = Registers(
+RISCV = Registers(
     "riscv_const",
     "UC_RISCV_REG_",
     "X2",
@@ -80,13 +80,13 @@ _RISCV = Registers(
 
 CPUS: dict[str, Cpu] = {
     # Unicorn has no M0+; both execute ARMv6-M and differ in their pipelines alone.
-    "cortex-m0plus": Cpu("cortex_m0plus", "UC_CPU_ARM_CORTEX_M0", _ARM),
-    "cortex-m3": Cpu("cortex_m3", "UC_CPU_ARM_CORTEX_M3", _ARM),
-    "cortex-m4": Cpu("cortex_m4", "UC_CPU_ARM_CORTEX_M4", _ARM),
-    "cortex-m7": Cpu("cortex_m7", "UC_CPU_ARM_CORTEX_M7", _ARM),
-    "cortex-m33": Cpu("cortex_m33+dsp", "UC_CPU_ARM_CORTEX_M33", _ARM),
+    "cortex-m0plus": Cpu("cortex_m0plus", "UC_CPU_ARM_CORTEX_M0", ARM),
+    "cortex-m3": Cpu("cortex_m3", "UC_CPU_ARM_CORTEX_M3", ARM),
+    "cortex-m4": Cpu("cortex_m4", "UC_CPU_ARM_CORTEX_M4", ARM),
+    "cortex-m7": Cpu("cortex_m7", "UC_CPU_ARM_CORTEX_M7", ARM),
+    "cortex-m33": Cpu("cortex_m33+dsp", "UC_CPU_ARM_CORTEX_M33", ARM),
     "rv32imc": Cpu(
-        "generic_rv32+m+c", "UC_CPU_RISCV32_SIFIVE_E31", _RISCV, "riscv32-freestanding-none"
+        "generic_rv32+m+c", "UC_CPU_RISCV32_SIFIVE_E31", RISCV, "riscv32-freestanding-none"
     ),
 }
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from string import Template
 
 from cactus_edge.errors import MissingExtraError, ToolError
-from firmware_sim.boards import CPUS, Board
+from firmware_sim.boards import CPUS, Board, Cpu
 
 _MESSAGE_LINES = 12
 _COMMON = ("-std=c99", "-O2", "-g0", "-Wall", "-Wextra", "-Wpedantic")
@@ -80,17 +80,21 @@ def firmware(
     *,
     trace: bool = False,
     by_layer: bool = False,
+    main: str = "main.c",
+    cpu: Cpu | None = None,
 ) -> Path:
-    """An ELF file for ``board``: the model, ``c/main.c``, and what the compiler's library adds.
+    """An ELF file for ``board``: the model, a program, and what the compiler's library adds.
 
-    ``by_layer`` keeps layers from being inlined.
+    ``by_layer`` keeps layers from being inlined. ``main`` is a file in ``firmware_sim/c``. ``cpu``
+    is that of the board if None.
     """
+    core = cpu or CPUS[board.cpu]
     script = Template(data_file("board.ld")).substitute(
         flash_origin=hex(board.flash_origin),
         ram_origin=hex(board.ram_origin),
         stack_top=hex(board.ram_origin + board.ram_bytes),
     )
-    sources = put({**texts, "main.c": data_file("main.c"), "board.ld": script}, folder)
+    sources = put({**texts, main: data_file(main), "board.ld": script}, folder)
     output = folder / "firmware.elf"
     arguments = [
         *_COMMON,
@@ -100,8 +104,8 @@ def firmware(
         "-fno-unwind-tables",
         "-fno-asynchronous-unwind-tables",
         "-target",
-        CPUS[board.cpu].target,
-        f"-mcpu={CPUS[board.cpu].compiler}",
+        core.target,
+        f"-mcpu={core.compiler}",
         *([TRACE] if trace else []),
         *([LAYERS] if by_layer else []),
         *sources,

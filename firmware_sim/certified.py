@@ -71,7 +71,7 @@ def certify_host(
     data = stored_inputs(graph, inputs)
     radii = np.broadcast_to(np.asarray(levels, np.int32), len(data))
     outputs, _ = run_program(source, data, levels=radii, sanitize=sanitize)
-    return _verdicts(graph, outputs)
+    return verdicts(graph, outputs)
 
 
 def certify_board(
@@ -103,10 +103,11 @@ def certify_board(
             results.append(bytes(machine.engine.mem_read(result, size)))
             counts.append(counter.take())
         machine.stack_bytes()
-    return _verdicts(graph, b"".join(results), tuple(counts))
+    return verdicts(graph, b"".join(results), tuple(counts))
 
 
-def _verdicts(graph: Graph, data: bytes, instructions: tuple[int, ...] = ()) -> Verdicts:
+def verdicts(graph: Graph, data: bytes, instructions: tuple[int, ...] = ()) -> Verdicts:
+    """From C structs, one behind the other."""
     table = np.frombuffer(data, result_type(graph))
     names = ("margins", "leads", "logits", "lower", "upper")
     return Verdicts(

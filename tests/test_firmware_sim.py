@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,11 +28,12 @@ from cactus_edge.graph import (
     Tensor,
     Weights,
 )
-from firmware_sim import BOARDS, Board, Instructions, build, run_host, simulate
-from firmware_sim.boards import KIB, board_of
+from firmware_sim import BOARDS, Board, Instructions, build, run_host, run_qemu, simulate
+from firmware_sim.boards import ARM, KIB, Cpu, board_of
 from firmware_sim.emulator import BlockCounter, Machine, instruction_bytes
 from firmware_sim.host import run_source
-from firmware_sim.image import Image, read_image
+from firmware_sim.image import Image, check_fit, read_image
+from firmware_sim.qemu import MACHINES
 
 COUNT = 24
 
@@ -391,3 +393,27 @@ def test_firmware_is_reproducible(tmp_path: Path) -> None:
 def test_summary_of_counts() -> None:
     assert Instructions.of([5, 1, 9]) == Instructions(1, 5, 9, 3)
     assert Instructions.of([4, 2]) == Instructions(2, 2, 4, 2)
+
+
+def test_what_qemu_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = layer(2, 3)
+    source = generate(graph)
+    with pytest.raises(UsageError, match="no CPU 'z80' under QEMU; known: cortex-m3"):
+        run_qemu(graph, source, [[1, 2, 3]], "z80")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ToolError, match="apt-get install qemu-system-arm"):
+        run_qemu(graph, source, [[1, 2, 3]], "cortex-m55")
+
+
+def test_the_program_for_qemu_compiles_and_fits(tmp_path: Path) -> None:
+    """QEMU itself is left to `make evidence`; pip does not have it."""
+    graph = layer(8, 4000)
+    source = generate(graph, certified=True)
+    for name, target in MACHINES.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        core = Cpu(target.compiler, "", ARM)
+        elf = build.firmware(source.files, folder, target.memory, main="qemu.c", cpu=core)
+        image = read_image(elf)
+        check_fit(image, target.memory)
+        assert image.constant_bytes >= source.table_bytes
