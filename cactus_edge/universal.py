@@ -3,8 +3,9 @@
 Requantization is monotone, so two profiles agree on a channel if and only if they agree on both
 ends of each step: for every level k, at the least accumulator that reaches k and at the one below
 it. Those few hundred points, within the accumulators that the channel can reach, are evaluated
-under every method that any profile uses for that operator. ADD is compared on all pairs, tables
-entry by entry, MEAN by its integers. Pools and what moves elements have one arithmetic everywhere.
+under every method that any profile uses for that operator. Where a channel reads one element, all
+of its accumulators are evaluated instead. ADD is compared on all pairs, tables entry by entry, MEAN
+by its integers. Pools and what moves elements have one arithmetic everywhere.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def disagreeing_channels(graph: Graph, op: Linear) -> tuple[int, ...]:
     lower, upper = accumulator_bounds(graph, op)
     limits = graph.output_range(op)
     zero_point = graph.tensors[op.output].zero_point
-    points: Int64Array | None = None
+    points = _all_accumulators(graph, op)
     expected: Int64Array | None = None
     bad = np.zeros(op.channels, bool)
     reference = Method(Rounding.DOUBLE_HALF_AWAY)
@@ -85,6 +86,15 @@ def disagreeing_channels(graph: Graph, op: Linear) -> tuple[int, ...]:
         expected = values if expected is None else expected
         bad |= (values != expected).any(axis=0) & (applies == 1)
     return tuple(np.flatnonzero(bad).tolist())
+
+
+def _all_accumulators(graph: Graph, op: Linear) -> Int64Array | None:
+    """Int64 [stored integers, channels] where a channel reads one element, else None."""
+    if op.weights.values.size != op.channels:
+        return None
+    lower, upper = stored_range(graph, op.inputs[0])
+    levels = np.arange(lower, upper + 1, dtype=np.int64) - graph.tensors[op.inputs[0]].zero_point
+    return levels[:, None] * op.weights.values.reshape(1, -1).astype(np.int64) + op.bias
 
 
 def step_points(

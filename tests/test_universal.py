@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cactus_edge import profiles, universal
 from cactus_edge.certify.engine import cover
-from cactus_edge.constraints import accumulator_bounds
+from cactus_edge.constraints import accumulator_bounds, stored_range
 from cactus_edge.errors import InvalidGraphError
 from cactus_edge.execute import execute, requantize
 from cactus_edge.graph import (
@@ -32,13 +32,21 @@ COLUMNS = ["CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"]
 
 
 def brute_force(graph, op: Linear) -> tuple[int, ...]:  # noqa: ANN001
-    """Channels on which two profiles differ for some accumulator between the bounds."""
+    """Channels on which two profiles differ: for some accumulator between the bounds, or for some
+    input where it is the only one."""
     lower, upper = accumulator_bounds(graph, op)
+    source = graph.tensors[op.inputs[0]].zero_point
+    least, most = stored_range(graph, op.inputs[0])
+    levels = np.arange(least, most + 1)
+    one_input = op.weights.values.size == op.channels
     zero_point, limits = graph.tensors[op.output].zero_point, graph.output_range(op)
     bad: list[int] = []
     every = [profiles.requantization(graph, op, p) for p in profiles.PROFILES.values()]
     for channel in range(op.channels):
         points = np.arange(lower[channel], upper[channel] + 1)[:, None]
+        if one_input:
+            weight = int(op.weights.values.ravel()[channel])
+            points = ((levels - source) * weight + op.bias[channel])[:, None]
         outputs = {
             requantize(
                 points,

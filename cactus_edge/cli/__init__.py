@@ -14,6 +14,7 @@ import typer
 
 import cactus_edge
 from cactus_edge.cli import (
+    converting,
     faults,
     firmware,
     inspecting,
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 _MODULES = (
     making,
+    converting,
     searching,
     inspecting,
     proving,

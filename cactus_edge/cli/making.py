@@ -1,4 +1,4 @@
-"""The verbs ``train`` and ``convert``."""
+"""The verb ``train``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cactus_edge import files
 from cactus_edge.cli.output import ForceOption, JsonOption, console, emit, percent, table
 from cactus_edge.errors import MissingExtraError
 
@@ -161,86 +160,6 @@ def _cost(cost: Cost | None) -> str:
     )
 
 
-def convert(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A run's directory or its model.safetensors.", metavar="RUN")
-    ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The .tflite file to write.")],
-    bits: Annotated[
-        int | None,
-        typer.Option(
-            "--bits", help="Width of the weights: 8, 4, 3 or 2; the member's, or 8, without it."
-        ),
-    ] = None,
-    sparsity: Annotated[
-        float, typer.Option("--sparsity", help="Fraction of weights to prune, by magnitude.")
-    ] = 0.0,
-    member: Annotated[
-        str | None,
-        typer.Option(
-            "--member",
-            metavar="NUMBER|TABLE",
-            help="Compress as this member of the recipe does, counted from 1, or as one written "
-            "out: '{ kind = \"structured\", sparsity = 0.5 }'.",
-        ),
-    ] = None,
-    eps: Annotated[
-        float | None,
-        typer.Option("--eps", help="Radius for calibration; the recipe's without it."),
-    ] = None,
-    clipping: Annotated[
-        str | None,
-        typer.Option(
-            "--clipping",
-            help="Clip weights where their rounding errs least (mse), or not at all; the recipe's "
-            "choice without it.",
-        ),
-    ] = None,
-    universal: Annotated[
-        bool,
-        typer.Option("--universal/--plain", help="Choose scales on which all runtimes agree."),
-    ] = True,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Prune, quantize and write a .tflite file that stock runtimes load.
-
-    Example: cactus-edge convert runs/mnist-quick --bits 8 --sparsity 0.5 -o model.tflite
-    """
-    require_training("conversion")
-    from cactus_edge.train import lower
-
-    files.refuse_existing(output, force)
-    report = lower.convert(
-        checkpoint,
-        output,
-        bits=bits,
-        sparsity=sparsity,
-        member=member,
-        epsilon=eps,
-        universal=universal,
-        clipping=clipping,
-        force=force,
-    )
-    rows = [
-        (
-            layer.name,
-            layer.bits,
-            percent(layer.sparsity),
-            f"{layer.snapped}/{layer.channels}",
-            f"{100 * layer.median_change:.3f}",
-            f"{100 * layer.largest_change:.3f}",
-        )
-        for layer in report.layers
-    ]
-    columns = ("layer", "bits", "zeros %", "universal", "median scale change %", "largest %")
-    agreement = (
-        "universal" if report.universal else "NOT universal: certificates will be conjunctions"
-    )
-    emit(report, as_json, table(f"{output}: {report.bytes:,} bytes, {agreement}", columns, rows))
-
-
 def register(app: typer.Typer) -> None:
-    """Add this module's verbs."""
+    """Add this module's verb."""
     app.command()(train)
-    app.command()(convert)

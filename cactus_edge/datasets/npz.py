@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cactus_edge.datasets.common import Arrays, Part, Source, checked
+from cactus_edge.datasets.common import Arrays, Images, Part, Source, checked
 from cactus_edge.errors import DataError
 
 Array = npt.NDArray[np.generic]
@@ -65,6 +65,20 @@ def read(path: Path, part: Part) -> Source:
     if classes < 2:
         raise DataError(f"{path}: all labels are 0; a classifier needs two classes or more")
     return Source(*both[part], classes)
+
+
+def samples(path: Path) -> Images:
+    """Samples without labels: ``x_train`` of an ``.npz`` file, or else ``x``, as ``read`` has them.
+
+    Raises:
+        DataError: no such file, damaged, neither of them, or wrong shapes, types or values.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+    ranges = _ranges(path)
+    found = _members(path, ("x_train",), optional=True) or _members(path, ("x",))
+    x = found[0] if ranges is None else _scaled(f"{path}: x", found[0], ranges)
+    return checked(str(path), "train", x, np.zeros(len(x), np.int64))[0]
 
 
 def arrays(path: Path, part: Part) -> tuple[Array, ...]:

@@ -1,9 +1,9 @@
 """Stages to operators: integer weights, scales, shapes, and the universal form of each layer.
 
-Hidden layers end in ReLU and are stored with zero point -128. The logits are stored the same way:
-a constant that makes them non-negative is put into the bias, where it changes no decision, because
-a two-sided output has no universal scale. Sums of layers are described in ``storage``. int4 linear
-layers are written as 1x1 convolutions, because stock runtimes refuse per-channel int4
+What ends in ReLU is stored with zero point -128. The logits are stored the same way: a constant
+that makes them non-negative is put into the bias, where it changes no decision, because a two-sided
+output has no universal scale. Sums, and layers without ReLU, are described in ``storage``. int4
+linear layers are written as 1x1 convolutions, because stock runtimes refuse per-channel int4
 FULLY_CONNECTED.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from cactus_edge.errors import UnsupportedModelError
 from cactus_edge.graph import (
     Activation,
     Add,
@@ -29,11 +30,13 @@ from cactus_edge.graph import (
     window_geometry,
 )
 from cactus_edge.lowering.stages import (
+    INPUT,
     NO_PADS,
     Branch,
     Flatten,
     FloatArray,
     Layer,
+    Pads,
     Pool,
     Range,
     Stage,
@@ -41,7 +44,8 @@ from cactus_edge.lowering.stages import (
     output_of,
 )
 from cactus_edge.lowering.storage import Storage, storages
-from cactus_edge.lowering.weighted import LayerReport, WeightedOperator
+from cactus_edge.lowering.weighted import LayerReport, ScaleBits, WeightedOperator
+from cactus_edge.universal import disagreeing_channels
 
 PIXEL = Quantization.of(np.float32(1) / np.float32(255), -128)
 
@@ -50,7 +54,8 @@ PIXEL = Quantization.of(np.float32(1) / np.float32(255), -128)
 class Shadow:
     """The fake-quantized float form of one weighted operator, for the layer-by-layer check.
 
-    ``shift`` is the real constant that was added to every output.
+    ``shift`` is the real constant that was added to every output, ``offset`` the levels that stand
+    for 0 in the source.
     """
 
     operator: str
@@ -58,6 +63,7 @@ class Shadow:
     target: int
     layer: Layer
     shift: float
+    offset: int
 
 
 class Assembly:
@@ -69,23 +75,34 @@ class Assembly:
         ranges: Mapping[str, Range],
         input_shape: tuple[int, ...],
         widths: Mapping[str, int],
+        *,
+        per_tensor: bool = False,
+        like: Assembly | None = None,
     ) -> None:
-        """Keep the parts; ``input_shape`` is (C, H, W) or (F,), ``widths`` bits by layer name."""
+        """Keep the parts.
+
+        ``input_shape`` is (C, H, W) or (F,), ``widths`` bits by layer name; ``per_tensor`` gives
+        all channels of a layer one scale, which those of the logits have in any case. Weight scales
+        of ``like``, which differs in biases alone, are kept where they are still as good.
+        """
         shape = (
             (1, *input_shape[1:], input_shape[0]) if len(input_shape) == 3 else (1, *input_shape)
         )
         self._stages = list(stages)
         self._ranges = ranges
         self._widths = widths
+        self._per_tensor = per_tensor
+        self._known = {} if like is None else like.scales
         self._tensors = [Tensor("input", shape, quantization=PIXEL)]
         self._operators: list[Operator] = []
         self._reports: list[LayerReport] = []
         self._spatial: tuple[int, ...] | None = None
         self._current = 0  # the tensor that the next operator reads
-        self._made: dict[str, int] = {}  # by name of the output, for what is read again
-        self._offsets: dict[int, int] = {}  # levels that stand for 0, by tensor
+        self._made = {INPUT: 0}  # by name of the output, for what is read again
+        self._offsets: dict[int, int] = {}  # see _offset, by tensor
         self._storages: Mapping[str, Storage] = {}
         self.shadows: list[Shadow] = []
+        self.scales: dict[str, tuple[ScaleBits, LayerReport]] = {}
 
     def build(self, universal: bool) -> tuple[Graph, list[LayerReport]]:
         """The graph without metadata, and a report for each weighted layer.
@@ -95,6 +112,12 @@ class Assembly:
         """
         self._storages = storages(self._stages, self._ranges, universal=universal)
         last = max(i for i, stage in enumerate(self._stages) if isinstance(stage, Layer))
+        for stage in self._stages[last:]:
+            if isinstance(stage, Sum):
+                raise UnsupportedModelError(
+                    f"layer '{stage.name}': a sum at the end has no deployed form; a layer must "
+                    "make the logits"
+                )
         for index, stage in enumerate(self._stages):
             match stage:
                 case Layer():
@@ -113,7 +136,13 @@ class Assembly:
         graph = Graph(tuple(self._tensors), tuple(self._operators), 0, len(self._tensors) - 1)
         return graph, self._reports
 
-    def _append(self, operator: Operator, tensor: Tensor) -> None:
+    @property
+    def _offset(self) -> int:
+        """Levels above the zero point that stand for 0 in what the next operator reads."""
+        return self._offsets.get(self._current, 0)
+
+    def _append(self, operator: Operator, tensor: Tensor, offset: int = 0) -> None:
+        self._offsets[len(self._tensors)] = offset
         self._tensors.append(tensor)
         self._operators.append(operator)
         self._current = len(self._tensors) - 1
@@ -127,6 +156,7 @@ class Assembly:
         self._append(
             Reshape(name=name, inputs=inputs, output=output),
             replace(source, name=name, shape=shape),
+            self._offset,
         )
 
     def _flatten(self, stage: Flatten) -> None:
@@ -136,50 +166,84 @@ class Assembly:
             self._reshape(stage.name, (1, source.size))
 
     def _pool(self, stage: Pool) -> None:
+        padding = self._pool_padding(stage)
         inputs, output, source = self._next()
         _, height, width, channels = source.shape
         extents = tuple(
-            window_geometry(extent, stage.window[a], stage.stride[a], 1, Padding.VALID)[0]
+            window_geometry(extent, stage.window[a], stage.stride[a], 1, padding)[0]
             for a, extent in enumerate((height, width))
         )
         kind = AveragePool2D if stage.kind == "average" else MaxPool2D
         operator = kind(
-            name=stage.name, inputs=inputs, output=output, window=stage.window, stride=stage.stride
+            name=stage.name, inputs=inputs, output=output, window=stage.window,
+            stride=stage.stride, padding=padding,
+        )  # fmt: skip
+        target = replace(source, name=stage.name, shape=(1, *extents, channels))
+        self._append(operator, target, self._offset)
+
+    def _pool_padding(self, stage: Pool) -> Padding:
+        """VALID, SAME where that is the same, or a PAD operator with what cannot win, and VALID."""
+        if stage.padding == NO_PADS:
+            return Padding.VALID
+        maximum, source = stage.kind == "max", self._tensors[self._current]
+        same = self._is_same(stage.window, stage.stride, (1, 1), stage.padding)
+        if same and (maximum or not stage.counts_padding):
+            return Padding.SAME
+        # The zero point is the least stored integer, or stands for 0.
+        least = source.zero_point == -128
+        if least if maximum else stage.counts_padding and self._offset == 0:
+            self._pad(f"{stage.name}/pad", stage.padding)
+            return Padding.VALID
+        raise UnsupportedModelError(
+            f"layer '{stage.name}': its padding {stage.padding} has no deployed form; pad as SAME "
+            "does, or put a ReLU before it"
         )
-        self._append(operator, replace(source, name=stage.name, shape=(1, *extents, channels)))
 
     def _layer(self, layer: Layer, last: bool, universal: bool) -> None:
         span, storage = self._ranges[layer.name], self._storages[layer.name]
+        if layer.padding != NO_PADS and self._offset:
+            self._centre(layer.name, universal)
         shift = -span.lower if last else storage.offset * storage.step if universal else 0.0
         zero_point = -128 if last or universal else -128 + storage.offset
         target = Quantization.of(storage.step, zero_point)
-        self._weighted(layer, self._widths[layer.name], target, shift, universal, per_tensor=last)
-        self._offsets[self._current] = storage.offset
+        offset = storage.offset if universal and not last else 0
+        self._weighted(
+            layer, self._widths[layer.name], target, shift, universal,
+            per_tensor=last or self._per_tensor, offset=offset,
+        )  # fmt: skip
+
+    def _centre(self, name: str, universal: bool) -> None:
+        """The same levels with a zero point that stands for 0, because padding reads it.
+
+        A layer that copies needs no rounding, so that all profiles agree on it.
+        """
+        source, offset = self._tensors[self._current], self._offset
+        assert source.quantization is not None
+        target = replace(source.quantization, zero_point=source.zero_point + offset)
+        layer = _identity(f"{name}/centred", source.shape, 0.0, relu=False)
+        self._weighted(layer, 8, target, 0.0, universal)
 
     def _sum(self, stage: Sum, universal: bool) -> None:
-        """ADD; in a universal graph a layer behind it takes the offsets away and is the ReLU."""
+        """ADD; in a universal graph a layer behind it takes offsets away and is the ReLU."""
         (first,), output, source = self._next()
         second, storage = self._made[stage.source], self._storages[stage.name]
-        offset = self._offsets.get(first, 0) + self._offsets.get(second, 0) if universal else 0
+        offset = self._offset + self._offsets.get(second, 0)
+        clips = universal and stage.relu and offset > 0
+        zero_point = -128 if universal else -128 + storage.offset
         target = replace(
             source,
-            name=stage.name if offset else stage.output,
-            quantization=Quantization.of(storage.step, -128),
+            name=stage.name if clips else stage.output,
+            quantization=Quantization.of(storage.step, zero_point),
         )
-        activation = Activation.NONE if universal else Activation.RELU
+        activation = Activation.RELU if stage.relu and not universal else Activation.NONE
         operands = (first, second)
-        self._append(
-            Add(name=stage.name, inputs=operands, output=output, activation=activation), target
-        )
-        if offset:
+        operator = Add(name=stage.name, inputs=operands, output=output, activation=activation)
+        self._append(operator, target, offset)
+        if clips:
             assert target.quantization is not None
-            self._weighted(
-                _clipping(stage.output, source.shape, offset * storage.step),
-                8,
-                target.quantization,
-                0.0,
-                universal,
-            )
+            layer = _identity(stage.output, source.shape, -offset * storage.step, relu=True)
+            self._offsets[self._current] = 0  # the bias of that layer has it
+            self._weighted(layer, 8, target.quantization, 0.0, universal)
 
     def _weighted(
         self,
@@ -190,9 +254,13 @@ class Assembly:
         universal: bool,
         *,
         per_tensor: bool = False,
+        offset: int = 0,
     ) -> None:
-        """The operator of a layer, its report and its shadow; ``shift`` is added to the outputs."""
-        padding = self._pad(layer) if layer.convolution else Padding.VALID
+        """The operator of a layer, its report and its shadow.
+
+        ``shift`` is added to the outputs, of which ``offset`` levels have to be taken away again.
+        """
+        padding = self._padding(layer) if layer.convolution else Padding.VALID
         values = self._arranged(layer)
         if not layer.convolution and width <= 4 and len(self._tensors[self._current].shape) == 2:
             self._reshape(f"{layer.name}/pixel", (1, 1, 1, self._tensors[self._current].size))
@@ -202,11 +270,12 @@ class Assembly:
         )
         maker = WeightedOperator(
             layer, values, width, (source, target), (inputs, output), padding, shift,
-            (*self._tensors, target),
+            (*self._tensors, target), self._offset,
         )  # fmt: skip
-        bits, report = maker.scales(per_tensor=per_tensor, universal=universal)
+        bits, report = self._scales(maker, per_tensor=per_tensor, universal=universal)
         _, operator = maker.make(bits)
-        self._append(operator, target)
+        absorbed = self._offset
+        self._append(operator, target, offset)
         self._reports.append(report)
         scale = np.broadcast_to(bits.view(np.float32).astype(np.float64), layer.weight.shape[0])
         shipped = scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
@@ -214,38 +283,60 @@ class Assembly:
         rounded = np.clip(np.rint(layer.weight / shipped), -limit, limit) * shipped
         shadow = replace(layer, weight=rounded)
         self.shadows.append(
-            Shadow(operator.name, inputs[0], output, self._as_shipped(shadow), shift)
+            Shadow(operator.name, inputs[0], output, self._as_shipped(shadow), shift, absorbed)
         )
+
+    def _scales(
+        self, maker: WeightedOperator, *, per_tensor: bool, universal: bool
+    ) -> tuple[ScaleBits, LayerReport]:
+        """Known ones if no more channels disagree under them than did."""
+        name, found = maker.layer.name, self._known.get(maker.layer.name)
+        if found is not None and universal:
+            disagreeing = disagreeing_channels(*maker.make(found[0]))
+            found = found if set(disagreeing) <= set(found[1].unsnapped) else None
+        if found is None:
+            found = maker.scales(per_tensor=per_tensor, universal=universal)
+        self.scales[name] = found
+        return found
 
     def _as_shipped(self, layer: Layer) -> Layer:
         """Explicit padding has become a PAD operator, which the shadow's input has behind it."""
         padded = bool(self._operators[-2:-1]) and isinstance(self._operators[-2], Pad)
         return replace(layer, padding=NO_PADS) if padded else layer
 
-    def _pad(self, layer: Layer) -> Padding:
+    def _padding(self, layer: Layer) -> Padding:
         """VALID, SAME where that is the same geometry, or a PAD operator and VALID."""
-        inputs, output, source = self._next()
         if layer.padding == NO_PADS:
             return Padding.VALID
-        same = True
-        for axis in (0, 1):
-            extent, kernel = source.shape[1 + axis], layer.weight.shape[2 + axis]
-            size, *pads = window_geometry(
-                extent, kernel, layer.stride[axis], layer.dilation[axis], Padding.SAME
-            )
-            padded = extent + sum(layer.padding[axis])
-            wanted = window_geometry(
-                padded, kernel, layer.stride[axis], layer.dilation[axis], Padding.VALID
-            )
-            same = same and (*pads, size) == (*layer.padding[axis], wanted[0])
-        if same:
+        kernel = (layer.weight.shape[2], layer.weight.shape[3])
+        if self._is_same(kernel, layer.stride, layer.dilation, layer.padding):
             return Padding.SAME
-        name = f"{layer.name}/pad"
-        paddings = ((0, 0), *layer.padding, (0, 0))
+        self._pad(f"{layer.name}/pad", layer.padding)
+        return Padding.VALID
+
+    def _is_same(
+        self,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        dilation: tuple[int, int],
+        pads: Pads,
+    ) -> bool:
+        """Whether these pads are those of SAME."""
+        shape = self._tensors[self._current].shape
+        for axis in (0, 1):
+            extent, window = shape[1 + axis], (kernel[axis], stride[axis], dilation[axis])
+            size, *own = window_geometry(extent, *window, Padding.SAME)
+            wanted = window_geometry(extent + sum(pads[axis]), *window, Padding.VALID)
+            if (*own, size) != (*pads[axis], wanted[0]):
+                return False
+        return True
+
+    def _pad(self, name: str, pads: Pads) -> None:
+        inputs, output, source = self._next()
+        paddings = ((0, 0), *pads, (0, 0))
         operator = Pad(name=name, inputs=inputs, output=output, paddings=paddings)
         shape = tuple(e + sum(pair) for e, pair in zip(source.shape, paddings, strict=True))
-        self._append(operator, replace(source, name=name, shape=shape))
-        return Padding.VALID
+        self._append(operator, replace(source, name=name, shape=shape), self._offset)
 
     def _arranged(self, layer: Layer) -> FloatArray:
         """Float weights in TFLite's order; a linear layer behind a flatten reads NHWC."""
@@ -278,8 +369,7 @@ class Assembly:
         return (1, *extents, channels)
 
 
-def _clipping(name: str, shape: tuple[int, ...], offset: float) -> Layer:
-    """max(0, x - offset) for x [1, h, w, channels], as a depthwise layer with 1x1 windows."""
-    channels = shape[-1]
-    bias = np.full(channels, -offset)
-    return Layer(name, name, np.ones((channels, 1, 1, 1)), bias, relu=True, groups=channels)
+def _identity(name: str, shape: tuple[int, ...], bias: float, *, relu: bool) -> Layer:
+    """X + bias for x [1, h, w, channels], as a depthwise layer with 1x1 windows."""
+    weight = np.ones((shape[-1], 1, 1, 1))
+    return Layer(name, name, weight, np.full(shape[-1], bias), relu=relu, groups=shape[-1])

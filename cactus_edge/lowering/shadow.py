@@ -56,7 +56,8 @@ def _compare(graph: Graph, shadow: Shadow, values: dict[int, Int64Array]) -> Lay
     assert source.quantization is not None
     assert target.quantization is not None
     layer = shadow.layer
-    real = (values[shadow.source] - source.zero_point) * float(source.quantization.scale)
+    levels = values[shadow.source] - source.zero_point - shadow.offset
+    real = levels * float(source.quantization.scale)
     if layer.convolution:
         output = linear(layer, real.transpose(0, 3, 1, 2), layer.weight)
         output = (output + spread(layer, layer.bias)).transpose(0, 2, 3, 1)

@@ -7,7 +7,8 @@ graph has its own order (see ``assembly``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,8 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float64]
 Pads = tuple[tuple[int, int], tuple[int, int]]
 """Zeros (before, after) along height and along width."""
+INPUT = ""
+"""The name under which stages read the network's input again."""
 NO_PADS: Pads = ((0, 0), (0, 0))
 
 
@@ -32,7 +35,8 @@ class Range:
 class Layer:
     """A convolution [out, in / groups, kh, kw] or a linear layer [out, in], with its ReLU.
 
-    ``output`` is the name of the last operation that was folded in.
+    ``output`` is the name of the last operation that was folded in; ``ceiling`` is what a ReLU
+    clips at (6 for ReLU6), if anything.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Layer:
     padding: Pads = NO_PADS
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    ceiling: float = math.inf
 
     @property
     def convolution(self) -> bool:
@@ -53,12 +58,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Pool:
-    """A pool without padding."""
+    """A pool; ``counts_padding``: an average over what was padded as well."""
 
     name: str
     kind: Literal["average", "max"]
     window: tuple[int, int]
     stride: tuple[int, int]
+    padding: Pads = NO_PADS
+    counts_padding: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ class Sum:
     output: str
     source: str
     relu: bool = False
+    ceiling: float = math.inf
 
 
 Stage = Layer | Pool | Flatten | Branch | Sum
@@ -118,8 +126,13 @@ def spread(layer: Layer, values: FloatArray) -> FloatArray:
 
 def pooled(pool: Pool, x: FloatArray) -> FloatArray:
     """A pool on [N, C, H, W]."""
-    seen = _windows(x, pool.window, pool.stride)
-    return seen.mean(axis=(4, 5)) if pool.kind == "average" else seen.max(axis=(4, 5))
+    pads = ((0, 0), (0, 0), *pool.padding)
+    if pool.kind == "max":
+        x = np.pad(x, pads, constant_values=-np.inf)
+        return _windows(x, pool.window, pool.stride).max(axis=(4, 5))
+    total = _windows(np.pad(x, pads), pool.window, pool.stride).sum(axis=(4, 5))
+    inside = np.pad(np.ones_like(x[:1]), pads, constant_values=float(pool.counts_padding))
+    return total / _windows(inside, pool.window, pool.stride).sum(axis=(4, 5))
 
 
 def _windows(x: FloatArray, window: tuple[int, ...], stride: tuple[int, int]) -> FloatArray:
@@ -130,23 +143,51 @@ def _windows(x: FloatArray, window: tuple[int, ...], stride: tuple[int, int]) ->
 
 def run(stages: Sequence[Stage], x: FloatArray) -> Iterator[tuple[Stage, FloatArray, FloatArray]]:
     """Each stage with its input and its output, on ``x`` [N, C, H, W] or [N, F]."""
+
+    def exact(layer: Layer, x: FloatArray) -> tuple[FloatArray]:
+        return (linear(layer, x, layer.weight) + spread(layer, layer.bias),)
+
+    for stage, (before,), (after,) in _walk(stages, (x,), exact):
+        yield stage, before, after
+
+
+def run_bounds(
+    stages: Sequence[Stage], lower: FloatArray, upper: FloatArray
+) -> Iterator[tuple[Stage, FloatArray, FloatArray]]:
+    """Each stage with interval bounds of its output, for inputs in [lower, upper]."""
+
+    def interval(layer: Layer, low: FloatArray, high: FloatArray) -> tuple[FloatArray, ...]:
+        centre = linear(layer, (low + high) / 2, layer.weight) + spread(layer, layer.bias)
+        radius = linear(layer, (high - low) / 2, np.abs(layer.weight))
+        return centre - radius, centre + radius
+
+    for stage, _, (low, high) in _walk(stages, (lower, upper), interval):
+        yield stage, low, high
+
+
+def _walk(
+    stages: Sequence[Stage],
+    ends: tuple[FloatArray, ...],
+    layer: Callable[..., tuple[FloatArray, ...]],
+) -> Iterator[tuple[Stage, tuple[FloatArray, ...], tuple[FloatArray, ...]]]:
+    """All but layers is monotone in each operand, so that it maps each end by itself."""
     sources = {stage.source for stage in stages if isinstance(stage, Branch | Sum)}
-    kept: dict[str, FloatArray] = {}
+    kept = {INPUT: ends}
     for stage in stages:
-        before = x
+        before = ends
         match stage:
             case Layer():
-                x = linear(stage, x, stage.weight) + spread(stage, stage.bias)
+                ends = layer(stage, *ends)
             case Pool():
-                x = pooled(stage, x)
+                ends = tuple(pooled(stage, x) for x in ends)
             case Flatten():
-                x = x.reshape(len(x), -1)
+                ends = tuple(x.reshape(len(x), -1) for x in ends)
             case Branch():
-                x = kept[stage.source]
+                ends = kept[stage.source]
             case Sum():
-                x = x + kept[stage.source]
+                ends = tuple(x + y for x, y in zip(ends, kept[stage.source], strict=True))
         if isinstance(stage, Layer | Sum) and stage.relu:
-            x = np.maximum(x, 0)
+            ends = tuple(x.clip(0, stage.ceiling) for x in ends)
         if output_of(stage) in sources:
-            kept[output_of(stage)] = x
-        yield stage, before, x
+            kept[output_of(stage)] = ends
+        yield stage, before, ends

@@ -52,7 +52,10 @@ class LayerReport(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, eq=False)
 class WeightedOperator:
-    """One weighted operator for any weight scales."""
+    """One weighted operator for any weight scales.
+
+    ``offset`` levels above the zero point stand for 0 in the input; the bias takes them away.
+    """
 
     layer: Layer
     values: FloatArray
@@ -62,6 +65,7 @@ class WeightedOperator:
     padding: Padding
     shift: float
     tensors: tuple[Tensor, ...]
+    offset: int = 0
 
     @property
     def limit(self) -> int:
@@ -102,9 +106,10 @@ class WeightedOperator:
         bias = np.abs(self._real_bias()) / (source * _LARGEST_BIAS)
         floor = np.maximum(bias, _SMALLEST_MULTIPLIER / ratio)
         # Rounding moves each weight by half a level at most.
+        levels = 255 + self.offset
         inputs, most = self.layer.weight[0].size, ACCUMULATOR_LIMIT - _LARGEST_BIAS
         magnitude = np.abs(self.layer.weight).reshape(len(self.layer.weight), -1).sum(1)
-        floor = np.maximum(floor, magnitude * 255 / (most - inputs * 255 / 2))
+        floor = np.maximum(floor, magnitude * levels / (most - inputs * levels / 2))
         return floor.max(keepdims=True) if per_tensor else floor
 
     def _real_bias(self) -> FloatArray:
@@ -138,9 +143,13 @@ class WeightedOperator:
         real = self._real_bias()
         real = real if rows is None else real[rows]
         channels = len(real)
+        quantized = self._quantized(bits, rows)
+        by_channel = quantized.reshape(-1, channels).T if self.layer.groups > 1 else quantized
         bias = np.rint(real / (self._scale_of(0) * scale))
+        if self.offset:
+            bias = bias - self.offset * by_channel.reshape(channels, -1).sum(1, dtype=np.int64)
         inputs, output = self.indices
-        weights = Weights(self._quantized(bits, rows), self.bits, bits)
+        weights = Weights(quantized, self.bits, bits)
         activation = Activation.RELU if self.layer.relu else Activation.NONE
         name, whole = self.layer.name, np.broadcast_to(bias, channels).astype(np.int32)
         operator: Linear

@@ -7,7 +7,6 @@ ends with a layer-by-layer check against the fake-quantized network (see ``shado
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +15,12 @@ import msgspec
 import numpy as np
 import torch
 
-import cactus_edge
 from cactus_edge import datasets, files, flatbuffer, universal
 from cactus_edge.constraints import validate
 from cactus_edge.errors import DataError, UsageError
 from cactus_edge.graph import Graph
-from cactus_edge.inputs import METADATA
 from cactus_edge.lowering.assembly import Assembly, LayerReport
+from cactus_edge.lowering.metadata import metadata_of
 from cactus_edge.lowering.shadow import LayerDifference, shadow_check
 from cactus_edge.lowering.stages import Layer, Stage
 from cactus_edge.train.checkpoint import Model, load_model
@@ -298,14 +296,7 @@ def _metadata(
     clipping: Clipping,
     graph: Graph,
 ) -> tuple[tuple[str, bytes], ...]:
-    pixel = data.images.dtype == np.uint8
-    mapping: dict[str, object] = (
-        {"kind": "pixel", "levels_per_unit": 255, "offset": -128} if pixel else {"kind": "affine"}
-    )
-    disagreeing = {e.name: e.disagreeing for e in universal.agreement(graph) if e.disagreeing}
-    rounding: object = {"disagreeing channels": disagreeing} if disagreeing else "universal"
     provenance = {
-        "tool": f"cactus-edge {cactus_edge.__version__}",
         "network": model.network.architecture,
         "recipe": msgspec.to_builtins(model.recipe),
         "training_data_sha256": model.metadata.data_sha256,
@@ -317,11 +308,4 @@ def _metadata(
     }
     if settings.pattern is not None:
         provenance["pattern"] = settings.pattern.key()
-    entries = {
-        METADATA: mapping,
-        "cactus_edge.provenance": provenance,
-        "cactus_edge.rounding": rounding,
-    }
-    return tuple(
-        (name, json.dumps(value, sort_keys=True).encode()) for name, value in entries.items()
-    )
+    return metadata_of(graph, provenance, pixels=data.images.dtype == np.uint8)

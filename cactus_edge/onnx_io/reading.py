@@ -1,0 +1,174 @@
+"""An ONNX file as nodes and constants, with everything that does not depend on the input folded.
+
+Exporters leave sub-graphs behind that compute shapes from the input's own; samples being taken one
+by one, the input's shape is known, and what follows from it is evaluated here (``fold``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cactus_edge.errors import MalformedModelError, MissingExtraError, UnsupportedModelError
+
+try:
+    import onnx
+    from onnx import numpy_helper
+    from onnx.reference import ReferenceEvaluator
+except ImportError:
+    raise MissingExtraError("onnx", "onnx", "reading ONNX files") from None
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """``attributes`` hold integers, floats, strings, arrays or tuples of these."""
+
+    kind: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any]
+    proto: onnx.NodeProto
+
+    @property
+    def output(self) -> str:
+        """The first output."""
+        return self.outputs[0]
+
+    def error(self, problem: str, remedy: str = "") -> UnsupportedModelError:
+        """An error that names the node."""
+        hint = f"; {remedy}" if remedy else ""
+        return UnsupportedModelError(f"node '{self.name}' ({self.kind}): {problem}{hint}")
+
+    def get(self, attribute: str, default: Any) -> Any:
+        """An attribute, or its default."""
+        return self.attributes.get(attribute, default)
+
+
+@dataclass(frozen=True, eq=False)
+class File:
+    """A model with one input and one output.
+
+    ``shape`` is the input's with batch 1, ``batch`` the one that the file declares, or 0 where it
+    leaves it open. ``nodes`` are those that the output depends on, in order.
+    """
+
+    input: str
+    output: str
+    shape: tuple[int, ...]
+    batch: int
+    nodes: tuple[Node, ...]
+    constants: Mapping[str, Array]
+    proto: onnx.ModelProto
+
+
+def read(content: bytes) -> File:
+    """Parse and check.
+
+    Raises:
+        MalformedModelError: not a well-formed ONNX model.
+        UnsupportedModelError: several inputs or outputs, external data, an input of unknown shape.
+    """
+    try:
+        model = onnx.load_model_from_string(content)
+    except Exception as error:  # protobuf's classes of errors have no public root
+        raise MalformedModelError(f"not an ONNX file: {error}") from None
+    graph = model.graph
+    for tensor in graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            raise UnsupportedModelError(
+                f"tensor '{tensor.name}' lies in another file; save the model with its data inside"
+            )
+    if not graph.node:
+        raise MalformedModelError("not an ONNX model: it has no nodes")
+    try:
+        onnx.checker.check_model(model)
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        raise MalformedModelError(f"not a valid ONNX model: {text[0] if text else ''}") from None
+    if foreign := sorted({n.domain for n in graph.node} - {"", "ai.onnx"}):
+        node = next(n for n in graph.node if n.domain == foreign[0])
+        raise UnsupportedModelError(
+            f"node '{node.name or node.output[0]}' ({node.op_type}): domain '{node.domain}' is not "
+            "ONNX's own; export without custom operators"
+        )
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in constants]
+    if len(inputs) != 1 or len(graph.output) != 1:
+        names = ", ".join(value.name for value in (*inputs, *graph.output))
+        raise UnsupportedModelError(
+            f"{len(inputs)} inputs and {len(graph.output)} outputs ({names}); a classifier has one "
+            "of each"
+        )
+    output = graph.output[0].name
+    shape, batch = _input_shape(inputs[0])
+    return File(inputs[0].name, output, shape, batch, _needed(graph, output), constants, model)
+
+
+def _input_shape(value: onnx.ValueInfoProto) -> tuple[tuple[int, ...], int]:
+    kind = value.type.tensor_type
+    if kind.elem_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE):
+        name = onnx.TensorProto.DataType.Name(kind.elem_type)
+        raise UnsupportedModelError(
+            f"input '{value.name}' is {name}; a float network takes FLOAT, which holds the real "
+            "values of a sample in [0, 1]"
+        )
+    extents = [dim.dim_value if dim.HasField("dim_value") else 0 for dim in kind.shape.dim]
+    if len(extents) < 2 or min(extents[1:]) < 1:
+        raise UnsupportedModelError(
+            f"input '{value.name}' has shape {extents} (0: open); all but the batch, the first, "
+            "must be fixed: export with a sample of the real size"
+        )
+    return (1, *extents[1:]), max(extents[0], 0)
+
+
+def _needed(graph: onnx.GraphProto, output: str) -> tuple[Node, ...]:
+    """The nodes that the output depends on."""
+    wanted, found = {output}, list[Node]()
+    for proto in reversed(graph.node):
+        if not wanted & set(proto.output):
+            continue
+        wanted |= set(proto.input)
+        outputs = tuple(proto.output)
+        attributes = {item.name: _attribute(item) for item in proto.attribute}
+        name = proto.name or outputs[0]
+        found.append(Node(proto.op_type, name, tuple(proto.input), outputs, attributes, proto))
+    return tuple(reversed(found))
+
+
+def _attribute(item: onnx.AttributeProto) -> Any:
+    value = onnx.helper.get_attribute_value(item)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, onnx.TensorProto):
+        return numpy_helper.to_array(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def fold(file: File, node: Node, constants: Mapping[str, Array]) -> list[Array]:
+    """The outputs of a node all of whose inputs are constants.
+
+    Raises:
+        UnsupportedModelError: the node cannot be evaluated.
+    """
+    names = [name for name in dict.fromkeys(node.inputs) if name]
+    graph = onnx.helper.make_graph(
+        [node.proto],
+        "constant",
+        [onnx.helper.make_empty_tensor_value_info(name) for name in names],
+        [onnx.helper.make_empty_tensor_value_info(name) for name in node.outputs if name],
+    )
+    model = onnx.helper.make_model(
+        graph, opset_imports=file.proto.opset_import, ir_version=file.proto.ir_version
+    )
+    try:
+        values = ReferenceEvaluator(model).run(None, {name: constants[name] for name in names})
+    except Exception as error:  # whatever the operator's reference raises
+        raise node.error(f"its constants cannot be evaluated: {error}") from None
+    return [np.asarray(value) for value in values]
