@@ -17,6 +17,7 @@ from cactus_edge.errors import InvalidGraphError
 from cactus_edge.graph import (
     Activation,
     Add,
+    ArgMax,
     Conv2D,
     DepthwiseConv2D,
     Dequantize,
@@ -99,10 +100,10 @@ def _check_wiring(graph: Graph) -> None:
         if op.output in known:
             name = graph.tensors[op.output].name
             raise InvalidGraphError(f"{where}: tensor '{name}' is computed twice")
-        tail = all(isinstance(o, (Softmax, Dequantize)) for o in graph.operators[index:])
+        tail = all(isinstance(o, (Softmax, Dequantize, ArgMax)) for o in graph.operators[index:])
         misplaced = isinstance(op, Quantize) and index > 0
         misplaced |= isinstance(op, Softmax) and not tail
-        misplaced |= isinstance(op, Dequantize) and index != last
+        misplaced |= isinstance(op, (Dequantize, ArgMax)) and index != last
         if misplaced:
             raise InvalidGraphError(f"{where}: only at the edge of the graph")
         known.add(op.output)
@@ -357,6 +358,7 @@ def wide_logits_end_the_graph(graph: Graph, op: Operator) -> str:
         if wide:
             return f"'{wide[0].name}' is {wide[0].dtype.value}"
     missing = isinstance(op, Linear) and target.dtype.is_wide and op.requantization is None
+    missing |= target.dtype is DType.INT64
     return f"'{target.name}' is {target.dtype.value}, no multipliers" if missing else ""
 
 

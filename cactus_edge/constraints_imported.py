@@ -1,4 +1,4 @@
-"""Rules of the operators in ``operators``; ``constraints`` runs them with its own.
+"""Rules of the operators in ``operators`` and of ARG_MAX; ``constraints`` runs them with its own.
 
 A predicate's docstring is the text of the error and the line in ``docs/operators.md``; it returns
 the detail of what is broken, or an empty string.
@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 
 from cactus_edge import tables
-from cactus_edge.graph import DType, Graph, Operator
+from cactus_edge.graph import ArgMax, DType, Graph, Operator
 from cactus_edge.operators import (
     LEVELS,
     Combination,
@@ -181,3 +181,12 @@ def concatenation_shape(graph: Graph, op: Operator) -> str:
         rest = [(*s[:axis], target[axis], *s[axis + 1 :]) == target for s in shapes]
         fits = wanted[axis] == target[axis] and all(rest)
     return "" if fits else f"{[list(s) for s in shapes]} along {axis} -> {list(target)}"
+
+
+@_rule(ArgMax)
+def arg_max_edge(graph: Graph, op: Operator) -> str:
+    """Over one vector of int8, giving one int32 or int64 index; last operator only."""
+    source, target = graph.tensors[op.inputs[0]], graph.tensors[op.output]
+    fits = source.dtype is DType.INT8 and source.size == source.shape[-1]
+    fits &= target.dtype in (DType.INT32, DType.INT64) and target.size == 1
+    return "" if fits else f"'{source.name}' {list(source.shape)} -> {target.dtype.value}"

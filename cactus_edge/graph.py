@@ -31,12 +31,16 @@ Stored = npt.NDArray[np.integer[Any]]
 
 
 class DType(Enum):
-    """Element types of activations; INT16 and INT32 are for the logits of graphs built by hand."""
+    """Element types of activations.
+
+    INT16 and INT32 are for the logits of graphs built by hand, INT32 and INT64 for ARG_MAX's index.
+    """
 
     INT8 = "int8"
     UINT8 = "uint8"
     INT16 = "int16"
     INT32 = "int32"
+    INT64 = "int64"
     FLOAT32 = "float32"
 
     @property
@@ -53,7 +57,7 @@ class DType(Enum):
         return self in _WIDE_BITS
 
 
-_WIDE_BITS = {DType.INT16: 16, DType.INT32: 32}
+_WIDE_BITS = {DType.INT16: 16, DType.INT32: 32, DType.INT64: 64}
 
 
 class Padding(Enum):
@@ -303,6 +307,11 @@ class Dequantize(Operator):
     """Last operator only: stored integers to real float32; order-preserving, so ignored."""
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ArgMax(Operator):
+    """Last operator only: the index of the greatest logit, which is the decision rule itself."""
+
+
 _KINDS: dict[type[Operator], str] = {
     FullyConnected: "FULLY_CONNECTED",
     Conv2D: "CONV_2D",
@@ -315,9 +324,10 @@ _KINDS: dict[type[Operator], str] = {
     Quantize: "QUANTIZE",
     Softmax: "SOFTMAX",
     Dequantize: "DEQUANTIZE",
+    ArgMax: "ARG_MAX",
 }
 
-EDGES = (Quantize, Softmax, Dequantize)
+EDGES = (Quantize, Softmax, Dequantize, ArgMax)
 
 
 @dataclass(frozen=True, eq=False)
@@ -336,7 +346,7 @@ class Graph:
 
     @cached_property
     def core(self) -> tuple[Operator, ...]:
-        """The operators that compute in integers: all but QUANTIZE, SOFTMAX, DEQUANTIZE."""
+        """The operators that compute in integers: all but ``EDGES``."""
         return tuple(op for op in self.operators if not isinstance(op, EDGES))
 
     @cached_property
@@ -347,10 +357,10 @@ class Graph:
 
     @cached_property
     def logits(self) -> int:
-        """The tensor of integer logits: before SOFTMAX and DEQUANTIZE where there are any."""
+        """The tensor of integer logits: before SOFTMAX, DEQUANTIZE, ARG_MAX if there are any."""
         tensor = self.output
         for op in reversed(self.operators):
-            if isinstance(op, (Softmax, Dequantize)) and op.output == tensor:
+            if isinstance(op, (Softmax, Dequantize, ArgMax)) and op.output == tensor:
                 tensor = op.inputs[0]
         return tensor
 

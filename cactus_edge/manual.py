@@ -7,6 +7,7 @@ import inspect
 from cactus_edge import constraints, profiles
 from cactus_edge.graph import (
     Add,
+    ArgMax,
     AveragePool2D,
     Conv2D,
     DepthwiseConv2D,
@@ -48,6 +49,7 @@ KINDS: dict[str, type[Operator]] = {
     "QUANTIZE": Quantize,
     "SOFTMAX": Softmax,
     "DEQUANTIZE": Dequantize,
+    "ARG_MAX": ArgMax,
 }
 
 _HEAD = """# Supported operators

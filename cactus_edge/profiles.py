@@ -311,13 +311,14 @@ def _mean(graph: Graph, op: Mean, profile: Profile) -> Requantization:
             f"MEAN '{op.name}': how {profile.summary} rounds it is not described; an "
             "AVERAGE_POOL_2D over the whole input is covered"
         )
-    ends = (_scale(graph.tensors[index], op) for index in (op.inputs[0], op.output))
+    source, target = (_scale(graph.tensors[index], op) for index in (op.inputs[0], op.output))
     _, height, width, _ = op.weights.values.shape
+    rounding = profile.mean.rounding
     try:
-        pair = scales.mean_parameters(profile.mean.rounding, *ends, height * width)
+        multiplier, shift = scales.mean_parameters(rounding, source, target, height * width)
     except InvalidGraphError as error:
         raise InvalidGraphError(f"MEAN '{op.name}': {error}") from None
-    return Requantization.uniform(profile.mean.rounding, *pair, op.channels)
+    return Requantization.uniform(rounding, multiplier, shift, op.channels)
 
 
 def add_requantization(graph: Graph, op: Add, rounding: AddRounding) -> AddRequantization:

@@ -141,9 +141,8 @@ def _pair(graph: Graph, op: Pair, arithmetic: Arithmetic) -> Int64Array:
 
 def _with_constant(graph: Graph, op: WithConstant, arithmetic: Arithmetic) -> Int64Array:
     source = graph.tensors[op.inputs[0]]
-    constant = op.constant.astype(np.int64).reshape(-1, 1) - op.quantization.zero_point
-    values = _levels(source)[None, :], constant
-    sources = _scale(source.quantization), _scale(op.quantization)
-    if op.first:
-        values, sources = values[::-1], sources[::-1]
-    return _combined(op, values, sources, graph.tensors[op.output], arithmetic)
+    values = op.constant.astype(np.int64).reshape(-1, 1) - op.quantization.zero_point
+    given = (_levels(source)[None, :], _scale(source.quantization))
+    constant = (values, _scale(op.quantization))
+    (a, scale_a), (b, scale_b) = (constant, given) if op.first else (given, constant)
+    return _combined(op, (a, b), (scale_a, scale_b), graph.tensors[op.output], arithmetic)

@@ -82,7 +82,7 @@ class File:
         kind: str,
         inputs: Sequence[int],
         shape: Shape,
-        scale: Scale,
+        scale: Scale | None,
         options: dict[str, object] | None = None,
         output: str = "INT8",
     ) -> int:
@@ -527,3 +527,32 @@ def residual(file: File) -> int:
     axes = file.list_of(1, 2)
     scale = file.scales[layer]
     return file.dense(file.op("MEAN", [layer, axes], (1, CHANNELS), scale, {"keep_dims": 0}))
+
+
+# ---------------------------------------------------------------------- edges
+def _decided(kind: str) -> None:
+    def build(file: File) -> int:
+        logits = file.dense(file.conv(file.input()))
+        axis = file.tensor((), None, "INT32", np.array(1 if kind == "INT32" else -1, np.int32))
+        options: dict[str, object] = {"output_type": schema.TYPE_CODES[kind]}
+        return file.op("ARG_MAX", [logits, axis], (1,), None, options, kind)
+
+    FAMILY[f"arg_max_{kind.lower()}"] = build
+
+
+_decided("INT32")
+_decided("INT64")
+
+
+@model
+def softmax(file: File) -> int:
+    logits = file.dense(file.conv(file.input()))
+    return file.op("SOFTMAX", [logits], (1, 10), (1 / 256, -128), {"beta": pattern(1.0)})
+
+
+@model
+def float_edges(file: File) -> int:
+    source = file.tensor(INPUT, None, "FLOAT32")
+    stored = file.op("QUANTIZE", [source], INPUT, file.scale())
+    logits = file.dense(file.conv(stored))
+    return file.op("DEQUANTIZE", [logits], (1, 10), None, None, "FLOAT32")

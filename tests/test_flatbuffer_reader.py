@@ -112,6 +112,16 @@ def edited(edit: Edit) -> bytes:
     return wire.serialize(tree)
 
 
+def behind(offset: int) -> Edit:
+    """Say that a buffer's data lie at an offset of the file."""
+
+    def edit(tree: Tree) -> None:
+        buffer = tree["buffers"][2]
+        buffer.update(size=len(buffer.pop("data")), offset=offset)
+
+    return edit
+
+
 def tensor(name: str) -> Callable[[Tree], Tree]:
     return lambda tree: next(t for t in tree["subgraphs"][0]["tensors"] if t["name"] == name)
 
@@ -210,14 +220,6 @@ MALFORMED: dict[str, tuple[Edit, str]] = {
     "zero point": (quantized("flat", zero_point=[2**40]), "zero points 1099511627776.."),
     "dimension": (quantized("flat", quantized_dimension=2), "quantized dimension 2 of a tensor"),
     "negative dimension": (quantized("flat", quantized_dimension=-1), "quantized dimension -1"),
-    "weight dimension": (
-        quantized("convolution/weight", quantized_dimension=3),
-        "operator 1 (CONV_2D): weights are quantized along dimension 3, not 0",
-    ),
-    "depthwise dimension": (
-        quantized("depthwise/weight", quantized_dimension=0),
-        "operator 2 (DEPTHWISE_CONV_2D): weights are quantized along dimension 0, not 3",
-    ),
     "weight scales": (
         quantized("convolution/weight", scale=float_bits(1, 1, 1), zero_point=[0, 0, 0]),
         "operator 1 (CONV_2D): 3 weight scales for 2 channels",
@@ -249,6 +251,15 @@ MALFORMED: dict[str, tuple[Edit, str]] = {
             put(operator(6), inputs=[5, *operator(6)(t)["inputs"][1:]])(t),
         ),
         "(FULLY_CONNECTED): its output is [1, 3], not [1, 2, 1, 3]",
+    ),
+    "data in two places": (
+        lambda t: t["buffers"][2].update(offset=77),
+        "buffer 2: 0 bytes at offset 77 of ",
+    ),
+    "data behind the file": (behind(1 << 20), "bytes at offset 1048576 of "),
+    "data without an offset": (
+        lambda t: t["buffers"][2].update(size=7),
+        "buffer 2: 7 bytes at no offset",
     ),
     "other options": (
         put(operator(1), builtin_options_type=12),
@@ -293,11 +304,6 @@ UNSUPPORTED: dict[str, tuple[Edit, str]] = {
     "two inputs": (put(subgraph, inputs=[0, 1]), "2 inputs; exactly one is supported"),
     "no output": (drop(subgraph, "outputs"), "0 outputs; exactly one"),
     "constant output": (put(subgraph, outputs=[9]), "the model's output is tensor 9"),
-    "outside data": (
-        lambda t: t["buffers"][2].update(offset=77),
-        "buffer 2: its data lies outside",
-    ),
-    "outside size": (lambda t: t["buffers"][2].update(size=7), "buffer 2: its data lies outside"),
     "variable": (put(tensor("flat"), is_variable=True), "'flat': variable and external tensors"),
     "external": (put(tensor("flat"), external_buffer=3), "'flat': variable and external tensors"),
     "dynamic shape": (
@@ -429,6 +435,40 @@ def check(data: bytes, error: type[UnsupportedModelError], text: str) -> None:
 def test_malformed(case: str) -> None:
     edit, text = MALFORMED[case]
     check(edited(edit), MalformedModelError, text)
+
+
+def test_data_may_lie_behind_the_flatbuffer() -> None:
+    """As in files beyond 2 GiB; LiteRT reads them too."""
+    tree = thaw(model_values(sample()))
+    data = bytes(tree["buffers"][2]["data"])
+    wanted = read_tflite(wire.serialize(tree), "m").fingerprint()
+    behind(1 << 20)(tree)
+    size = -(-len(wire.serialize(tree)) // 16) * 16
+    tree["buffers"][2]["offset"] = size
+    whole = wire.serialize(tree).ljust(size, b"\0") + data
+    assert read_tflite(whole, "m").fingerprint() == wanted
+    with pytest.raises(MalformedModelError, match=f"bytes at offset {size} of {len(whole) - 1}"):
+        read_tflite(whole[:-1], "m")
+    litert = pytest.importorskip("ai_edge_litert.interpreter")
+    litert.Interpreter(model_content=whole).allocate_tensors()
+
+
+@pytest.mark.parametrize(
+    ("name", "dimension", "text"),
+    [
+        ("convolution", 3, "operator 1 (CONV_2D): weights are quantized along dimension 3, not 0"),
+        ("depthwise", 0, "operator 2 (DEPTHWISE_CONV_2D): weights are quantized along dimension 0"),
+    ],
+)
+def test_a_wrong_dimension_of_scales_is_read_with_a_warning(
+    caplog: pytest.LogCaptureFixture, name: str, dimension: int, text: str
+) -> None:
+    """What TFLite Micro takes and the others refuse; the number of scales says what is meant."""
+    wanted = read_tflite(edited(lambda tree: None), "m").fingerprint()
+    assert caplog.messages == []
+    data = edited(quantized(f"{name}/weight", quantized_dimension=dimension))
+    assert read_tflite(data, "m").fingerprint() == wanted
+    assert len(caplog.messages) == 1 and text in caplog.messages[0]
 
 
 @pytest.mark.parametrize("case", INPUTS)

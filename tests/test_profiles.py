@@ -9,6 +9,7 @@ operator has to fail, or the comparison would show nothing.
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -574,9 +575,20 @@ def manual_table() -> str:
     return "\n".join(lines)
 
 
-def test_the_manual_has_the_table_of_profiles() -> None:
+def table_of_tables() -> str:
+    lines = ["| profile | tables | MEAN |", "| --- | --- | --- |"]
+    for name, profile in profiles.PROFILES.items():
+        tables = profile.arithmetic.value if profile.arithmetic else "-"
+        mean = {None: "-", Rounding.FLOAT32: "float32 f", Rounding.DOUBLE_HALF_AWAY: "away"}
+        rounding = profile.mean.rounding if profile.mean else None
+        lines.append(f"| `{name}` | {tables} | {mean[rounding]} |")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("make", [manual_table, table_of_tables])
+def test_the_manual_has_the_table_of_profiles(make: Callable[[], str]) -> None:
     manual = Path(__file__).parent.parent / "docs" / "runtimes.md"
-    table = manual_table()
+    table = make()
     assert table in manual.read_text(encoding="utf-8"), f"docs/runtimes.md lacks\n{table}"
 
 

@@ -208,7 +208,8 @@ def generate(
 
 
 def _check_sizes(graph: Graph) -> None:
-    for tensor in graph.tensors:
+    core = {graph.core_input, *(op.output for op in graph.core)}
+    for tensor in (graph.tensors[index] for index in sorted(core)):
         if tensor.size >= _MAX_ELEMENTS:
             raise InvalidGraphError(
                 f"tensor '{tensor.name}' has {tensor.size} elements; generated C takes fewer "

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cactus_edge.flatbuffer import schema
 from cactus_edge.flatbuffer.node import Constant, Node
@@ -17,6 +19,7 @@ from cactus_edge.flatbuffer.wire import Values
 from cactus_edge.graph import (
     Activation,
     Add,
+    ArgMax,
     Graph,
     Operator,
     Pad,
@@ -87,6 +90,10 @@ def encode(graph: Graph, op: Operator) -> tuple[Values | None, list[Constant]]:
             return None, [order]
         case StridedSlice():
             return _slice_options(graph, op)
+        case ArgMax():
+            kind = graph.tensors[op.output].dtype.name
+            axis = int32_constant(f"{op.name}/axis", np.array([-1]))
+            return {"output_type": schema.TYPE_CODES[kind]}, [axis]
         case Concatenation():
             return {"axis": op.axis, **_activation(Activation.NONE)}, []
         case _:
@@ -120,7 +127,7 @@ def _slice_options(graph: Graph, op: StridedSlice) -> tuple[Values, list[Constan
     return {"end_mask": mask}, constants
 
 
-def int32_constant(name: str, values: np.ndarray) -> Constant:
+def int32_constant(name: str, values: npt.NDArray[np.integer[Any]]) -> Constant:
     """A constant of int32 without quantization."""
     data = np.ascontiguousarray(values.astype("<i4")).reshape(-1).view(np.uint8)
     none = np.zeros(0, np.uint32), np.zeros(0, np.int64)
@@ -328,6 +335,16 @@ def _axes_only(node: Node) -> Operator:
     return Reshape(name=node.target.name, inputs=node.inputs, output=node.output)
 
 
+def _arg_max(node: Node) -> Operator:
+    plain(node, 1)
+    axis, rank = integers(node, 0, "the axis"), len(node.source.shape)
+    if axis not in ([-1], [rank - 1]):
+        raise node.place.unsupported(f"over axis {axis} of {list(node.source.shape)}, not the last")
+    if schema.TYPE_NAMES.get(node.integer("output_type")) != node.target.dtype.name:
+        raise node.place.malformed(f"its output is {node.target.dtype.value}, not as it says")
+    return ArgMax(name=node.name("/axis"), inputs=node.inputs, output=node.output)
+
+
 DECODERS: dict[str, Callable[[Node], Operator | Split]] = {
     **{function.value: _unary for function in Function if function is not Function.QUANTIZE},
     "ADD": combination,
@@ -341,6 +358,7 @@ DECODERS: dict[str, Callable[[Node], Operator | Split]] = {
     "PADV2": _padv2,
     "SQUEEZE": _axes_only,
     "EXPAND_DIMS": _axes_only,
+    "ARG_MAX": _arg_max,
 }
 
 

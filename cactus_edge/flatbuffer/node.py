@@ -6,6 +6,7 @@ TensorFlow Lite.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from cactus_edge.flatbuffer import schema
 from cactus_edge.flatbuffer.packing import unpack_int4
 from cactus_edge.flatbuffer.wire import Place, Table
 from cactus_edge.graph import Activation, Padding, Tensor, Weights
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +138,14 @@ class Node:
             raise self.place.malformed(f"{count} weight scales for {channels} channels")
         allowed = (axis,) if count > 1 else (0, axis)
         if constant.quantized_dimension not in allowed:
-            raise self.place.malformed(
-                f"weights are quantized along dimension {constant.quantized_dimension}, not {axis}"
+            # Old converters wrote it; TFLite Micro never looks, and the number of scales is right.
+            text = f"dimension {constant.quantized_dimension}, not {axis}; read along {axis}"
+            _log.warning(
+                "%s",
+                self.place.message(
+                    f"weights are quantized along {text}, as TFLite Micro does; TFLite and LiteRT "
+                    "refuse the file: write it again with the dimension corrected"
+                ),
             )
         if constant.zero_points.any():
             raise self.place.unsupported(

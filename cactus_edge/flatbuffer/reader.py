@@ -22,7 +22,7 @@ from cactus_edge.flatbuffer.packing import packed_size
 from cactus_edge.flatbuffer.wire import Place, Table, open_root
 from cactus_edge.graph import DType, Graph, Linear, Operator, Quantization, Tensor
 
-_ACTIVATION_TYPES = {"INT8": DType.INT8, "UINT8": DType.UINT8, "FLOAT32": DType.FLOAT32}
+_ACTIVATION_TYPES = {kind: DType[kind] for kind in ("INT8", "UINT8", "FLOAT32", "INT32", "INT64")}
 # The operators of which either operand may be a constant, or any number are activations.
 _TWO, _ANY = ("ADD", "SUB", "MUL"), ("CONCATENATION",)
 _CONSTANT_BYTES = {"INT8": 1, "INT32": 4}
@@ -107,9 +107,20 @@ def _refuse(table: Table, *names: str) -> None:
 
 # ------------------------------------------------------------------------------------------ tensors
 def _buffer(table: Table) -> npt.NDArray[np.uint8]:
-    if table.integer("offset") or table.integer("size"):
-        raise table.place.unsupported("its data lies outside the flatbuffer")
-    return table.array("data")
+    """The bytes of a buffer, which may lie behind the flatbuffer, at an offset of the file."""
+    offset, size = table.integer("offset"), table.integer("size")
+    inside = table.array("data")
+    if offset < 2:  # 0 and 1 stand for none
+        if size:
+            raise table.place.malformed(f"{size} bytes at no offset")
+        return inside
+    whole = table.file.data
+    if len(inside) or offset + size > len(whole):
+        raise table.place.malformed(
+            f"{size} bytes at offset {offset} of {len(whole)}, and {len(inside)} in the table"
+        )
+    table.file.spend(size, table.place)
+    return np.frombuffer(whole, np.uint8, size, offset)
 
 
 @dataclass(frozen=True, eq=False)

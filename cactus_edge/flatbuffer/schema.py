@@ -132,6 +132,7 @@ TABLES: dict[str, dict[str, Field]] = {
         "shrink_axis_mask int32, offset bool"
     ),
     "ReducerOptions": _fields("keep_dims bool"),
+    "ArgMaxOptions": _fields("output_type int8"),
     "SqueezeOptions": _fields("squeeze_dims [int32]"),
 }
 
@@ -187,6 +188,7 @@ _KINDS = (
     _kind("MEAN", 2, 4, "ReducerOptions"),
     _kind("SQUEEZE", 1, 2, "SqueezeOptions"),
     _kind("EXPAND_DIMS", 1, 1, "ExpandDimsOptions"),
+    _kind("ARG_MAX", 2, 3, "ArgMaxOptions"),
 )
 # The version alone makes LiteRT 2.3 leave this one to another kernel, which rounds differently.
 DIVERGENT_VERSIONS = (("FULLY_CONNECTED", 8),)

@@ -17,6 +17,7 @@ from cactus_edge.errors import InvalidGraphError, UnsupportedModelError
 from cactus_edge.graph import (
     Activation,
     Add,
+    ArgMax,
     Conv2D,
     DType,
     FullyConnected,
@@ -52,7 +53,11 @@ def check(graph: Graph) -> None:
             f"{len(graph.operators)} operators; files of up to {MOST_OPERATORS} are supported"
         )
     computed = _away_from_quantize(graph)
+    # An index is no logit; nor is it computed where only a part of the operators is left.
+    logits = {op.output for op in graph.operators if not isinstance(op, ArgMax)}
     for index, tensor in enumerate(graph.tensors):
+        if tensor.dtype.is_wide and index not in logits:
+            continue
         _check_tensor(tensor, uint8=index not in computed)
     for index, op in enumerate(graph.operators):
         _check_operator(graph, op, f"operator {index} ({op.kind} '{op.name}')")

@@ -81,7 +81,7 @@ class Worker:
         outputs: list[Int64Array] = []
         answer = json.loads(line)
         for shape, dtype in zip(answer["shapes"], answer["dtypes"], strict=True):
-            size = int(np.prod(shape))
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
             outputs.append(np.frombuffer(raw[:size], dtype).reshape(shape).astype(np.int64))
             raw = raw[size:]
         return outputs
