@@ -224,7 +224,8 @@ class Backward:
             into += weights[top : top + height, left : left + width, before : before + channels]
             _summed(into)
             return 0
-        assert isinstance(op, MaxPool2D)
+        if not isinstance(op, MaxPool2D):
+            raise Refused(f"a linear bound through {op.kind}, which has none")
         return self._maximum(op, weights, into)
 
     def _maximum(self, op: MaxPool2D, weights: Int64Array, into: Int64Array) -> int:

@@ -16,6 +16,7 @@ from cactus_edge.errors import UsageError
 from cactus_edge.fault_report import Report
 from cactus_edge.graph import Graph, Int64Array, Linear, Pad, Requantization
 from cactus_edge.inputs import Perturbation
+from cactus_edge.operators import Lookup, Mean, Move, Pair
 from cactus_edge.semantics import Rounding
 
 _TOOL = re.compile(r"cactus-edge [0-9A-Za-z.+-]{1,40}")
@@ -85,6 +86,10 @@ def layers(report: Report, graph: Graph) -> Iterator[str]:
     if not 0 <= faults.bias_bits <= 32 or not (bits or faults.bias_bits):
         yield f"faults: {faults.bias_bits} bias bits and {len(bits)} weight bits"
         return
+    for op in graph.core:
+        if isinstance(op, (Lookup, Pair, Mean, Move)):
+            yield f"model: faults are not certified beside {op.kind} '{op.name}'"
+            return
     known = {i for i, op in enumerate(graph.operators) if isinstance(op, Linear)}
     indices = list(faults.layers)
     if not indices or len(set(indices)) != len(indices) or not set(indices) <= known:

@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 
 from cactus_edge import tables
-from cactus_edge.graph import ArgMax, DType, Graph, Operator
+from cactus_edge.graph import ArgMax, DType, Graph, Operator, sixes
 from cactus_edge.operators import (
     LEVELS,
     Combination,
@@ -68,6 +68,16 @@ def function_output(graph: Graph, op: Operator) -> str:
     target = graph.tensors[op.output]
     fits = wanted is None or unary.table is not None or target.quantization == wanted
     return "" if fits else f"'{target.name}' has another"
+
+
+@_rule(Unary)
+def relu6_is_the_same_everywhere(graph: Graph, op: Operator) -> str:
+    """RELU6 only at output scales at which all runtimes round a stored 6 to one integer."""
+    target = graph.tensors[op.output]
+    if cast(Unary, op).function is not Function.RELU6 or target.quantization is None:
+        return ""
+    limits = {min(six, target.dtype.range[1]) for six in sixes(target)}
+    return "" if len(limits) == 1 else f"{min(limits)} or {max(limits)}"
 
 
 @_rule(WithConstant)

@@ -368,6 +368,8 @@ def resolve(graph: Graph, name: str = DEFAULT) -> Graph:
 
 def _tabled(graph: Graph, op: Lookup | Pair, profile: Profile) -> Operator:
     """``op`` with the table of a profile."""
+    if not tables.rescales(graph, op):
+        return tables.resolved(graph, op, Arithmetic.TFLITE)
     if profile.arithmetic is None:
         raise InvalidGraphError(
             f"{op.kind} '{op.name}': how {profile.summary} computes it was not measured"

@@ -45,6 +45,21 @@ def resolved(graph: Graph, op: Lookup | Pair, arithmetic: Arithmetic) -> Lookup 
         raise InvalidGraphError(f"{op.kind} '{op.name}': {error}") from None
 
 
+def rescales(graph: Graph, op: Lookup | Pair) -> bool:
+    """Whether any rounding is left: not in QUANTIZE and RELU between tensors of one scale.
+
+    Their factor is 1 there, which every arithmetic multiplies by exactly.
+    """
+    if not isinstance(op, Unary):
+        return True
+    source, target = (graph.tensors[i].quantization for i in (op.inputs[0], op.output))
+    if source is None or target is None:
+        return True
+    if op.function is Function.QUANTIZE:
+        return source.scale_bits != target.scale_bits
+    return op.function not in (Function.RELU, Function.RELU6) or source != target
+
+
 def depends_on_position(graph: Graph, op: Lookup | Pair) -> bool:
     """Whether ``lookups.early_shift_agrees`` fails: an ADD that LiteRT rounds by position.
 

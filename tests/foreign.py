@@ -454,6 +454,21 @@ def expanded(file: File) -> int:
     return file.conv(file.moved("EXPAND_DIMS", [wide, again], (1, 1, 1, 12)), 5, (1, 1))
 
 
+@model
+def flattened_by_its_shape(file: File) -> int:
+    """Keras' Flatten where the batch was free: the new shape is computed from the old one."""
+    layer = file.conv(file.input(), 4)
+    size = HEIGHT * WIDTH * 4
+    shape = file.op("SHAPE", [layer], (4,), None, {"out_type": 2}, "INT32")
+    ends = [file.list_of(value) for value in (0, 1, 1)]
+    masks = {"shrink_axis_mask": 1}
+    batch = file.op("STRIDED_SLICE", [shape, *ends], (), None, masks, "INT32")
+    rest = file.tensor((), None, "INT32", np.array(-1, np.int32))
+    packed = {"values_count": 2, "axis": 0}
+    wanted = file.op("PACK", [batch, rest], (2,), None, packed, "INT32")
+    return file.dense(file.moved("RESHAPE", [layer, wanted], (1, size)))
+
+
 # ---------------------------------------------------------------------- means
 def _mean(keep: bool) -> None:
     def build(file: File) -> int:

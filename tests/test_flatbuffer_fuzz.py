@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from cactus_edge.errors import UnsupportedModelError
 from cactus_edge.flatbuffer import read_tflite, write_tflite
+from tests.foreign import FAMILY, made
 
 CASES_PER_FILE = 350
 
@@ -102,6 +103,18 @@ def test_corrupted_offsets(index: int) -> None:
         struct.pack_into("<I", damaged, 4 * int(position), value)
         tally[examine(bytes(damaged)).accepted] += 1
     assert tally[False] > tally[True] // 4
+
+
+def test_replaced_bytes_of_other_converters() -> None:
+    rng = np.random.default_rng(400)
+    files = [made(name, 0) for name in FAMILY]
+    tally: Counter[bool] = Counter()
+    for case in range(5 * len(files)):
+        damaged = bytearray(files[case % len(files)])
+        for position in rng.integers(0, len(damaged), int(rng.integers(1, 4))).tolist():
+            damaged[position] = int(rng.integers(0, 256))
+        tally[examine(bytes(damaged)).accepted] += 1
+    assert min(tally[True], tally[False]) > len(files) // 2
 
 
 def test_swapped_blocks() -> None:

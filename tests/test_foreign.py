@@ -8,7 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cactus_edge import check_bounds, constraints, constraints_imported, lookups, profiles
+from cactus_edge import (
+    check_bounds,
+    constraints,
+    constraints_imported,
+    lookups,
+    profiles,
+    tables,
+)
 from cactus_edge.certify import Request
 from cactus_edge.certify.attack import Settings
 from cactus_edge.certify.attack_network import Network, transposed
@@ -45,8 +52,9 @@ from firmware_sim import run_host
 from tests.certificates import certified, checked, encoded
 from tests.foreign import CHANNELS, FAMILY, INPUT, File, made, pattern
 
-# What TFLite and LiteRT refuse to load, and TFLite Micro to run.
-NO_BIAS, WIDE_INDEX = "convolution_without_bias", "arg_max_int64"
+# What some runtimes do not load or run at all.
+NO_BIAS, WIDE_INDEX, SHAPED = "convolution_without_bias", "arg_max_int64", "flattened_by_its_shape"
+REFUSED_BY = {"TFLite Micro": {WIDE_INDEX}, "tflite XNNPACK": {NO_BIAS, SHAPED}}
 RUNTIMES = tuple(peer for peer in peers() if peer.extra == "runtimes")
 # Described by neither of the profiles that are compared here, see ``profiles``.
 UNDESCRIBED = {"mean", "mean_keeping_dimensions", "residual"}
@@ -85,8 +93,9 @@ def compared(peer: Peer, seed: int, samples: int, layers: int) -> Iterator[tuple
     names: list[str] = []
     for name in FAMILY:
         graph = graph_of(name, seed)
-        micro = peer.name == "TFLite Micro"
-        if name == (WIDE_INDEX if micro else NO_BIAS) or peer.profile in profiles.uncovered(graph):
+        if name in REFUSED_BY.get(peer.name, {NO_BIAS}) or peer.profile in profiles.uncovered(
+            graph
+        ):
             continue
         if (graph.input, graph.output) == (graph.core_input, graph.logits) or _decides(graph):
             files[id(graph)] = made(name, seed)
@@ -110,7 +119,7 @@ def test_every_runtime_computes_every_layer(peer: Peer) -> None:
     found = list(compared(peer, 0, 6, 3))
     assert [(name, wrong) for name, _, wrong in found if wrong] == []
     seen = {name for name, _, _ in found}
-    missing = set(FAMILY) - seen - {NO_BIAS, WIDE_INDEX, "relu_n1_to_1"}
+    missing = set(FAMILY) - seen - REFUSED_BY.get(peer.name, {NO_BIAS}) - {"relu_n1_to_1"}
     assert missing <= UNDESCRIBED and len(seen) >= 40
 
 
@@ -217,6 +226,17 @@ def test_arithmetics_differ_where_they_should(
     source, target = (decode_float32(pattern(s)) for s in (0.02, 0.08))
     first, second = (lookups.requantize(x, source, target, a) for a in (arithmetic, other))
     assert (first != second).any() and np.abs(first - second).max() == 1
+
+
+@pytest.mark.parametrize("name", ["unsigned_input", "unsigned_output", "relu6"])
+def test_what_rounds_nothing_is_covered_by_every_profile(name: str) -> None:
+    graph = graph_of(name)
+    assert profiles.uncovered(graph) == {}
+    index, op = next((i, op) for i, op in enumerate(graph.operators) if isinstance(op, Unary))
+    for arithmetic in lookups.Arithmetic:
+        resolved = profiles.resolve(graph, profiles.DEFAULT).operators[index]
+        assert isinstance(resolved, Lookup) and resolved.table is not None
+        assert np.array_equal(tables.resolved(graph, op, arithmetic).table, resolved.table)
 
 
 # ---------------------------------------------------------------------- certificates and attacks
@@ -362,6 +382,10 @@ def _kept_channels(file: File) -> int:
     return file.dense(layer, keep=True)
 
 
+def _wide_shape(file: File) -> int:
+    return file.op("SHAPE", [file.input()], (4,), None, {"out_type": 4}, "INT64")
+
+
 REFUSED: list[tuple[Callable[[File], int], str]] = [
     (_shuffled, "the batch must be 1"),
     (_rank, "permutation .* of 4 dimensions"),
@@ -373,6 +397,7 @@ REFUSED: list[tuple[Callable[[File], int], str]] = [
     (_negative_slope, "alpha that is not a positive"),
     (_other_padding, "a padding other than the zero point"),
     (_unsigned_inside, "uint8 beside int8 weights"),
+    (_wide_shape, "SHAPE.*of other than int32 shapes"),
     (_kept_channels, "reshape behind the layer"),
 ]
 

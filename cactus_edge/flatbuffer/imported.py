@@ -345,6 +345,11 @@ def _arg_max(node: Node) -> Operator:
     return ArgMax(name=node.name("/axis"), inputs=node.inputs, output=node.output)
 
 
+def _unknown_shape(node: Node) -> Operator:
+    """What ``folding`` has left."""
+    raise node.place.unsupported("of other than int32 shapes, which are known beforehand")
+
+
 DECODERS: dict[str, Callable[[Node], Operator | Split]] = {
     **{function.value: _unary for function in Function if function is not Function.QUANTIZE},
     "ADD": combination,
@@ -359,6 +364,8 @@ DECODERS: dict[str, Callable[[Node], Operator | Split]] = {
     "SQUEEZE": _axes_only,
     "EXPAND_DIMS": _axes_only,
     "ARG_MAX": _arg_max,
+    "SHAPE": _unknown_shape,
+    "PACK": _unknown_shape,
 }
 
 

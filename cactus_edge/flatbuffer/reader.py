@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from cactus_edge import constraints, scales
 from cactus_edge.errors import InvalidGraphError, UnsupportedModelError
-from cactus_edge.flatbuffer import schema, storable
+from cactus_edge.flatbuffer import folding, schema, storable
 from cactus_edge.flatbuffer.imported import Split
 from cactus_edge.flatbuffer.node import Constant, Node
 from cactus_edge.flatbuffer.operators import decode
@@ -68,10 +68,12 @@ def _graph(model: Table) -> Graph:
             f"{len(operators)} operators; up to {storable.MOST_OPERATORS} are supported"
         )
     codes = model.tables("operator_codes", "operator code")
-    lookup = _Lookup(place, tensors, [_kind_or_error(code) for code in codes])
+    kinds = [_kind_or_error(code) for code in codes]
+    tensors, computing = _without_shapes(tensors, operators, kinds)
+    lookup = _Lookup(place, tensors, kinds)
     metadata = _metadata(model, buffers)
     decoded, extras = _flattened(
-        [lookup.operator(index, table) for index, table in enumerate(operators)],
+        [lookup.operator(index, operators[index]) for index in computing],
         len(lookup.activations),
     )
     widths = [value for entry, value in metadata if entry == storable.BITS_ENTRY]
@@ -142,8 +144,9 @@ def _tensor(table: Table, buffers: Sequence[npt.NDArray[np.uint8]]) -> _Entry:
     if index >= len(buffers):
         raise place.malformed(f"buffer {index} does not exist, there are {len(buffers)}")
     data = buffers[index] if index else buffers[0]
-    shape = _shape(table, place, scalar=len(data) > 0)
     code = table.integer("type")
+    scalar = len(data) > 0 or code == schema.TYPE_CODES["INT32"]
+    shape = _shape(table, place, scalar=scalar)
     if code not in schema.TYPE_NAMES:
         raise place.unsupported(f"tensor type {code} is unknown")
     kind = schema.TYPE_NAMES[code]
@@ -248,6 +251,40 @@ def _kind_or_error(table: Table) -> schema.Kind | UnsupportedModelError:
     return UnsupportedModelError(
         f"operator {name} is not supported; supported: {', '.join(schema.KINDS)}"
     )
+
+
+def _without_shapes(
+    entries: Sequence[_Entry],
+    operators: Sequence[Table],
+    kinds: Sequence[schema.Kind | UnsupportedModelError],
+) -> tuple[list[_Entry], list[int]]:
+    """The tensors with shapes that are computed as constants, and the operators that are left."""
+    found, left = list(entries), list[int]()
+    for index, table in enumerate(operators):
+        code = table.integer("opcode_index")
+        kind = kinds[code] if code < len(kinds) else None
+        inputs, outputs = table.integers("inputs"), table.integers("outputs")
+        known = all(0 <= i < len(found) for i in (*inputs, *outputs)) and len(outputs) == 1
+        if not isinstance(kind, schema.Kind) or kind.name not in folding.FOLDED or not known:
+            left.append(index)
+            continue
+        place = table.place.at(f"operator {index} ({kind.name})")
+        given = [found[i] for i in inputs]
+        shapes = [(e.activation or e.constant).shape for e in given]  # pyright: ignore
+        constants = [entry.constant for entry in given]
+        values = folding.folded(kind.name, _options(table, kind, place), shapes, constants)
+        target = found[outputs[0]]
+        if values is None or target.activation is None or target.activation.dtype != DType.INT32:
+            left.append(index)
+            continue
+        name, wanted = target.activation.name, target.activation.shape
+        if wanted != values.shape:
+            raise place.malformed(f"gives {list(values.shape)}, its output is {list(wanted)}")
+        data = np.frombuffer(values.astype("<i4").tobytes(), np.uint8)
+        none = np.zeros(0, np.uint32), np.zeros(0, np.int64)
+        constant = Constant(name, "INT32", values.shape, data, *none)
+        found[outputs[0]] = _Entry(target.place, None, constant)
+    return found, left
 
 
 class _Lookup:

@@ -132,6 +132,8 @@ TABLES: dict[str, dict[str, Field]] = {
         "shrink_axis_mask int32, offset bool"
     ),
     "ReducerOptions": _fields("keep_dims bool"),
+    "ShapeOptions": _fields("out_type int8"),
+    "PackOptions": _fields("values_count int32, axis int32"),
     "ArgMaxOptions": _fields("output_type int8"),
     "SqueezeOptions": _fields("squeeze_dims [int32]"),
 }
@@ -189,6 +191,8 @@ _KINDS = (
     _kind("SQUEEZE", 1, 2, "SqueezeOptions"),
     _kind("EXPAND_DIMS", 1, 1, "ExpandDimsOptions"),
     _kind("ARG_MAX", 2, 3, "ArgMaxOptions"),
+    _kind("SHAPE", 1, 1, "ShapeOptions"),
+    _kind("PACK", 1, 4, "PackOptions"),
 )
 # The version alone makes LiteRT 2.3 leave this one to another kernel, which rounds differently.
 DIVERGENT_VERSIONS = (("FULLY_CONNECTED", 8),)
