@@ -22,6 +22,7 @@ from cactus_edge.operators import (
     Mean,
     Move,
     Pair,
+    Rows,
     StridedSlice,
     Transpose,
     Unary,
@@ -139,6 +140,15 @@ def mean_is_a_sum(graph: Graph, op: Operator) -> str:
     values = mean.weights.values
     fits = values.shape == (1, *source[1:]) and bool((values == 1).all()) and not mean.bias.any()
     return "" if fits else f"input {list(source)}, window {list(values.shape[1:3])}"
+
+
+@_rule(Rows)
+def rows_are_pixels(graph: Graph, op: Operator) -> str:
+    """FULLY_CONNECTED on more than one row has one weight scale, and int8 weights."""
+    layer = cast(Rows, op)
+    fits = layer.weights.values.shape[1:3] == layer.stride == layer.dilation == (1, 1)
+    fits &= not layer.weights.per_channel and layer.weights.bits > 4
+    return "" if fits else f"{layer.weights.scale_bits.size} scales, {layer.weights.bits} bits"
 
 
 @_rule(Move)

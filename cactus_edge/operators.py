@@ -14,6 +14,7 @@ import numpy as np
 from cactus_edge.graph import (
     Activation,
     Add,
+    Conv2D,
     DepthwiseConv2D,
     Graph,
     Int8Array,
@@ -131,6 +132,16 @@ class Mean(DepthwiseConv2D):
     def kind(self) -> str:
         """MEAN."""
         return "MEAN"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rows(Conv2D):
+    """FULLY_CONNECTED on every pixel of its input: a 1x1 convolution, rounded as that layer is."""
+
+    @property
+    def kind(self) -> str:
+        """FULLY_CONNECTED."""
+        return "FULLY_CONNECTED"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

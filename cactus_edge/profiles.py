@@ -32,7 +32,7 @@ from cactus_edge.graph import (
     window_geometry,
 )
 from cactus_edge.lookups import Arithmetic, early_shift_agrees
-from cactus_edge.operators import TABLED, Lookup, Mean, Pair
+from cactus_edge.operators import TABLED, Lookup, Mean, Pair, Rows
 from cactus_edge.scales import ScaleArithmetic
 from cactus_edge.semantics import AddRounding, Rounding
 
@@ -236,11 +236,11 @@ def methods(op: Linear, profile: Profile) -> tuple[tuple[int, Method], ...]:
     channels = op.channels
     packed = op.weights.bits <= 4
     fallback = PROFILES[profile.packed] if profile.packed else None
-    if isinstance(op, FullyConnected):
-        depth = op.weights.values.shape[1]
+    if isinstance(op, (FullyConnected, Rows)):
+        depth = op.weights.values.shape[-1]
         if fallback and packed and (depth % 2 or not profile.packed_fully_connected):
             return methods(op, fallback)
-        if profile.vector and channels >= 4 and depth >= 16:
+        if isinstance(op, FullyConnected) and profile.vector and channels >= 4 and depth >= 16:
             return ((channels, profile.vector),)
         return ((channels, profile.fully_connected[per_channel]),)
     if fallback and packed:

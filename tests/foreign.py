@@ -212,6 +212,13 @@ class File:
         options: dict[str, object] = {"fused_activation_function": 0, "keep_num_dims": int(keep)}
         return self.linear(source, "FULLY_CONNECTED", (outputs, depth), output, options, **how)
 
+    def rows(self, source: int, outputs: int) -> int:
+        """FULLY_CONNECTED of every row."""
+        shape = self.shapes[source]
+        options: dict[str, object] = {"fused_activation_function": 1, "keep_num_dims": 1}
+        weights, output = (outputs, shape[-1]), (*shape[:-1], outputs)
+        return self.linear(source, "FULLY_CONNECTED", weights, output, options, per_channel=False)
+
     def unary(self, kind: str, source: int, scale: Scale | None = None, **options: object) -> int:
         target = self.scale() if scale is None else scale
         return self.op(kind, [source], self.shapes[source], target, options or None)
@@ -525,6 +532,17 @@ def kept_dimensions(file: File) -> int:
     layer = file.conv(file.input(), 8)
     pooled = file.pool("AVERAGE_POOL_2D", layer, (HEIGHT, WIDTH), padding=1)
     return file.dense(pooled, keep=True, per_channel=False)
+
+
+@model
+def rows_of_three_dimensions(file: File) -> int:
+    source = file.input((1, 7, 12))
+    return file.dense(file.rows(file.rows(source, 9), 17))
+
+
+@model
+def rows_of_four_dimensions(file: File) -> int:
+    return file.dense(file.rows(file.conv(file.input(), 20), 8))
 
 
 @model

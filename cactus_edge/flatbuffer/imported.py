@@ -35,6 +35,7 @@ from cactus_edge.operators import (
     Function,
     Mean,
     Pair,
+    Rows,
     StridedSlice,
     Transpose,
     Unary,
@@ -42,23 +43,29 @@ from cactus_edge.operators import (
 )
 
 _ONE_BITS = 0x3F800000
-_EXTRA = -1
 
 
 @dataclass(frozen=True)
 class Split:
-    """A file's operator that is two of a graph, with a tensor between them.
+    """A file's operator that is several of a graph, with tensors between them.
 
-    ``first`` writes tensor -1 and ``second`` reads it: ``extra``, which the reader numbers.
+    ``extras`` are those tensors, which the reader numbers; tensor -1 stands for the first of them,
+    -2 for the second.
     """
 
-    first: Operator
-    extra: Tensor
-    second: Operator
+    operators: tuple[Operator, ...]
+    extras: tuple[Tensor, ...]
 
-    def numbered(self, index: int) -> tuple[Operator, Operator]:
-        """Both operators, ``extra`` being tensor ``index``."""
-        return replace(self.first, output=index), replace(self.second, inputs=(index,))
+    def numbered(self, index: int) -> list[Operator]:
+        """The operators, the first of ``extras`` being tensor ``index``."""
+
+        def of(tensor: int) -> int:
+            return tensor if tensor >= 0 else index - 1 - tensor
+
+        return [
+            replace(op, inputs=tuple(map(of, op.inputs)), output=of(op.output))
+            for op in self.operators
+        ]
 
 
 def reshaped(node: Node, first: Operator, shape: tuple[int, ...]) -> Operator | Split:
@@ -67,8 +74,20 @@ def reshaped(node: Node, first: Operator, shape: tuple[int, ...]) -> Operator | 
     if target.shape == shape:
         return first
     extra = replace(target, name=f"{target.name}/{first.kind.lower()}", shape=shape)
-    second = Reshape(name=target.name, inputs=(_EXTRA,), output=node.output)
-    return Split(replace(first, output=_EXTRA), extra, second)
+    second = Reshape(name=target.name, inputs=(-1,), output=node.output)
+    return Split((replace(first, output=-1), second), (extra,))
+
+
+def rows(node: Node, layer: Rows) -> Operator | Split:
+    """``layer`` between two RESHAPEs, where the file's tensors have three dimensions."""
+    source, target = node.source, node.target
+    if len(source.shape) == 4:
+        return layer
+    before = replace(source, name=f"{target.name}/rows", shape=(1, *source.shape))
+    after = replace(target, name=f"{target.name}/layer", shape=(1, *target.shape))
+    first = Reshape(name=before.name, inputs=node.inputs, output=-1)
+    last = Reshape(name=target.name, inputs=(-2,), output=node.output)
+    return Split((first, replace(layer, inputs=(-1,), output=-2), last), (before, after))
 
 
 # ------------------------------------------------------------------------------------------ encode

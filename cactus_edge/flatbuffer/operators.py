@@ -11,6 +11,7 @@ Source: ``kernels/conv.cc``, ``depthwise_conv.cc``, ``fully_connected.cc``, ``re
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -39,8 +40,9 @@ from cactus_edge.graph import (
     Quantize,
     Reshape,
     Softmax,
+    Weights,
 )
-from cactus_edge.operators import Mean
+from cactus_edge.operators import Mean, Rows
 
 _ONE_BITS = 0x3F800000  # the pattern of 1 in float32
 
@@ -58,6 +60,8 @@ def encode(graph: Graph, op: Operator) -> Encoded:
     match op:
         case Mean():
             return Encoded(*imported.encode(graph, op))
+        case Rows():
+            return Encoded({**_fused(graph, op), "keep_num_dims": 1}, _rows_constants(graph, op))
         case Conv2D():
             return Encoded(_window_options(graph, op), _linear_constants(graph, op))
         case FullyConnected():
@@ -99,6 +103,11 @@ def _window_options(graph: Graph, op: Conv2D) -> dict[str, object]:
     if isinstance(op, DepthwiseConv2D):
         options["depth_multiplier"] = op.channels // graph.tensors[op.inputs[0]].shape[3]
     return options
+
+
+def _rows_constants(graph: Graph, op: Rows) -> list[Constant]:
+    weights, bias = _linear_constants(graph, op)
+    return [replace(weights, shape=(op.channels, op.weights.values.shape[3])), bias]
 
 
 def _octets(values: npt.NDArray[np.int8] | npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
@@ -193,11 +202,9 @@ def _fully_connected(node: Node) -> Operator | Split:
         raise node.place.unsupported("a quant_spec")
     weights = node.weights(2, 0)
     channels, depth = weights.values.shape
-    if node.source.size != depth:
-        raise node.place.unsupported(
-            f"rows of {depth} in an input {list(node.source.shape)}; one row is supported"
-        )
     kept = node.integer("keep_num_dims") != 0
+    if node.source.size != depth:
+        return _rows(node, weights, kept)
     wanted = (*node.source.shape[:-1], channels) if kept else (1, channels)
     if node.target.shape != wanted:
         raise node.place.malformed(f"its output is {list(node.target.shape)}, not {list(wanted)}")
@@ -215,6 +222,28 @@ def _fully_connected(node: Node) -> Operator | Split:
         activation=node.activation(),
     )
     return reshaped(node, op, (1, channels))
+
+
+def _rows(node: Node, weights: Weights, kept: bool) -> Operator | Split:
+    """More rows than one, which are pixels."""
+    shape, (channels, depth) = node.source.shape, weights.values.shape
+    if not kept or shape[-1] != depth or len(shape) not in (3, 4) or weights.per_channel:
+        raise node.place.unsupported(
+            f"rows of {depth} in an input {list(shape)}; more than one row is supported with "
+            "keep_num_dims, 3 or 4 dimensions and one weight scale"
+        )
+    if node.target.shape != (*shape[:-1], channels):
+        raise node.place.malformed(f"its output is {list(node.target.shape)}")
+    pixels = replace(weights, values=weights.values.reshape(channels, 1, 1, depth))
+    layer = Rows(
+        name=node.name("/weight"),
+        inputs=node.inputs,
+        output=node.output,
+        weights=pixels,
+        bias=node.bias(weights, channels),
+        activation=node.activation(),
+    )
+    return imported.rows(node, layer)
 
 
 def _pool(node: Node) -> Operator:

@@ -95,7 +95,7 @@ def _flattened(
     for op in decoded:
         if isinstance(op, Split):
             operators += op.numbered(count + len(extras))
-            extras.append(op.extra)
+            extras += op.extras
         else:
             operators.append(op)
     return operators, extras
