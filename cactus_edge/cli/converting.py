@@ -113,7 +113,9 @@ def convert(
     }
     if source.suffix != ".onnx":
         _refuse(of_onnx, source, ".onnx files")
-        _convert_run(source, output, bits, sparsity or 0.0, member, eps, universal, force, as_json)
+        _convert_run(
+            source, output, bits, sparsity or 0.0, member, eps, universal, clipping, force, as_json
+        )
         return
     _refuse({"--sparsity": sparsity, "--member": member}, source, "runs")
     if calibration is None:
