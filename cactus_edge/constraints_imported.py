@@ -21,6 +21,7 @@ from cactus_edge.operators import (
     Lookup,
     Mean,
     Move,
+    PadAxes,
     Pair,
     Rows,
     StridedSlice,
@@ -159,6 +160,18 @@ def move_quantization(graph: Graph, op: Operator) -> str:
         if (source.dtype, source.quantization) != (target.dtype, target.quantization):
             return f"'{source.name}' and '{target.name}' differ"
     return ""
+
+
+@_rule(PadAxes)
+def pad_axes_shape(graph: Graph, op: Operator) -> str:
+    """Any axis but the batch is padded, with the zero point."""
+    paddings = cast(PadAxes, op).paddings
+    source, target = graph.tensors[op.inputs[0]].shape, graph.tensors[op.output].shape
+    fits = len(paddings) == len(source) == len(target) and paddings[0] == (0, 0)
+    if fits:
+        extents = zip(source, target, paddings, strict=True)
+        fits = all(min(pair) >= 0 and e + sum(pair) == t for e, t, pair in extents)
+    return "" if fits else f"{list(source)} -> {list(target)} by {paddings}"
 
 
 @_rule(Transpose)

@@ -57,15 +57,16 @@ def multiplier(real: Binary) -> tuple[int, int]:
     A negative ``shift`` is one to the left, before the product.
 
     Raises:
-        InvalidGraphError: the factor is 2**16 or more, beyond what an int8 difference can take.
+        InvalidGraphError: the factor is 2**15 or more, beyond what a product of two int8
+            differences can take in int32.
     """
     width = real.significand.bit_length()
     significand, exponent = real.significand << (53 - width), real.exponent + width
     found = (significand + (1 << 21)) >> 22
     if found == 1 << 31:
         found, exponent = 1 << 30, exponent + 1
-    if exponent > 16:
-        raise InvalidGraphError("the ratio of scales is 65536 or more; rescale the model")
+    if exponent > 15:
+        raise InvalidGraphError("the ratio of scales is 32768 or more; rescale the model")
     return (0, 0) if exponent < -31 else (found, -exponent)
 
 
@@ -220,15 +221,19 @@ def product(
     """MUL of differences from the zero points.
 
     Raises:
-        InvalidGraphError: a factor outside [2**-31, 1).
+        InvalidGraphError: a factor that the runtime does not take.
     """
     width = 64 if arithmetic is Arithmetic.MICRO else 32
     real = scales.divide(scales.multiply(*sources, width), target, width)
-    fixed = arithmetic is not Arithmetic.XNNPACK
-    if not fixed and real.fraction() < Fraction(1, 1 << 16):
-        raise InvalidGraphError("XNNPACK takes products of scales above 2**-16 output scales")
-    rounding = Rounding.DOUBLE_HALF_AWAY if fixed else Rounding.FLOAT32
-    return semantics.REQUANTIZE[rounding](a * b, *scales.parameters(rounding, real))
+    if arithmetic is not Arithmetic.XNNPACK:
+        factor = multiplier(real)
+        if arithmetic is Arithmetic.TFLITE_HALF_UP and factor[1] < 0:
+            raise InvalidGraphError("LiteRT's optimized MUL goes wrong with factors of 1 and more")
+        return scaled(a * b, factor)
+    if not Fraction(1, 1 << 16) <= real.fraction() < 256:
+        raise InvalidGraphError("XNNPACK takes products of scales from 2**-16 to 256 output scales")
+    rule = semantics.REQUANTIZE[Rounding.FLOAT32]
+    return rule(a * b, real.significand, -real.exponent)
 
 
 def total(

@@ -23,6 +23,7 @@ from cactus_edge.graph import (
 from cactus_edge.operators import (
     Concatenation,
     Mean,
+    PadAxes,
     Pair,
     Rows,
     StridedSlice,
@@ -45,6 +46,7 @@ KINDS: dict[str, type[Operator]] = {
     "SUB, MUL": Pair,
     "MEAN": Mean,
     "FULLY_CONNECTED on several rows": Rows,
+    "PAD of other axes": PadAxes,
     "TRANSPOSE": Transpose,
     "STRIDED_SLICE, SLICE": StridedSlice,
     "CONCATENATION": Concatenation,

@@ -146,7 +146,7 @@ class Rows(Conv2D):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Move(Operator):
-    """What only puts elements elsewhere; see ``sources``."""
+    """What only puts elements elsewhere, and zero points where none lands; see ``sources``."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -189,6 +189,18 @@ class Concatenation(Move):
         return "CONCATENATION"
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PadAxes(Move):
+    """PAD of other axes than height and width; ``paddings`` are (before, after) for each axis."""
+
+    paddings: tuple[tuple[int, int], ...]
+
+    @property
+    def kind(self) -> str:
+        """PAD."""
+        return "PAD"
+
+
 TABLED = (Lookup, Pair)
 
 
@@ -202,7 +214,7 @@ def arity(op: Operator) -> int:
 def sources(graph: Graph, op: Move) -> tuple[tuple[Int64Array, Int64Array], ...]:
     """What a ``Move`` copies: for each input (elements read, elements written), int64 [n] each.
 
-    Together the elements written are all those of the output, each once.
+    No element is written twice; one that is not written holds the zero point.
     """
     shapes = [graph.tensors[index].shape for index in op.inputs]
     target = graph.tensors[op.output]
@@ -216,6 +228,11 @@ def sources(graph: Graph, op: Move) -> tuple[tuple[Int64Array, Int64Array], ...]
                 index = begin + stride * np.arange(target.shape[axis])
                 given = given.take(index, axis=axis)
             return ((given.reshape(-1), written),)
+        case PadAxes():
+            inner = written.reshape(target.shape)
+            for axis, (before, _) in enumerate(op.paddings):
+                inner = inner.take(np.arange(shapes[0][axis]) + before, axis=axis)
+            return ((given.reshape(-1), inner.reshape(-1)),)
         case _:
             assert isinstance(op, Concatenation)
             ends = np.cumsum([shape[op.axis] for shape in shapes])[:-1]
@@ -226,7 +243,7 @@ def sources(graph: Graph, op: Move) -> tuple[tuple[Int64Array, Int64Array], ...]
 def moved(graph: Graph, op: Move, inputs: list[Int64Array]) -> Int64Array:
     """The output [samples, ...] of a ``Move``."""
     target = graph.tensors[op.output]
-    flat = np.empty((len(inputs[0]), target.size), inputs[0].dtype)
+    flat = np.full((len(inputs[0]), target.size), target.zero_point, inputs[0].dtype)
     for values, (read, written) in zip(inputs, sources(graph, op), strict=True):
         flat[:, written] = values.reshape(len(values), -1)[:, read]
     return flat.reshape(-1, *target.shape[1:])

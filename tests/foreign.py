@@ -352,6 +352,16 @@ for _kind in ("ADD", "SUB", "MUL"):
 
 
 @model
+def mul_enlarged(file: File) -> int:
+    """A product whose factor is above 1."""
+    source = file.input()
+    layer = file.conv(source, CHANNELS)
+    scale = file.scales[source][0] * file.scales[layer][0] / 1.7, 3
+    options = {"fused_activation_function": 0}
+    return file.op("MUL", [layer, source], INPUT, scale, options)
+
+
+@model
 def squeeze_and_excite(file: File) -> int:
     features = file.conv(file.input(), 8)
     pooled = file.pool("AVERAGE_POOL_2D", features, (HEIGHT, WIDTH), padding=1)
@@ -442,6 +452,21 @@ def padded_with_a_value(file: File) -> int:
     value = file.tensor((1,), scale, data=np.array([scale[1]], np.int8))
     shape = (1, HEIGHT + 2, WIDTH + 2, 4)
     return file.dense(file.moved("PADV2", [source, rows, value], shape))
+
+
+@model
+def padded_channels(file: File) -> int:
+    source = file.conv(file.input(), 4)
+    table = np.array([[0, 0], [0, 1], [0, 0], [2, 1]], np.int32)
+    rows = file.tensor((4, 2), None, "INT32", table)
+    return file.conv(file.moved("PAD", [source, rows], (1, HEIGHT + 1, WIDTH, 7)))
+
+
+@model
+def padded_features(file: File) -> int:
+    hidden = file.dense(file.input(), 9)
+    rows = file.tensor((2, 2), None, "INT32", np.array([[0, 0], [3, 4]], np.int32))
+    return file.dense(file.moved("PAD", [hidden, rows], (1, 16)))
 
 
 @model

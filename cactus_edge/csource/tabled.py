@@ -6,7 +6,7 @@ import numpy as np
 
 from cactus_edge.csource.text import LayerText, Needs, block, c_type, function
 from cactus_edge.graph import Graph
-from cactus_edge.operators import Lookup, Move, sources
+from cactus_edge.operators import Lookup, Move, PadAxes, sources
 
 
 def lookup(graph: Graph, op: Lookup, index: int, needs: Needs) -> LayerText:
@@ -25,8 +25,11 @@ def lookup(graph: Graph, op: Lookup, index: int, needs: Needs) -> LayerText:
 
 def move(graph: Graph, op: Move, index: int, needs: Needs) -> LayerText:
     """``layer_<index>(input_0, ..., output)``: runs of (read, written, length) of each input."""
-    kind = c_type(graph.tensors[op.output].dtype)
-    text, lines = "", []
+    target = graph.tensors[op.output]
+    kind = c_type(target.dtype)
+    text, lines = "", list[str]()
+    if isinstance(op, PadAxes):
+        lines.append(needs.helper("fill_bytes", "output", target.zero_point, target.size))
     for number, (read, written) in enumerate(sources(graph, op)):
         broken = (np.diff(read) != 1) | (np.diff(written) != 1)
         starts = np.flatnonzero(np.concatenate([[True], broken]))

@@ -34,6 +34,7 @@ from cactus_edge.operators import (
     Concatenation,
     Function,
     Mean,
+    PadAxes,
     Pair,
     Rows,
     StridedSlice,
@@ -338,12 +339,15 @@ def _padv2(node: Node) -> Operator:
     rows: list[list[int]] = paddings.values().tolist()
     if min(min(row) for row in rows) < 0:
         raise node.place.malformed(f"negative paddings {rows}")
-    return Pad(
-        name=node.target.name,
-        inputs=node.inputs,
-        output=node.output,
-        paddings=tuple((before, after) for before, after in rows),
-    )
+    return padded(node, rows)
+
+
+def padded(node: Node, rows: list[list[int]]) -> Operator:
+    """A PAD, whose form says whether other axes than height and width are padded."""
+    paddings = tuple((before, after) for before, after in rows)
+    head = {"name": node.name("/paddings"), "inputs": node.inputs, "output": node.output}
+    plane = len(paddings) == 4 and paddings[0] == paddings[3] == (0, 0)
+    return (Pad if plane else PadAxes)(**head, paddings=paddings)  # pyright: ignore
 
 
 def _axes_only(node: Node) -> Operator:

@@ -42,7 +42,7 @@ from cactus_edge.graph import (
     Softmax,
     Weights,
 )
-from cactus_edge.operators import Mean, Rows
+from cactus_edge.operators import Mean, PadAxes, Rows
 
 _ONE_BITS = 0x3F800000  # the pattern of 1 in float32
 
@@ -71,7 +71,7 @@ def encode(graph: Graph, op: Operator) -> Encoded:
         case Pool2D():
             sizes = {"filter_height": op.window[0], "filter_width": op.window[1]}
             return Encoded({**_fused(graph, op), **_strides(op), **sizes}, [])
-        case Pad():
+        case Pad() | PadAxes():
             paddings = np.array(op.paddings, np.int32)
             return Encoded(None, [imported.int32_constant(f"{op.name}/paddings", paddings)])
         case Reshape():
@@ -271,10 +271,7 @@ def _pad(node: Node) -> Operator:
     rows: list[list[int]] = constant.values().tolist()
     if min(min(row) for row in rows) < 0:
         raise node.place.malformed(f"negative paddings {rows}")
-    paddings = tuple((before, after) for before, after in rows)
-    return Pad(
-        name=node.name("/paddings"), inputs=node.inputs, output=node.output, paddings=paddings
-    )
+    return imported.padded(node, rows)
 
 
 def _reshape(node: Node) -> Operator:
