@@ -318,7 +318,7 @@ def test_export_c_refuses_what_does_not_fit(
 
 
 def test_help_has_an_example_for_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
-    making = ["train", "convert"]
+    making = ["train", "convert", "export-onnx"]
     proving = ["analyze", "certify", "merge", "check", "attack", "supported-ops"]
     verbs = [*making, *proving, "validate", "bench", "simulate", "export-c", "demo"]
     for verb in verbs:

@@ -1,8 +1,8 @@
 """Latency, throughput, start and memory of our runtime beside its peers, on one machine.
 
 timing       the protocol: who takes turns, and how samples become figures
-peers        runtimes behind one interface; ``layers``, ``onnx_model``, ``torch_model`` make
-             their form of a graph
+peers        runtimes behind one interface; ``onnx_io.qdq`` and ``torch_model`` make their
+             form of a graph
 child        start and memory of one runtime in a process of its own
 run          ``benchmark``: all of it for one model
 ceilings     what the machine can do at best; ``roofline`` compares

@@ -4,7 +4,7 @@
     litert-xnnpack   LiteRT as it comes, which hands int8 layers to XNNPACK
     litert-builtin   LiteRT without that
     tflite-runtime   the last release of TensorFlow Lite's own package, as it comes
-    onnxruntime      the same integers as an ONNX model, see ``onnx_model``
+    onnxruntime      the same integers as an ONNX model, see ``onnx_io.qdq``
     torch-ENGINE     the same integers in torch's quantized operators, see ``torch_model``
 
 A peer that is not installed, or that refuses the model, is reported with its reason. Conversion of
@@ -158,7 +158,7 @@ class TFLitePeer:
 
 @dataclass(frozen=True)
 class ONNXPeer:
-    """ONNX Runtime, on the model that ``onnx_model`` makes of the graph."""
+    """ONNX Runtime, on the model that ``onnx_io.qdq`` makes of the graph."""
 
     name: str = "onnxruntime"
     package: str = "onnxruntime"
@@ -167,28 +167,28 @@ class ONNXPeer:
         """A session with all optimizations."""
         import_peer("onnx", "onnx", self.name, extra="onnx")
         module = import_peer("onnxruntime", self.package, self.name, extra="onnx")
-        from cactus_edge.bench import onnx_model
+        from cactus_edge.onnx_io import qdq
 
         options = module.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         # Without it, CPUs that have no VNNI add products with saturation: other integers.
         options.add_session_config_entry("session.x64quantprecision", "1")
-        content = onnx_model.convert(model.graph)
+        content = qdq.convert(model.graph)
         try:
             session = module.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's classes of errors have no public root
             raise ToolError(f"{self.name} cannot load the model: {error}") from None
-        source, target, graph = onnx_model.INPUT, [onnx_model.OUTPUT], model.graph
+        source, target, graph = qdq.INPUT, [qdq.OUTPUT], model.graph
 
         def call(images: Array) -> Array:
             return session.run(target, {source: images})[0]
 
         return Loaded(
-            lambda stored: onnx_model.prepare(graph, stored),
+            lambda stored: qdq.prepare(graph, stored),
             call,
             lambda images: run_in_pieces(call, images),
-            lambda output: onnx_model.finish(graph, output),
+            lambda output: qdq.finish(graph, output),
         )
 
 

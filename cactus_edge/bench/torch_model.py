@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cactus_edge.bench.layers import Edge, Layer, Pool, Step, Sum, byte_offset, flow
 from cactus_edge.errors import ToolError
+from cactus_edge.flow import Edge, Layer, Pool, Step, Sum, byte_offset, flow
 from cactus_edge.graph import Graph
 
 Array = npt.NDArray[np.generic]

@@ -15,6 +15,7 @@ import typer
 import cactus_edge
 from cactus_edge.cli import (
     converting,
+    exporting,
     faults,
     firmware,
     inspecting,
@@ -39,6 +40,7 @@ app = typer.Typer(
 _MODULES = (
     making,
     converting,
+    exporting,
     searching,
     inspecting,
     proving,

@@ -100,8 +100,8 @@ def calibrate(
         for stage, lower, upper in _ends(stages, batch, calibration.epsilon):
             if isinstance(stage, Layer | Sum):
                 seen.setdefault(stage.name, _Seen()).add(lower, upper, batches)
-    relus = {stage.name for stage in stages if isinstance(stage, Layer | Sum) and stage.relu}
-    return {name: _range(found, calibration, name in relus) for name, found in seen.items()}
+    made = [stage for stage in stages if isinstance(stage, Layer | Sum)]
+    return {stage.name: _range(seen[stage.name], calibration, stage) for stage in made}
 
 
 def _ends(
@@ -112,7 +112,8 @@ def _ends(
     return run_bounds(stages, (batch - epsilon).clip(0, 1), (batch + epsilon).clip(0, 1))
 
 
-def _range(seen: _Seen, calibration: Calibration, relu: bool) -> Range:
+def _range(seen: _Seen, calibration: Calibration, stage: Layer | Sum) -> Range:
+    relu = stage.relu
     lower, upper = np.concatenate(seen.lower), np.concatenate(seen.upper)
     low, high = (0.0 if relu else seen.least), seen.greatest
     if calibration.method == "percentile":
@@ -122,7 +123,17 @@ def _range(seen: _Seen, calibration: Calibration, relu: bool) -> Range:
     elif calibration.method == "mse":
         values = np.concatenate([lower, upper]) if calibration.epsilon else upper
         low, high = min(_shares(low, high), key=lambda ends: _error(values, *ends))
-    return Range(low, max(high, low + _SMALLEST))
+    if high - low < _SMALLEST:
+        return Range(low, low + max(_SMALLEST, _magnitude(stage)))
+    return Range(low, high)
+
+
+def _magnitude(stage: Layer | Sum) -> float:
+    """What a layer whose outputs all vanish could yield; its weights and biases need such steps."""
+    if isinstance(stage, Sum):
+        return 0.0
+    weights = np.abs(stage.weight).reshape(len(stage.weight), -1).sum(axis=1)
+    return float((weights + np.abs(stage.bias)).max())
 
 
 def _shares(low: float, high: float) -> list[tuple[float, float]]:

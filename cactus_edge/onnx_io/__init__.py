@@ -1,5 +1,6 @@
-"""ONNX files in: float networks by post-training quantization. Needs the extra ``onnx``, not torch.
+"""ONNX files in and out. Needs the extra ``onnx``, not torch.
 
-``reading`` opens the file, ``translate`` makes it the stages of ``lowering``, ``convert`` does the
-rest.
+In: ``reading`` opens a float network, ``translate`` makes it the stages of ``lowering``, and
+``convert`` quantizes it. Out: ``qdq`` writes a model's integers, ``real_form`` its dequantized
+network, ``export`` compares and adds a query.
 """

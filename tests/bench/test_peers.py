@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from graphs import random_graph, random_inputs
 
-from cactus_edge import profiles
-from cactus_edge.bench import layers, onnx_model, peers
+from cactus_edge import flow, profiles
+from cactus_edge.bench import peers
 from cactus_edge.bench.peers import (
     PIECE,
     Model,
@@ -36,6 +36,7 @@ from cactus_edge.graph import (
     Weights,
 )
 from cactus_edge.kernels.simd.tiers import features
+from cactus_edge.onnx_io import qdq
 
 LITERT = TFLitePeer("litert-xnnpack", "ai-edge-litert", "ai_edge_litert.interpreter")
 WINDOWS = ("CONV_2D", "MAX_POOL_2D", "PAD", "RESHAPE", "FULLY_CONNECTED")
@@ -64,7 +65,7 @@ def universal_graph(seed: int, operators: tuple[str, ...], bits: tuple[int, ...]
 
 def has_form(graph: Graph) -> bool:
     try:
-        layers.flow(graph, channels_first=True)
+        flow.flow(graph, channels_first=True)
     except ToolError:
         return False
     return True
@@ -168,8 +169,8 @@ def tiny(relu6: bool = False, scale: bool = True) -> Graph:
 
 def test_clamps_become_clips_in_onnx_and_are_refused_by_torch() -> None:
     graph = tiny(relu6=True)
-    step = layers.flow(graph, channels_first=True).steps[0]
-    assert isinstance(step, layers.Layer)
+    step = flow.flow(graph, channels_first=True).steps[0]
+    assert isinstance(step, flow.Layer)
     assert step.limits == (108, 108 + 120)
     stored = np.array([[a, b] for a in (-128, 0, 127, 55) for b in range(-128, 128, 8)], np.int8)
     assert len(stored) == PIECE
@@ -183,25 +184,25 @@ def test_clamps_become_clips_in_onnx_and_are_refused_by_torch() -> None:
 
 def test_what_has_no_form_is_refused_by_name() -> None:
     with pytest.raises(ToolError, match="'images' has no scale"):
-        layers.flow(tiny(scale=False), channels_first=True)
+        flow.flow(tiny(scale=False), channels_first=True)
     graph = tiny()
     wide = (graph.tensors[0], replace(graph.tensors[1], dtype=DType.INT16))
     with pytest.raises(ToolError, match="int16 have no form"):
-        layers.flow(replace(graph, tensors=wide), channels_first=True)
+        flow.flow(replace(graph, tensors=wide), channels_first=True)
     pad = Pad(name="pad", inputs=(0,), output=2, paddings=((0, 0), (1, 0)))
     tensors = (*graph.tensors, Tensor("padded", (1, 3), quantization=Quantization.of(0.1, -20)))
     padded = replace(graph, tensors=tensors, operators=(pad, *graph.operators))
     with pytest.raises(ToolError, match="PAD 'pad' pads other axes"):
-        layers.flow(padded, channels_first=True)
+        flow.flow(padded, channels_first=True)
 
 
 def test_flattened_features_keep_their_weights() -> None:
     """(h, w, c) to (c, h, w): the matrix and the pixels move together."""
     for graph in (universal_graph(seed, ("CONV_2D",)) for seed in range(30)):
-        spatial = layers.flow(graph, channels_first=False).steps[-1]
-        first = layers.flow(graph, channels_first=True).steps[-1]
-        assert isinstance(spatial, layers.Layer)
-        assert isinstance(first, layers.Layer)
+        spatial = flow.flow(graph, channels_first=False).steps[-1]
+        first = flow.flow(graph, channels_first=True).steps[-1]
+        assert isinstance(spatial, flow.Layer)
+        assert isinstance(first, flow.Layer)
         if first.flatten and first.source.shape[0] > 1:
             break
     assert not np.array_equal(spatial.weights, first.weights)
@@ -251,4 +252,4 @@ def test_own_profile_is_litert_where_it_covers_the_graph() -> None:
 def test_onnx_file_is_the_same_every_time() -> None:
     available(ONNXPeer())
     graph = tiny()
-    assert onnx_model.convert(graph) == onnx_model.convert(graph)
+    assert qdq.convert(graph) == qdq.convert(graph)

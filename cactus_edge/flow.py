@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from cactus_edge.errors import ToolError
 from cactus_edge.graph import (
+    Activation,
     Add,
     AveragePool2D,
     Conv2D,
@@ -55,7 +56,8 @@ class Layer:
     """A convolution, weights [out, in / groups, kh, kw], or a matrix [out, in].
 
     ``flatten`` says that the matrix reads a source with height and width. ``limits`` are the bytes
-    to which the output is clamped, None where that is the whole range.
+    to which the output is clamped, None where that is the whole range; ``activation`` is what the
+    clamp is meant as.
     """
 
     source: Edge
@@ -69,6 +71,7 @@ class Layer:
     stride: tuple[int, int] = (1, 1)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    activation: Activation = Activation.NONE
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Sum:
     sources: tuple[Edge, Edge]
     target: Edge
     limits: tuple[int, int] | None
+    activation: Activation = Activation.NONE
 
 
 Step = Layer | Pool | Sum
@@ -172,7 +176,7 @@ class _Reader:
                 return self._pool(op)
             case Add():
                 first, second = (self.edge(self._plain(op, index)) for index in op.inputs)
-                return Sum((first, second), self.edge(op.output), self._limits(op))
+                return Sum((first, second), self.edge(op.output), self._limits(op), op.activation)
             case _:
                 raise ToolError(f"{op.kind} '{op.name}' has no form in this runtime")
 
@@ -218,6 +222,7 @@ class _Reader:
             stride=op.stride,
             dilation=op.dilation,
             groups=groups,
+            activation=op.activation,
         )
 
     def _matrix(self, op: Linear) -> Layer:
@@ -239,6 +244,7 @@ class _Reader:
             op.bias,
             self._limits(op),
             flatten,
+            activation=op.activation,
         )
 
     def _pool(self, op: Pool2D) -> Pool:

@@ -2,8 +2,9 @@
 
 Every layer is DequantizeLinear, a float operator, QuantizeLinear, with the graph's own scales and
 integer weights; ONNX Runtime fuses the three into its integer kernels. Activations are unsigned
-bytes (stored + 128 where they are signed): the form in which its x86 kernels are fastest. Images
-are [n, channels, height, width], as ONNX wants them; where features are flattened, the next layer's
+bytes (stored + 128 where they are signed), the form in which its x86 kernels are fastest, or signed
+ones, of which no kernel saturates products: CPUs without VNNI do with unsigned bytes. Images are
+[n, channels, height, width], as ONNX wants them; where features are flattened, the next layer's
 weights change their order instead of the activations. int4 weights become int8 of the same value.
 """
 
@@ -13,11 +14,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-from onnx import TensorProto, helper, numpy_helper
 
-from cactus_edge.bench.layers import Edge, Layer, Pool, Step, Sum, byte_offset, flow
+from cactus_edge.errors import MissingExtraError
+from cactus_edge.flow import Edge, Layer, Pool, Step, Sum, byte_offset, flow
 from cactus_edge.graph import Graph
+
+try:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+except ImportError:
+    raise MissingExtraError("onnx", "onnx", "writing ONNX files") from None
 
 Array = npt.NDArray[np.generic]
 
@@ -26,18 +32,23 @@ _OPSET, _IR_VERSION = 17, 9
 _BATCH = "n"
 
 
-def convert(graph: Graph) -> bytes:
+def convert(graph: Graph, *, signed: bool = False) -> bytes:
     """An ONNX file that takes ``prepare``d images and returns bytes of logits, any number at once.
+
+    Args:
+        graph: with scales.
+        signed: whether activations are int8 instead of uint8.
 
     Raises:
         ToolError: something has no form in ONNX.
     """
     steps = flow(graph, channels_first=True)
-    writer = _Writer(steps.source.index, steps.target.index)
+    writer = _Writer(steps.source.index, steps.target.index, signed)
     for step in steps.steps:
         writer.step(step)
+    kind = TensorProto.INT8 if signed else TensorProto.UINT8
     ends = [
-        helper.make_tensor_value_info(name, TensorProto.UINT8, [_BATCH, *edge.shape])
+        helper.make_tensor_value_info(name, kind, [_BATCH, *edge.shape])
         for name, edge in ((INPUT, steps.source), (OUTPUT, steps.target))
     ]
     network = helper.make_graph(writer.nodes, "main", ends[:1], ends[1:], writer.constants)
@@ -48,27 +59,29 @@ def convert(graph: Graph) -> bytes:
     return model.SerializeToString()
 
 
-def prepare(graph: Graph, stored: Array) -> Array:
-    """Stored images [n, ...] as uint8 [n, channels, height, width] or [n, features]."""
+def prepare(graph: Graph, stored: Array, *, signed: bool = False) -> Array:
+    """Stored images [n, ...] as bytes [n, channels, height, width] or [n, features]."""
     tensor = graph.tensors[graph.core_input]
-    values = (stored.astype(np.int16) + byte_offset(tensor.dtype)).astype(np.uint8)
+    shifted = stored.astype(np.int16) + byte_offset(tensor.dtype)
+    values = (shifted - 128).astype(np.int8) if signed else shifted.astype(np.uint8)
     if values.ndim == 4 and values.shape[1:3] != (1, 1):
         return np.ascontiguousarray(np.moveaxis(values, 3, 1))
     return values.reshape(len(values), -1)
 
 
-def finish(graph: Graph, output: Array) -> Array:
+def finish(graph: Graph, output: Array, *, signed: bool = False) -> Array:
     """Bytes of logits, channels first where they have height and width, as stored integers."""
     tensor = graph.tensors[graph.logits]
     values = np.moveaxis(output, 1, 3) if output.ndim == 4 else output
-    values = values.astype(np.int16) - byte_offset(tensor.dtype)
+    values = values.astype(np.int16) + 128 * signed - byte_offset(tensor.dtype)
     return values.astype(tensor.dtype.value).reshape(len(output), *tensor.shape[1:])
 
 
 class _Writer:
     """Nodes and constants as they come; activations between layers are bytes."""
 
-    def __init__(self, source: int, target: int) -> None:
+    def __init__(self, source: int, target: int, signed: bool) -> None:
+        self._signed = signed
         self._names = {source: INPUT, target: OUTPUT}
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
@@ -143,7 +156,8 @@ class _Writer:
         return self._node("DequantizeLinear", [name, *self._scale(edge)])
 
     def _scale(self, edge: Edge) -> list[str]:
-        return [self._constant(np.float32(edge.scale)), self._constant(np.uint8(edge.zero))]
+        zero = np.int8(edge.zero - 128) if self._signed else np.uint8(edge.zero)
+        return [self._constant(np.float32(edge.scale)), self._constant(zero)]
 
     def _constant_real(self, values: Array, scales: npt.NDArray[np.float32]) -> str:
         """Integers with one scale for each index of the first axis."""
