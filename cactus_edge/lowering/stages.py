@@ -23,6 +23,10 @@ INPUT = ""
 NO_PADS: Pads = ((0, 0), (0, 0))
 
 
+# Elements of all windows together, a quarter of a gigabyte; more samples are taken one by one.
+_MOST_TAPS = 1 << 25
+
+
 @dataclass(frozen=True)
 class Range:
     """Real interval that the stored output of a layer or a sum covers."""
@@ -106,6 +110,9 @@ def linear(layer: Layer, x: FloatArray, weight: FloatArray) -> FloatArray:
     """A layer's map with another weight and without bias: [N, in, ...] -> [N, out, ...]."""
     if not layer.convolution:
         return x @ weight.T
+    taps = int(np.prod(weight.shape[1:])) * x.shape[2] * x.shape[3]
+    if len(x) > 1 and len(x) * taps > _MOST_TAPS:
+        return np.concatenate([linear(layer, x[i : i + 1], weight) for i in range(len(x))])
     x = np.pad(x, ((0, 0), (0, 0), *layer.padding))
     kernel = weight.shape[2:]
     reach = tuple((k - 1) * d + 1 for k, d in zip(kernel, layer.dilation, strict=True))

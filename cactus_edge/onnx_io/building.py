@@ -86,6 +86,8 @@ class Builder:
         value = self.constant(node, position)
         if value is None:
             raise node.error(f"input {position} is missing")
+        if value.dtype.kind not in "fiu" or not np.isfinite(value).all():
+            raise node.error(f"input '{node.inputs[position]}' does not hold finite numbers")
         return value.astype(np.float64)
 
     def settle(self, value: Value) -> Value:

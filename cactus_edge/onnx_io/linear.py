@@ -9,17 +9,20 @@ import numpy as np
 
 from cactus_edge.lowering.stages import NO_PADS, Flatten, FloatArray, Layer, Sum
 from cactus_edge.onnx_io.building import Builder
-from cactus_edge.onnx_io.reading import Array, Node
+from cactus_edge.onnx_io.reading import Node
 from cactus_edge.onnx_io.windows import windows
 
 
 def convolution(builder: Builder, node: Node) -> None:
     """Conv, full, depthwise or in groups."""
     value, (channels, height, width) = builder.image(node)
-    weight, bias = builder.required(node, 1), builder.constant(node, 2)
+    weight, groups = builder.required(node, 1), node.get("group", 1)
     if weight.ndim != 4:
         raise node.error(f"weights {list(weight.shape)}", "only 2-D convolutions are supported")
-    groups, out = node.get("group", 1), len(weight)
+    out = len(weight)
+    if groups < 1 or out % groups or weight.shape[1] * groups != channels:
+        raise node.error(f"weights {list(weight.shape)} in {groups} groups on {channels} channels")
+    bias = _bias(builder, node, out)
     stride, dilation = node.get("strides", (1, 1)), node.get("dilations", (1, 1))
     kernel = (weight.shape[2], weight.shape[3])
     pads, extents = windows(node, (height, width), kernel, stride, dilation, value.pads)
@@ -32,7 +35,7 @@ def convolution(builder: Builder, node: Node) -> None:
     builder.read(node.name, value)
     builder.emit(
         Layer(
-            node.name, node.output, weight, _bias(bias, out), stride=stride, padding=pads,
+            node.name, node.output, weight, bias, stride=stride, padding=pads,
             dilation=dilation, groups=groups,
         )
     )  # fmt: skip
@@ -44,17 +47,18 @@ def gemm(builder: Builder, node: Node) -> None:
     if node.get("transA", 0):
         raise node.error("transA is set", "the first operand holds samples as rows")
     weight = builder.required(node, 1) * node.get("alpha", 1.0)
-    bias = builder.constant(node, 2)
-    bias = None if bias is None else bias * node.get("beta", 1.0)
-    _dense(builder, node, weight if node.get("transB", 0) else weight.T, bias)
+    weight = weight if node.get("transB", 0) else weight.T
+    bias = _bias(builder, node, len(weight)) * node.get("beta", 1.0)
+    _dense(builder, node, weight, bias)
 
 
 def matmul(builder: Builder, node: Node) -> None:
     """MatMul of samples and a constant matrix."""
-    _dense(builder, node, builder.required(node, 1).T, None)
+    weight = builder.required(node, 1).T
+    _dense(builder, node, weight, np.zeros(len(weight)))
 
 
-def _dense(builder: Builder, node: Node, weight: FloatArray, bias: Array | None) -> None:
+def _dense(builder: Builder, node: Node, weight: FloatArray, bias: FloatArray) -> None:
     """Weights [out, in]."""
     value = builder.settle(builder.value(node))
     shape = builder.shapes[value.source]
@@ -68,7 +72,7 @@ def _dense(builder: Builder, node: Node, weight: FloatArray, bias: Array | None)
     builder.read(node.name, value)
     if len(shape) == 3:
         builder.emit(Flatten(f"{node.name}/flat"))
-    builder.emit(Layer(node.name, node.output, columns, _bias(bias, len(weight))))
+    builder.emit(Layer(node.name, node.output, columns, bias))
     builder.give(node, (len(weight),))
 
 
@@ -77,7 +81,10 @@ def normalization(builder: Builder, node: Node) -> None:
     gamma, beta, mean, variance = (builder.required(node, i) for i in range(1, 5))
     if node.get("training_mode", 0):
         raise node.error("training_mode is set", "export the model in evaluation mode")
-    factor = gamma / np.sqrt(variance + node.get("epsilon", 1e-5))
+    epsilon = node.get("epsilon", 1e-5)
+    if (variance + epsilon <= 0).any() or len({v.shape for v in (gamma, beta, mean, variance)}) > 1:
+        raise node.error("its statistics are not one positive variance and mean for each channel")
+    factor = gamma / np.sqrt(variance + epsilon)
     value = builder.settle(builder.value(node))
     shape = (1, -1, *[1] * (len(value.shape) - 2))
     offset = (beta - mean * factor).reshape(shape)
@@ -160,8 +167,14 @@ def _activated(builder: Builder, node: Node, ceiling: float) -> None:
     builder.change(node, value, index, replace(stage, relu=True, ceiling=ceiling))
 
 
-def _bias(bias: Array | None, channels: int) -> FloatArray:
-    return np.broadcast_to(0.0 if bias is None else bias, channels).astype(np.float64)
+def _bias(builder: Builder, node: Node, channels: int) -> FloatArray:
+    """The third input, which may be left out: float64 [channels]."""
+    if builder.constant(node, 2) is None:
+        return np.zeros(channels)
+    bias = builder.required(node, 2)
+    if bias.size not in (1, channels):
+        raise node.error(f"a bias {list(bias.shape)} for {channels} outputs")
+    return np.broadcast_to(bias.ravel(), channels).copy()
 
 
 def _ungrouped(weight: FloatArray, groups: int) -> FloatArray:

@@ -6,6 +6,7 @@ by one, the input's shape is known, and what follows from it is evaluated here (
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -131,12 +132,15 @@ def _input_shape(value: onnx.ValueInfoProto) -> tuple[tuple[int, ...], int]:
 def _needed(graph: onnx.GraphProto, output: str) -> tuple[Node, ...]:
     """The nodes that the output depends on."""
     wanted, found = {output}, list[Node]()
+    names = Counter(proto.name for proto in graph.node)
     for proto in reversed(graph.node):
         if not wanted & set(proto.output):
             continue
         wanted |= set(proto.input)
         outputs = tuple(proto.output)
         attributes = {item.name: _attribute(item) for item in proto.attribute}
+        if names[proto.name] > 1:
+            proto.name = ""  # ONNX Runtime wants unique names as well
         name = proto.name or outputs[0]
         found.append(Node(proto.op_type, name, tuple(proto.input), outputs, attributes, proto))
     return tuple(reversed(found))

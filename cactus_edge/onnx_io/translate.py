@@ -48,6 +48,14 @@ _COMPUTING: dict[str, Callable[[Builder, Node], None]] = {
     "Softmax": views.softmax,
     "Sub": linear.affine,
 }
+_QUANTIZED = (
+    "ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul",
+    "QuantizeLinear",
+)  # fmt: skip
+_RANDOM = (
+    "Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",
+    "RandomUniformLike",
+)  # fmt: skip
 OPERATORS = tuple(sorted({**_MOVING, **_COMPUTING}))
 
 
@@ -65,6 +73,8 @@ def translate(file: File) -> Translation:
 
 def _node(builder: Builder, node: Node) -> None:
     """One node, folded where nothing in it depends on the input."""
+    if node.kind in _RANDOM:
+        raise node.error("its values are drawn anew each time", "export in evaluation mode")
     if all(name in builder.constants for name in node.inputs if name):
         values = fold(builder.file, node, builder.constants)
         builder.constants.update(zip(node.outputs, values, strict=False))
@@ -74,6 +84,10 @@ def _node(builder: Builder, node: Node) -> None:
         _MOVING[node.kind](builder, node)
     elif node.kind in _COMPUTING:
         _COMPUTING[node.kind](builder, node)
+    elif node.kind in _QUANTIZED:
+        raise node.error(
+            "the file is quantized already, in another arithmetic", "import its float original"
+        )
     else:
         known = ", ".join(OPERATORS)
         raise node.error("the operator has no integer form", f"known are {known}")

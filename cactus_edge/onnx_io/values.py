@@ -6,12 +6,16 @@ an array of positions in the output of a stage, and these operators are NumPy's 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from cactus_edge.errors import UnsupportedModelError
 from cactus_edge.graph import Int64Array
 from cactus_edge.lowering.stages import NO_PADS, Pads
+
+LARGEST = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,4 +49,9 @@ class Value:
 
 def plain(source: str, shape: tuple[int, ...], alone: bool) -> Value:
     """All of a stage's output, of ``shape`` without batch."""
-    return Value(source, np.arange(int(np.prod(shape))).reshape(1, *shape), alone)
+    size = math.prod(shape)
+    if size > LARGEST:
+        raise UnsupportedModelError(
+            f"'{source or 'the input'}' has {size} elements for one sample; {LARGEST} is the limit"
+        )
+    return Value(source, np.arange(size).reshape(1, *shape), alone)

@@ -17,6 +17,8 @@ def windows(
     """The padding of an operator, with what a Pad before it adds, and the extents it yields."""
     pads, sizes = list[tuple[int, int]](), list[int]()
     auto, given = node.get("auto_pad", "NOTSET"), node.get("pads", (0, 0, 0, 0))
+    if min(*kernel, *stride, *dilation) < 1 or len(given) != 4:
+        raise node.error(f"kernel {kernel}, strides {stride}, dilations {dilation}, pads {given}")
     for axis in (0, 1):
         reach, extent = (kernel[axis] - 1) * dilation[axis] + 1, extents[axis] + sum(outer[axis])
         before, after = given[axis], given[axis + 2]

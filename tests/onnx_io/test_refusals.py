@@ -80,6 +80,32 @@ REFUSED: dict[str, tuple[Callable[[Maker], object], str]] = {
     ),
     "concat": (lambda m: m.add("Concat", m.at, axis=2), r"'concat1' \(Concat\): axis 2"),
     "output": (lambda m: m.add("Relu"), r"'relu1'.*logits are one vector"),
+    "quantized": (
+        lambda m: m.add("QuantizeLinear", m.constant(0.1), m.constant(0, np.uint8)),
+        r"'quantizelinear1'.*quantized already",
+    ),
+    "random": (lambda m: m.add("RandomNormalLike"), r"'randomnormallike1'.*drawn anew"),
+    "nan": (
+        lambda m: m.add("Mul", m.constant(np.nan)),
+        r"'mul1' \(Mul\): input 'c1' does not hold finite numbers",
+    ),
+    "stride": (
+        lambda m: m.add("MaxPool", kernel_shape=[1, 1], strides=[0, 0]),
+        r"'maxpool1'.*strides \(0, 0\)",
+    ),
+    "groups": (lambda m: conv(m, 3, 2, group=2), r"'conv1'.*in 2 groups on 3 channels"),
+    "variance": (
+        lambda m: m.add("BatchNormalization", *(m.constant([v] * 3) for v in (1, 0, 0, -1))),
+        r"'batchnormalization1'.*positive variance",
+    ),
+    "bias": (
+        lambda m: m.add("Conv", m.constant(np.ones((2, 3, 1, 1))), m.constant([1, 2, 3])),
+        r"'conv1'.*a bias \[3\] for 2 outputs",
+    ),
+    "huge": (
+        lambda m: m.add("MaxPool", kernel_shape=[1, 1], pads=[0, 0, 1 << 20, 1 << 20]),
+        "'maxpool1_out' has .* elements",
+    ),
     "matrix": (lambda m: m.add("MatMul", m.constant(np.ones((4, 4)))), r"'matmul1'.*matrix"),
 }
 
@@ -162,6 +188,25 @@ def test_a_mean_over_pixels_and_a_fixed_batch() -> None:
     translation = translate(file)
     samples = RNG.random((2, 2, 4, 4))
     assert difference(file, translation, samples) < 1e-5
+
+
+def test_nodes_of_one_name_and_a_bias_as_a_row() -> None:
+    """Names are not unique in ONNX, and tf2onnx writes biases [1, out]."""
+    maker = single()
+    for node in maker.nodes:
+        node.name = "same"
+    conv(maker, 3, 3)
+    maker.nodes[-1].name = "same"
+    maker.add("Flatten")
+    weight, row = (
+        maker.constant(RNG.normal(0, 1, (48, 4))),
+        maker.constant(RNG.normal(0, 1, (1, 4))),
+    )
+    maker.add("Gemm", weight, row, beta=0.5)
+    file = read(maker.content())
+    translation = translate(file)
+    assert len({stage.name for stage in translation.stages}) == len(translation.stages)
+    assert difference(file, translation, RNG.random((2, 2, 4, 4))) < 1e-5
 
 
 def test_samples_have_the_networks_shape(tmp_path: Path) -> None:
