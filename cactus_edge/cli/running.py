@@ -58,13 +58,16 @@ def validate(
             "takes no model.",
         ),
     ] = False,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="ONNX Runtime as well, on the model's QDQ form.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run every installed runtime on the same inputs, layer by layer, against its profile.
 
     Example: cactus-edge validate model.tflite --data mnist --samples 1000
     """
-    from cactus_edge.validate import peers, validate_model
+    from cactus_edge.validate import onnx_peer, peers, validate_model
 
     if learn_profile:
         if model is not None or data is not None:
@@ -81,7 +84,7 @@ def validate(
             graph,
             stored,
             data=content,
-            candidates=peers(profile),
+            candidates=(*peers(profile), *([onnx_peer()] if onnx else [])),
             layer_samples=layer_samples,
             progress=progress,
         )

@@ -8,7 +8,7 @@ from cactus_edge.validate.compare import (
     validate_model,
 )
 from cactus_edge.validate.learning import Fit, Learned, learn
-from cactus_edge.validate.runtimes import Peer, peers
+from cactus_edge.validate.runtimes import Peer, onnx_peer, peers
 
 __all__ = [
     "Difference",
@@ -17,6 +17,7 @@ __all__ = [
     "Peer",
     "PeerResult",
     "Validation",
+    "onnx_peer",
     "learn",
     "peers",
     "prefix",

@@ -17,6 +17,7 @@ from cactus_edge import profiles, universal
 from cactus_edge.errors import CactusEdgeError, UsageError
 from cactus_edge.execute import execute, execute_all
 from cactus_edge.graph import Graph, Int64Array
+from cactus_edge.validate import onnx_runtime
 from cactus_edge.validate.runtimes import Peer, peers, runner
 
 LAYER_SAMPLES = 32
@@ -139,6 +140,8 @@ def _validate_peer(
     outside = profiles.uncovered(graph)
     if peer.profile in outside:
         return PeerResult(*head, "uncovered", outside[peer.profile]), None
+    if peer.mode == onnx_runtime.MODE and (reason := onnx_runtime.outside(graph)):
+        return PeerResult(*head, "uncovered", reason), None
     run = runner(peer, None if data is None else (graph, data))
     prefixes = [prefix(graph, index) for index in range(len(graph.core))]
     few = inputs[:layer_samples]

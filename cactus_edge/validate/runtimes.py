@@ -19,6 +19,7 @@ from cactus_edge import profiles
 from cactus_edge.execute import execute
 from cactus_edge.graph import Graph, Int64Array, Stored
 from cactus_edge.runtime import Session
+from cactus_edge.validate import onnx_runtime
 from cactus_edge.validate.child import Part, Shipped, Worker
 
 
@@ -94,6 +95,12 @@ def peers(profile: str = profiles.DEFAULT) -> tuple[Peer, ...]:
     )
 
 
+def onnx_peer() -> Peer:
+    """ONNX Runtime on the QDQ form of a model; see ``onnx_runtime``."""
+    profile = f"litert-xnnpack-{_machine()}"
+    return Peer("ONNX Runtime", "onnxruntime", "onnxruntime", "onnx", onnx_runtime.MODE, profile)
+
+
 def runner(
     peer: Peer, shipped: Shipped | None = None
 ) -> Callable[[Sequence[Part]], list[Int64Array]]:
@@ -101,6 +108,8 @@ def runner(
 
     The function raises ToolError when the runtime refuses a model, fails, or crashes.
     """
+    if peer.mode == onnx_runtime.MODE:
+        return onnx_runtime.OnnxWorker().run
     if peer.mode not in _OWN:
         return Worker(peer.module, peer.mode, shipped).run
     own = _OWN[peer.mode]
