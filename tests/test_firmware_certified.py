@@ -15,7 +15,7 @@ from cactus_edge.errors import ToolError, UnsupportedModelError
 from cactus_edge.execute import execute, execute_all
 from cactus_edge.graph import DType, Graph
 from cactus_edge.inputs import around
-from cactus_edge.operators import Lookup
+from cactus_edge.operators import Function, Unary
 from firmware_sim import BOARDS, Verdicts, certify_board, certify_host
 
 CPUS = {
@@ -212,7 +212,13 @@ def test_a_table_that_falls_is_refused(falls: bool) -> None:
     if falls:
         table[0, 100] = table[0, 99] - 1
     target = replace(graph.tensors[graph.output], name="looked up")
-    lookup = Lookup(name="t", inputs=(graph.output,), output=len(graph.tensors), table=table)
+    lookup = Unary(
+        name="t",
+        inputs=(graph.output,),
+        output=len(graph.tensors),
+        function=Function.QUANTIZE,
+        table=table,
+    )
     whole = Graph(
         (*graph.tensors, target), (*graph.operators, lookup), graph.input, len(graph.tensors)
     )
