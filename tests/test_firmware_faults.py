@@ -14,7 +14,7 @@ from cactus_edge.csource import CSource, generate
 from cactus_edge.errors import UsageError
 from cactus_edge.execute import execute
 from cactus_edge.graph import Graph
-from firmware_sim import BOARDS, Fault, Injector, build, flip_tables
+from firmware_sim import BOARDS, Fault, Injector, build, flip_tables, injection
 from firmware_sim.certified import result_type
 
 BOARD_NAMES = ("RP2040", "STM32F405", "ESP32-C3")
@@ -127,6 +127,18 @@ def test_outcomes_during_an_inference(board: str) -> None:
     output = device.address("output_buffer") - BOARDS[board].ram_origin
     worst = [device.run(Fault("ram", output + n, 7, late)) for n in range(3)]
     assert "wrong-label" in worst and set(worst) <= {"wrong-label", "other-logits"}
+
+
+def test_a_run_without_end_is_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No patience makes a hang of any run of more than a thousand instructions."""
+    device = injector("RP2040")
+    assert device.instructions > 1000
+    late = Fault("register", 12, 0, device.instructions - 1)
+    assert device.run(late) == "masked"
+    with monkeypatch.context() as impatient:
+        impatient.setattr(injection, "_PATIENCE", 0)
+        assert device.run(late) == "hang"
+    assert device.run(late) == "masked"
 
 
 def test_faults_leave_nothing_behind() -> None:

@@ -98,11 +98,7 @@ class _Body:
         lines.append(f"const int32_t factor = {self.weight};")
         if len(values) == 1:
             return [*lines, "sum_0 += value_0 * factor;"]
-        return [
-            *lines,
-            "sum_0 += factor * (factor < 0 ? value_1 : value_0);",
-            "sum_1 += factor * (factor < 0 ? value_0 : value_1);",
-        ]
+        return [*lines, *inner.both_ends("factor", "value_0", "value_1", ["sum_0", "sum_1"])]
 
     def channels(self, lines: list[str], targets: tuple[int, ...]) -> list[str]:
         """All channels of a pixel."""

@@ -6,7 +6,7 @@ weights are unrolled into named ``int32_t`` accumulators, as many as a Cortex-M 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cactus_edge.csource import pairs
@@ -48,25 +48,23 @@ class Kernel:
 
     def products(self, channel: int, weight: str, values: Sequence[str]) -> list[str]:
         """Lines that add a weight times the value of each pixel."""
-        chosen = list(values)
-        if self.ends:
-            low, high = values
-            chosen = [f"({weight} < 0 ? {a} : {b})" for a, b in ((high, low), (low, high))]
-        return [f"sum_{p}_{channel} += {weight} * {value};" for p, value in enumerate(chosen)]
+        if not self.ends:
+            return [f"sum_{p}_{channel} += {weight} * {value};" for p, value in enumerate(values)]
+        return both_ends(weight, values[0], values[1], [f"sum_{p}_{channel}" for p in (0, 1)])
 
-    def sums(self, width: int) -> list[str]:
-        """The declarations of the accumulators of a block."""
-        first = [f"int32_t sum_0_{c} = bias_{self.index}[channel{plus(c)}];" for c in range(width)]
+    def sums(self, channels: Sequence[int]) -> list[str]:
+        """The declarations of the accumulators of some channels of a block."""
+        first = [f"int32_t sum_0_{c} = bias_{self.index}[channel{plus(c)}];" for c in channels]
         others = [
-            f"int32_t sum_{p}_{c} = sum_0_{c};" for p in range(1, self.pixels) for c in range(width)
+            f"int32_t sum_{p}_{c} = sum_0_{c};" for p in range(1, self.pixels) for c in channels
         ]
         return first + others
 
-    def stores(self, width: int) -> list[str]:
-        """The lines that end the accumulators of a block."""
+    def stores(self, channels: Sequence[int]) -> list[str]:
+        """The lines that end the accumulators of some channels of a block."""
         lines: list[str] = []
         for pixel in range(self.pixels):
-            for c in range(width):
+            for c in channels:
                 channel = f"channel{plus(c)}"
                 value = f"sum_{pixel}_{c}"
                 if not self.raw:
@@ -96,41 +94,83 @@ def loops(kernel: Kernel) -> list[str]:
     return _sparse(kernel) if kernel.encoding.layout.sparse else _dense(kernel)
 
 
+def both_ends(weight: str, low: str, high: str, sums: Sequence[str]) -> list[str]:
+    """Lines that add a weight times an interval to the sums of lower and upper ends.
+
+    A negative weight times the other end is ``weight * low + weight * (high - low)``: no branch.
+    Every sum on the way is one that some input has, so it fits.
+    """
+    negative = f"negative_{weight}"
+    return [
+        f"const int32_t {negative} = {weight} < 0 ? {weight} : 0;",
+        f"{sums[0]} += {weight} * {low} + {negative} * ({high} - {low});",
+        f"{sums[1]} += {weight} * {high} - {negative} * ({high} - {low});",
+    ]
+
+
 def low_nibble(byte: str) -> str:
     """The signed value of the low nibble."""
     return f"(({byte} & 15) ^ 8) - 8"
 
 
 def _dense(kernel: Kernel) -> list[str]:
+    if kernel.ends:
+        return _dense_ends(kernel)
     lines = [f"const int8_t *weight = weights_{kernel.index};"]
-    packed = kernel.encoding.layout.packed
-    bytes_of = _packed_bytes if packed else _plain_bytes
-    groups, rest = divmod(kernel.taps, 4)
     for start, end, width in blocks(kernel.channels, kernel.encoding.block):
-        steps: list[str] = []
-        if groups:
-            units = group_units(kernel.encoding.layout)
-            body: list[str] = []
-            for unit in range(units):
-                places = [place(kernel.encoding.layout, width, c, unit) for c in range(width)]
-                body += block("", *bytes_of(kernel, places, unit * 4 // units, 4 // units))
-            body += ["x += 4;", f"weight += {units * width};"]
-            head = f"for (int32_t n = 0; n < {groups}; n++)"
-            steps += _choice(kernel, width, groups, block(head, *body))
-        for unit, tap in enumerate(range(0, rest, 2 if packed else 1)):
-            places = [unit * width + c for c in range(width)]
-            taps = min(2, rest - tap) if packed else 1
-            steps += block("", *bytes_of(kernel, places, tap, taps))
-        if rest:
-            steps.append(f"weight += {(rest + 1) // 2 * width if packed else rest * width};")
         lines += block(
             f"for (int32_t channel = {start}; channel < {end}; channel += {width})",
-            *kernel.sums(width),
+            *kernel.sums(range(width)),
             f"const {kernel.source_type} *x = window;",
-            *steps,
-            *kernel.stores(width),
+            *_taps(kernel, width, range(width)),
+            *kernel.stores(range(width)),
         )
     return lines
+
+
+def _dense_ends(kernel: Kernel) -> list[str]:
+    """A block's channels two by two: four sums are what there are registers for."""
+    lines = [f"const int8_t *table = weights_{kernel.index};"]
+    row = (kernel.taps + 1) // 2 if kernel.encoding.layout.packed else kernel.taps
+    for start, end, width in blocks(kernel.channels, kernel.encoding.block):
+        body: list[str] = []
+        for first in range(0, width, 2):
+            channels = range(first, min(first + 2, width))
+            body += block(
+                "",
+                *kernel.sums(channels),
+                "const int8_t *weight = table;",
+                f"const {kernel.source_type} *x = window;",
+                *_taps(kernel, width, channels),
+                *kernel.stores(channels),
+            )
+        head = f"for (int32_t channel = {start}; channel < {end}; channel += {width})"
+        lines += block(head, *body, f"table += {row * width};")
+    return lines
+
+
+def _taps(kernel: Kernel, width: int, channels: Sequence[int]) -> list[str]:
+    """All products of some channels of a block of that width; ``weight`` moves behind the block."""
+    layout = kernel.encoding.layout
+    bytes_of = _packed_bytes if layout.packed else _plain_bytes
+    groups, rest = divmod(kernel.taps, 4)
+    units = group_units(layout)
+    steps: list[str] = []
+    if groups:
+        body: list[str] = []
+        for unit in range(units):
+            places = {c: place(layout, width, c, unit) for c in channels}
+            body += block("", *bytes_of(kernel, places, unit * 4 // units, 4 // units))
+        body += ["x += 4;", f"weight += {units * width};"]
+        head = f"for (int32_t n = 0; n < {groups}; n++)"
+        steps += _choice(kernel, width, groups, block(head, *body))
+    for unit, tap in enumerate(range(0, rest, 2 if layout.packed else 1)):
+        places = {c: unit * width + c for c in channels}
+        taps = min(2, rest - tap) if layout.packed else 1
+        steps += block("", *bytes_of(kernel, places, tap, taps))
+    if rest and not kernel.ends:
+        steps.append(f"weight += {(rest + 1) // 2 * width if layout.packed else rest * width};")
+    return steps
 
 
 def _choice(kernel: Kernel, width: int, groups: int, portable: list[str]) -> list[str]:
@@ -151,24 +191,24 @@ def _choice(kernel: Kernel, width: int, groups: int, portable: list[str]) -> lis
     return ["#ifdef PAIRS", *loop, "#else", *portable, "#endif"]
 
 
-def _plain_bytes(kernel: Kernel, places: list[int], tap: int, taps: int) -> list[str]:
-    """All products of one tap of int8 weights that lie at ``places``, one for each channel."""
+def _plain_bytes(kernel: Kernel, places: Mapping[int, int], tap: int, taps: int) -> list[str]:
+    """All products of one tap of int8 weights; ``places`` are theirs by channel."""
     assert taps == 1, "a byte is one weight"
     lines = [f"const int32_t x_{p} = x[{p * kernel.stride + tap}];" for p in range(kernel.pixels)]
-    for c, where in enumerate(places):
+    for c, where in places.items():
         lines.append(f"const int32_t weight_{c} = weight[{where}];")
         lines += kernel.products(c, f"weight_{c}", [f"x_{p}" for p in range(kernel.pixels)])
     return lines
 
 
-def _packed_bytes(kernel: Kernel, places: list[int], tap: int, taps: int) -> list[str]:
+def _packed_bytes(kernel: Kernel, places: Mapping[int, int], tap: int, taps: int) -> list[str]:
     """The same of a byte of int4 weights per channel, of which ``taps`` nibbles count."""
     lines = [
         f"const int32_t x_{p}_{t} = x[{p * kernel.stride + tap + t}];"
         for p in range(kernel.pixels)
         for t in range(taps)
     ]
-    for c, where in enumerate(places):
+    for c, where in places.items():
         nibbles = [low_nibble(f"weight[{where}]"), f"weight[{where}] >> 4"][:taps]
         for t, nibble in enumerate(nibbles):
             lines.append(f"const int32_t weight_{c}_{t} = {nibble};")
@@ -192,9 +232,9 @@ def _sparse(kernel: Kernel) -> list[str]:
         f"const int8_t *weight = weights_{kernel.index};",
         *block(
             f"for (int32_t channel = 0; channel < {kernel.channels}; channel++)",
-            *kernel.sums(1),
+            *kernel.sums([0]),
             f"const {kernel.source_type} *x = window;",
             *entries,
-            *kernel.stores(1),
+            *kernel.stores([0]),
         ),
     ]
