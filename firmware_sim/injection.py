@@ -41,6 +41,8 @@ Outcome = Literal["masked", "detected", "other-logits", "wrong-label", "crash", 
 
 PLACES: tuple[Place, ...] = ("weights", "code", "ram", "register", "truncated")
 _PATIENCE = 4
+_BOOT_STEPS = 64  # instructions per byte that the CRC never takes
+_NEVER = (1 << 64) - 1
 _ERASED = 0xFF
 _CRASHED = 255  # as a label, see c/flips.c
 
@@ -166,10 +168,9 @@ class Injector:
         return "other-logits" if same else "wrong-label"
 
     def _boot(self, *, struck: bool = False) -> None:
-        self._trigger.until = self._trigger.limit = (1 << 64) - 1
-        self._trigger.steps, self._endless = 0, False
-        limit = 64 * self._image.flash_bytes + 100_000
-        self._trigger.limit = limit
+        self._trigger.until, self._trigger.steps = _NEVER, 0
+        self._trigger.limit = _BOOT_STEPS * self._image.flash_bytes + 100_000
+        self._endless = False
 
         def before(machine: Machine) -> None:
             self._machine = machine
@@ -191,7 +192,7 @@ class Injector:
         given, output = (image.address(f"{n}_buffer") for n in ("input", "output"))
         engine.mem_write(given, self._input)
         later = fault is not None and fault.instruction is not None
-        trigger.until = fault.instruction if fault is not None and later else (1 << 64) - 1
+        trigger.until = fault.instruction if fault is not None and later else _NEVER
         trigger.steps, trigger.limit, self._endless = 0, limit, False
         status = machine.call("cactus_edge_run", given, output)
         logits = np.frombuffer(bytes(engine.mem_read(output, self._size)), self._kind)
