@@ -100,6 +100,8 @@ def convert(
     Example: cactus-edge convert runs/mnist-quick --bits 8 --sparsity 0.5 -o model.tflite
 
     Example: cactus-edge convert model.onnx --calibration data.npz --bits 8 -o model.tflite
+
+    Example: cactus-edge convert quantized.onnx -o model.tflite
     """
     files.refuse_existing(output, force)
     of_onnx = {
@@ -119,9 +121,9 @@ def convert(
         return
     _refuse({"--sparsity": sparsity, "--member": member}, source, "runs")
     if calibration is None:
-        raise UsageError(
-            f"{source}: give --calibration, a data set's name or an .npz with samples as x"
-        )
+        given = {**of_onnx, "--bits": bits, "--eps": eps, "--clipping": clipping}
+        _convert_quantized(source, output, given, force, as_json)
+        return
     if clipping not in (None, "mse", "none"):
         raise UsageError(f"--clipping {clipping}: known are mse and none")
     from cactus_edge.lowering.calibration import Calibration, method_of
@@ -151,6 +153,26 @@ def convert(
         f"{percent(report.same_decisions)} % of the samples that were compared"
     )
     emit(report, as_json, table(title, _COLUMNS, _rows(report.layers)))
+
+
+def _convert_quantized(
+    source: Path, output: Path, given: Mapping[str, object], force: bool, as_json: bool
+) -> None:
+    """An .onnx file without calibration samples: a QDQ model, whose integers are kept."""
+    from cactus_edge.onnx_io import convert_quantized
+    from cactus_edge.onnx_io.quantized import is_quantized
+    from cactus_edge.onnx_io.reading import read
+
+    if not is_quantized(read(files.read(source, "ONNX file"))):
+        raise UsageError(
+            f"{source} holds floats: give --calibration, a data set's name or an .npz with "
+            "samples as x"
+        )
+    _refuse(given, source, "float networks")
+    report = convert_quantized.convert(source, output, force=force)
+    title = _title(output, report.bytes, report.universal)
+    row = (report.runtime, report.profile, report.elements, 0)
+    emit(report, as_json, table(title, ("ONNX Runtime", "profile", "logits", "differ"), [row]))
 
 
 def _refuse(options: Mapping[str, object], source: Path, owner: str) -> None:

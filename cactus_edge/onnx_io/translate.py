@@ -65,6 +65,11 @@ def translate(file: File) -> Translation:
     Raises:
         UnsupportedModelError: something has no form; the message names node, operator and remedy.
     """
+    for node in file.nodes:
+        if node.kind in _QUANTIZED:
+            raise node.error(
+                "the file is quantized already", "convert it without --calibration, or its original"
+            )
     builder = Builder(file)
     for node in file.nodes:
         _node(builder, node)
@@ -84,10 +89,6 @@ def _node(builder: Builder, node: Node) -> None:
         _MOVING[node.kind](builder, node)
     elif node.kind in _COMPUTING:
         _COMPUTING[node.kind](builder, node)
-    elif node.kind in _QUANTIZED:
-        raise node.error(
-            "the file is quantized already, in another arithmetic", "import its float original"
-        )
     else:
         known = ", ".join(OPERATORS)
         raise node.error("the operator has no integer form", f"known are {known}")
