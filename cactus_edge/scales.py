@@ -172,6 +172,8 @@ def mean_parameters(
         InvalidGraphError: the factor is outside [2**-31, 1).
     """
     if rounding is semantics.Rounding.FLOAT32:
+        if not Fraction(1, 256) <= divide(inputs, output, 32).fraction() < 256:
+            raise InvalidGraphError("XNNPACK takes means with ratios of scales from 1/256 to 256")
         whole = multiply(output, nearest(count, 1, 32), 32)
         return parameters(rounding, divide(inputs, whole, 32))
     ratio = divide(inputs, output, 64)
