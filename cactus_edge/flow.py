@@ -32,6 +32,7 @@ from cactus_edge.graph import (
     Tensor,
     window_geometry,
 )
+from cactus_edge.operators import Mean
 
 Pads = tuple[int, int, int, int]
 """Top, left, bottom, right."""
@@ -170,6 +171,8 @@ class _Reader:
                 pads = (before[1], before[2], after[1], after[2])
                 self._padded[op.output] = (op.inputs[0], pads)
                 return None
+            case Mean():  # its weights have no scale that says what it divides by
+                raise ToolError(f"MEAN '{op.name}' has no form in this runtime")
             case Linear():
                 return self._layer(op)
             case MaxPool2D() | AveragePool2D():

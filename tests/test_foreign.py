@@ -27,10 +27,16 @@ from cactus_edge.certify.linear.network import network
 from cactus_edge.certify.twin import twin
 from cactus_edge.csource import generate
 from cactus_edge.datasets import Dataset
-from cactus_edge.errors import CactusEdgeError, InvalidGraphError, UnsupportedModelError
+from cactus_edge.errors import (
+    CactusEdgeError,
+    InvalidGraphError,
+    ToolError,
+    UnsupportedModelError,
+)
 from cactus_edge.execute import execute, execute_all
 from cactus_edge.fault_report import FaultModel
 from cactus_edge.flatbuffer import read_tflite, write_tflite
+from cactus_edge.flow import flow
 from cactus_edge.graph import ArgMax, DType, Graph, Int64Array, Quantization, Tensor
 from cactus_edge.inputs import Perturbation
 from cactus_edge.kernels.place import core_tensors
@@ -425,6 +431,18 @@ def test_other_methods_decline_by_name(name: str) -> None:
         twin(graph)
     with pytest.raises(UnsupportedModelError, match=f"{kind} .*faults"):
         covering(graph_of(name), FaultModel(layers=(0,), bits=(0,)), None)
+
+
+@pytest.mark.parametrize("name", ["mean", "rows_of_four_dimensions"])
+def test_sums_that_round_in_their_own_way_have_no_twin_in_a_file(name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="no twin in a file"):
+        twin(graph_of(name))
+    twin(profiles.resolve(graph_of(name), "tflite-reference"))
+
+
+def test_a_mean_has_no_form_in_other_frameworks() -> None:
+    with pytest.raises(ToolError, match="MEAN 't.*no form"):
+        flow(graph_of("mean"), channels_first=True)
 
 
 @pytest.mark.parametrize("change", ["range", "rows", "monotone"])

@@ -36,6 +36,7 @@ from cactus_edge.graph import (
     Tensor,
     Weights,
 )
+from cactus_edge.operators import Mean, Rows
 from cactus_edge.profiles import is_resolved
 from cactus_edge.semantics import Rounding
 
@@ -167,6 +168,10 @@ def _stack_again(
 
 def _rewrite(graph: Graph, op: Operator, source: tuple[Int64Array, Int64Array]) -> Operator:
     match op:
+        case Mean() | Rows() if op.requantization is None:
+            raise UnsupportedModelError(
+                f"{op.kind} '{op.name}' has no twin in a file: a convolution rounds otherwise"
+            )
         case Linear():
             return _linear(graph, op, source)
         case Add() if op.requantization is None:
