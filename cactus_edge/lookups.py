@@ -179,6 +179,8 @@ def transcendental(
 ) -> Int64Array:
     """``round(steps * function(scale * x))``, refused where a float library could decide.
 
+    ``steps`` of a real 1 is one more than the greatest result that can be stored.
+
     Raises:
         InvalidGraphError: an entry lies too close to a rounding boundary.
     """
@@ -190,7 +192,8 @@ def transcendental(
         value = Fraction(function(argument)) * steps
         near = _nearest_away(value)
         margin = Fraction(1, 2) - abs(value - near)
-        if margin <= abs(value) * _GUARD[0] + _GUARD[1]:
+        # Above the last boundary but one both neighbours are clamped to the greatest int8.
+        if value < steps - 1 and margin <= abs(value) * _GUARD[0] + _GUARD[1]:
             raise InvalidGraphError(
                 f"input {difference} from its zero point lies on a rounding boundary, where the "
                 "float library decides; change the input scale a little"
