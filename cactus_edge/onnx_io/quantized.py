@@ -147,7 +147,7 @@ class _Reader:
 
     def _quantization(self, node: Node) -> Quantization:
         scale, zero = self._parameters(node)
-        if scale.size != 1 or zero.size != 1 or zero.dtype not in (np.uint8, np.int8):
+        if scale.size != 1 or zero.size != 1 or zero.dtype.name not in ("uint8", "int8"):
             raise node.error("activations have one scale and a zero point of 8 bits")
         return Quantization.of(scale.item(), int(zero.item()) - 128 * (zero.dtype == np.uint8))
 
