@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cactus_edge import certificate_stream, check, datasets
 from cactus_edge.certify.sweep import sweep
 from cactus_edge.cli import run
-from cactus_edge.errors import DataError, UnsupportedModelError, UsageError
+from cactus_edge.errors import DataError, DoesNotFitError, UnsupportedModelError, UsageError
 from cactus_edge.search import Limits, dominates, front, read
 from cactus_edge.search import measure as measuring
 from cactus_edge.search.budget import choose, meets, nearest, needed, objectives
@@ -261,7 +261,7 @@ def test_models_that_the_board_cannot_hold(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def full(*arguments: object, **keywords: object) -> None:
-        raise UsageError("the model does not fit")
+        raise DoesNotFitError("the model does not fit")
 
     monkeypatch.setattr(measuring, "simulate", full)
     more = ("--device", "STM32L073", "--bits", "8", "--sparsity", "0")

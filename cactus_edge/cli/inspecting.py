@@ -1,4 +1,4 @@
-"""The verbs ``analyze``, ``twin`` and ``supported-ops``."""
+"""The verbs ``analyze``, ``twin``, ``universalize`` and ``supported-ops``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
-from cactus_edge import files, flatbuffer, manual
+from cactus_edge import datasets, files, flatbuffer, manual
 from cactus_edge.analyze import analyze as describe
 from cactus_edge.certify.twin_model import make_twin
 from cactus_edge.cli.output import ForceOption, JsonOption, emit, percent, table
+from cactus_edge.errors import PropertyNotMetError
+from cactus_edge.universalize import make_universal
 
 
 def analyze(
@@ -76,6 +78,57 @@ def twin(
     emit(report, as_json, table(title, ("profile", "bounds are those of certify"), rows))
 
 
+def universalize(
+    model: Annotated[Path, typer.Argument(help="A .tflite file.", metavar="MODEL")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .tflite file to write.")],
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="NAME", help="Compare both models on its test samples."),
+    ] = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Move a model's scales to where all runtimes agree, and say what that costs.
+
+    Example: cactus-edge universalize theirs.tflite --data images.npz -o universal.tflite
+    """
+    samples = None if data is None else datasets.load(data, "test")
+    report = make_universal(model, output, samples, force=force)
+    rows = [
+        (
+            layer.name,
+            layer.kind,
+            f"{layer.moved}/{layer.channels}",
+            f"{100 * layer.median_change:.3f}",
+            f"{100 * layer.largest_change:.3f}",
+            percent(layer.weights_changed),
+            layer.remaining or "-",
+        )
+        for layer in report.layers
+    ]
+    columns = (
+        "layer",
+        "operator",
+        "moved",
+        "median scale change %",
+        "largest %",
+        "weights changed %",
+        "still disagreeing",
+    )
+    title = f"{output}: {report.bytes:,} bytes, {'' if report.universal else 'NOT '}universal"
+    if report.samples:
+        counts = report.correct_before, report.correct_after
+        before, after = (count / report.samples for count in counts)
+        title += (
+            f"; accuracy {percent(before)} % before, {percent(after)} % after, "
+            f"{report.decisions_changed} of {report.samples} decisions changed"
+        )
+    emit(report, as_json, table(title, columns, rows))
+    if not report.universal:
+        names = ", ".join(layer.name for layer in report.layers if layer.remaining)
+        raise PropertyNotMetError(f"{output}: profiles still disagree in {names}")
+
+
 def supported_ops(
     write: Annotated[
         Path | None, typer.Option("--write", help="Write the manual as Markdown instead.")
@@ -101,4 +154,5 @@ def register(app: typer.Typer) -> None:
     """Add this module's verbs."""
     app.command()(analyze)
     app.command()(twin)
+    app.command()(universalize)
     app.command()(supported_ops)
