@@ -3,7 +3,9 @@
 Each layer with weights keeps its input, its output and, as well as its width allows, its real
 weights: they are quantized anew for a scale nearby at which all profiles step at the same
 accumulators (see ``snap``), and so is the bias. Channels on which all agree already stay as they
-are. What has no weights (an ADD of two scales, a table) cannot be moved this way and is named.
+are. The layer of the logits gets the least zero point, and its bias takes the difference over, so
+that logits keep their stored integers but for rounding. What goes below its zero point elsewhere,
+or has no weights (an ADD of two scales, a table), mostly cannot be moved and is named.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from cactus_edge.constraints import validate
 from cactus_edge.datasets import Dataset
 from cactus_edge.errors import InvalidGraphError
 from cactus_edge.execute import execute
-from cactus_edge.graph import DepthwiseConv2D, Graph, Int8Array, Linear, Weights
+from cactus_edge.graph import Activation, DepthwiseConv2D, Graph, Int8Array, Linear, Weights
 from cactus_edge.operators import Mean
 from cactus_edge.snap import snap
 
@@ -84,15 +86,18 @@ def universalize(graph: Graph) -> tuple[Graph, tuple[MovedLayer, ...]]:
     Raises:
         InvalidGraphError: the graph breaks a constraint.
     """
-    operators = list(graph.operators)
+    given, operators = graph, list(graph.operators)
     layers: list[MovedLayer] = []
-    for index, op in enumerate(graph.operators):
+    for index, op in enumerate(given.operators):
         if not isinstance(op, Linear) or isinstance(op, Mean) or op.requantization is not None:
             continue
         bad = list(universal.disagreeing_channels(graph, op))
         if not bad:
             continue
-        moved, change = _moved(graph, op, bad)
+        levels = 0
+        if op.output == graph.logits and op.activation is Activation.NONE and op.clamp is None:
+            graph, levels = _lowest(graph)
+        moved, change = _moved(graph, op, bad, levels)
         operators[index] = moved
         left = universal.disagreeing_channels(graph, moved)
         changed = moved.weights.values != op.weights.values
@@ -156,15 +161,34 @@ def _logits(graph: Graph, data: Dataset) -> npt.NDArray[np.int64]:
     return execute(graph, stored).reshape(len(stored), -1).astype(np.int64)
 
 
-def _moved(graph: Graph, op: Linear, bad: list[int]) -> tuple[Linear, FloatArray]:
-    """``op`` with other scales for its ``bad`` channels, and the relative change of each scale."""
+def _lowest(graph: Graph) -> tuple[Graph, int]:
+    """The graph with the least zero point for its logits, and by how many levels that is less.
+
+    Where each level begins is proved for outputs that do not go below their zero point (``snap``).
+    """
+    tensor = graph.tensors[graph.logits]
+    quantization = tensor.quantization
+    if quantization is None:
+        return graph, 0
+    least = tensor.dtype.range[0]
+    lowered = replace(tensor, quantization=replace(quantization, zero_point=least))
+    tensors = tuple(lowered if t is tensor else t for t in graph.tensors)
+    return replace(graph, tensors=tensors), quantization.zero_point - least
+
+
+def _moved(graph: Graph, op: Linear, bad: list[int], levels: int) -> tuple[Linear, FloatArray]:
+    """``op`` with other scales for its ``bad`` channels, and the relative change of each scale.
+
+    ``levels`` are added to all outputs, by way of the biases.
+    """
+    bad = list(range(op.channels)) if levels else bad
     old = op.weights.scale.astype(np.float64)
     source, target = (_scale(graph, index) for index in (op.inputs[0], op.output))
     rows = _by_channel(op, op.weights.values).astype(np.float64)
     limit = 2 ** (op.weights.bits - 1) - 1
     whole = old.size == 1
     real = rows * old[:, None]
-    real_bias = op.bias * source * old
+    real_bias = op.bias * source * old + levels * target
 
     def made(scale_bits: ScaleBits, channels: list[int] | None) -> tuple[Graph, Linear]:
         chosen = slice(None) if channels is None else channels
@@ -191,11 +215,13 @@ def _moved(graph: Graph, op: Linear, bad: list[int]) -> tuple[Linear, FloatArray
         _, moved = made(scale_bits, None)
         validate(Graph(graph.tensors, (moved,), op.inputs[0], op.output))
     except InvalidGraphError:
+        if levels:  # the biases have to take the zero point over
+            raise
         return op, np.zeros(old.size)
     change = np.abs(moved.weights.scale.astype(np.float64) / old - 1)
     # What did not move keeps its integers, whatever rounding would make of them.
     kept = np.flatnonzero(change == 0)
-    if not whole:
+    if not (whole or levels):
         values, bias = _by_channel(op, moved.weights.values).copy(), moved.bias.copy()
         values[kept], bias[kept] = rows[kept].astype(np.int8), op.bias[kept]
         weights = Weights(_as_stored(op, values), op.weights.bits, scale_bits)
