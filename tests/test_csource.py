@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graphs import CORE_OPERATORS, graphs, random_graph
+from graphs import CORE_OPERATORS, graphs, random_graph, random_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,7 +36,7 @@ from cactus_edge.graph import (
     Weights,
 )
 from cactus_edge.semantics import Rounding
-from firmware_sim import build
+from firmware_sim import build, run_host
 
 SAMPLES = 4000
 FUNCTIONS = {
@@ -584,6 +584,19 @@ def test_library_folder_builds_and_runs(tmp_path: Path) -> None:
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     run = subprocess.run([tmp_path / "example"], input=b"", capture_output=True, check=False)
     assert run.returncode == 1
+
+
+def test_the_crc_is_one_call_whatever_it_covers() -> None:
+    """A call for each table is a copy of the function for each, kilobytes of flash."""
+    source = generate(random_graph(np.random.default_rng(8), depth=6))
+    assert len(source.tables) > 6
+    text = source.files["cactus_edge.c"]
+    assert text.count("= crc_of(") == 1
+    assert all(f"{{{name}, sizeof {name}}}," in text for name in source.tables)
+    without = random_graph(np.random.default_rng(0), operators=("MAX_POOL_2D",), classes=None)
+    assert not generate(without).tables
+    inputs = random_inputs(np.random.default_rng(0), without, 3)
+    np.testing.assert_array_equal(run_host(without, inputs).outputs, execute(without, inputs))
 
 
 def test_files_are_not_overwritten(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ def functions(prefix: str, tables: Mapping[str, bytes]) -> str:
     """C text: ``<prefix>_init`` and ``<prefix>_verify``; behind the tables."""
     upper = prefix.upper()
     steps = ", ".join(f"0x{_step(nibble):08x}u" for nibble in range(16))
-    calls = "".join(f"  crc = crc_of(crc, {name}, sizeof {name});\n" for name in tables)
     return f"""\
 /* Set by a CRC that was right, to a number that no flipped bit makes of another state. */
 #define CHECKED 0x5ac3961eu
@@ -47,8 +46,7 @@ static uint32_t crc_of(uint32_t crc, const volatile void *data, uint32_t bytes)
 
 int32_t {prefix}_verify(void)
 {{
-  uint32_t crc = 0xffffffffu;
-{calls}  if ((crc ^ 0xffffffffu) == {upper}_CRC32) return {upper}_OK;
+{_over(tables)}  if ((crc ^ 0xffffffffu) == {upper}_CRC32) return {upper}_OK;
   checked = 0;
   return {upper}_ERROR_CRC;
 }}
@@ -59,6 +57,23 @@ int32_t {prefix}_init(void)
   checked = status == {upper}_OK ? CHECKED : 0;
   return status;
 }}
+"""
+
+
+def _over(tables: Mapping[str, bytes]) -> str:
+    """Statements that make ``crc``, in a loop: compilers copy the function into each call."""
+    if not tables:
+        return "  const uint32_t crc = 0xffffffffu;\n"
+    parts = "".join(f"    {{{name}, sizeof {name}}},\n" for name in tables)
+    return f"""\
+  static const struct {{
+    const volatile void *data;
+    uint32_t bytes;
+  }} parts[] = {{
+{parts}  }};
+  uint32_t crc = 0xffffffffu;
+  for (uint32_t n = 0; n < sizeof parts / sizeof *parts; n++)
+    crc = crc_of(crc, parts[n].data, parts[n].bytes);
 """
 
 
