@@ -22,12 +22,31 @@ def crc32(tables: Mapping[str, bytes]) -> int:
 def functions(prefix: str, tables: Mapping[str, bytes]) -> str:
     """C text: ``<prefix>_init`` and ``<prefix>_verify``; behind the tables."""
     upper = prefix.upper()
-    steps = ", ".join(f"0x{_step(nibble):08x}u" for nibble in range(16))
     return f"""\
 /* Set by a CRC that was right, to a number that no flipped bit makes of another state. */
 #define CHECKED 0x5ac3961eu
 static uint32_t checked;
 
+{_crc_of() if tables else ""}int32_t {prefix}_verify(void)
+{{
+{_over(tables)}  if ((crc ^ 0xffffffffu) == {upper}_CRC32) return {upper}_OK;
+  checked = 0;
+  return {upper}_ERROR_CRC;
+}}
+
+int32_t {prefix}_init(void)
+{{
+  const int32_t status = {prefix}_verify();
+  checked = status == {upper}_OK ? CHECKED : 0;
+  return status;
+}}
+"""
+
+
+def _crc_of() -> str:
+    """C text of the function that continues a CRC over some bytes."""
+    steps = ", ".join(f"0x{_step(nibble):08x}u" for nibble in range(16))
+    return f"""\
 /* zlib's CRC-32, half a byte at a time. Reads are volatile: what counts is what lies in flash. */
 static uint32_t crc_of(uint32_t crc, const volatile void *data, uint32_t bytes)
 {{
@@ -44,19 +63,6 @@ static uint32_t crc_of(uint32_t crc, const volatile void *data, uint32_t bytes)
   return crc;
 }}
 
-int32_t {prefix}_verify(void)
-{{
-{_over(tables)}  if ((crc ^ 0xffffffffu) == {upper}_CRC32) return {upper}_OK;
-  checked = 0;
-  return {upper}_ERROR_CRC;
-}}
-
-int32_t {prefix}_init(void)
-{{
-  const int32_t status = {prefix}_verify();
-  checked = status == {upper}_OK ? CHECKED : 0;
-  return status;
-}}
 """
 
 
@@ -69,11 +75,11 @@ def _over(tables: Mapping[str, bytes]) -> str:
   static const struct {{
     const volatile void *data;
     uint32_t bytes;
-  }} parts[] = {{
+  }} covered[] = {{
 {parts}  }};
   uint32_t crc = 0xffffffffu;
-  for (uint32_t n = 0; n < sizeof parts / sizeof *parts; n++)
-    crc = crc_of(crc, parts[n].data, parts[n].bytes);
+  for (uint32_t n = 0; n < sizeof covered / sizeof *covered; n++)
+    crc = crc_of(crc, covered[n].data, covered[n].bytes);
 """
 
 
