@@ -22,6 +22,7 @@ def crc32(tables: Mapping[str, bytes]) -> int:
 def functions(prefix: str, tables: Mapping[str, bytes]) -> str:
     """C text: ``<prefix>_init`` and ``<prefix>_verify``; behind the tables."""
     upper = prefix.upper()
+    calls = "".join(f"  crc = crc_of(crc, {name}, sizeof {name});\n" for name in tables)
     return f"""\
 /* Set by a CRC that was right, to a number that no flipped bit makes of another state. */
 #define CHECKED 0x5ac3961eu
@@ -29,7 +30,8 @@ static uint32_t checked;
 
 {_crc_of() if tables else ""}int32_t {prefix}_verify(void)
 {{
-{_over(tables)}  if ((crc ^ 0xffffffffu) == {upper}_CRC32) return {upper}_OK;
+  uint32_t crc = 0xffffffffu;
+{calls}  if ((crc ^ 0xffffffffu) == {upper}_CRC32) return {upper}_OK;
   checked = 0;
   return {upper}_ERROR_CRC;
 }}
@@ -47,6 +49,11 @@ def _crc_of() -> str:
     """C text of the function that continues a CRC over some bytes."""
     steps = ", ".join(f"0x{_step(nibble):08x}u" for nibble in range(16))
     return f"""\
+/* Compilers put a copy of the function in place of each call, kilobytes in all. A loop over a list
+   of tables would keep the list in flash, where a flipped bit of a length makes it run on. */
+#if defined(__GNUC__)
+__attribute__((noinline))
+#endif
 /* zlib's CRC-32, half a byte at a time. Reads are volatile: what counts is what lies in flash. */
 static uint32_t crc_of(uint32_t crc, const volatile void *data, uint32_t bytes)
 {{
@@ -63,23 +70,6 @@ static uint32_t crc_of(uint32_t crc, const volatile void *data, uint32_t bytes)
   return crc;
 }}
 
-"""
-
-
-def _over(tables: Mapping[str, bytes]) -> str:
-    """Statements that make ``crc``, in a loop: compilers copy the function into each call."""
-    if not tables:
-        return "  const uint32_t crc = 0xffffffffu;\n"
-    parts = "".join(f"    {{{name}, sizeof {name}}},\n" for name in tables)
-    return f"""\
-  static const struct {{
-    const volatile void *data;
-    uint32_t bytes;
-  }} covered[] = {{
-{parts}  }};
-  uint32_t crc = 0xffffffffu;
-  for (uint32_t n = 0; n < sizeof covered / sizeof *covered; n++)
-    crc = crc_of(crc, covered[n].data, covered[n].bytes);
 """
 
 
