@@ -11,6 +11,7 @@ or has no weights (an ADD of two scales, a table), mostly cannot be moved and is
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,14 +23,16 @@ from cactus_edge import decision, files, flatbuffer, inputs, universal
 from cactus_edge.constraints import validate
 from cactus_edge.datasets import Dataset
 from cactus_edge.errors import InvalidGraphError
-from cactus_edge.execute import execute
 from cactus_edge.graph import Activation, DepthwiseConv2D, Graph, Int8Array, Linear, Weights
 from cactus_edge.operators import Mean
+from cactus_edge.runtime import Session
 from cactus_edge.snap import snap
 
 ScaleBits = npt.NDArray[np.uint32]
 FloatArray = npt.NDArray[np.float64]
+Progress = Callable[[int, int], None]
 _LARGEST_BIAS = 2**31 - 1
+_BATCH = 500
 
 
 class MovedLayer(msgspec.Struct, frozen=True):
@@ -80,8 +83,14 @@ class Universalized(msgspec.Struct, frozen=True):
     sha256: str = ""
 
 
-def universalize(graph: Graph) -> tuple[Graph, tuple[MovedLayer, ...]]:
+def universalize(
+    graph: Graph, progress: Progress | None = None
+) -> tuple[Graph, tuple[MovedLayer, ...]]:
     """The graph with moved scales, and a report of every layer on which profiles disagreed.
+
+    Args:
+        graph: as read from a file.
+        progress: called with (operators done, operators in all).
 
     Raises:
         InvalidGraphError: the graph breaks a constraint.
@@ -89,6 +98,8 @@ def universalize(graph: Graph) -> tuple[Graph, tuple[MovedLayer, ...]]:
     given, operators = graph, list(graph.operators)
     layers: list[MovedLayer] = []
     for index, op in enumerate(given.operators):
+        if progress:
+            progress(index, len(given.operators))
         if not isinstance(op, Linear) or isinstance(op, Mean) or op.requantization is not None:
             continue
         bad = list(universal.disagreeing_channels(graph, op))
@@ -114,6 +125,8 @@ def universalize(graph: Graph) -> tuple[Graph, tuple[MovedLayer, ...]]:
                 remaining=len(left),
             )
         )
+    if progress:
+        progress(len(operators), len(operators))
     result = replace(graph, operators=tuple(operators))
     validate(result)
     known = {layer.name for layer in layers}
@@ -126,7 +139,12 @@ def universalize(graph: Graph) -> tuple[Graph, tuple[MovedLayer, ...]]:
 
 
 def make_universal(
-    model: Path, output: Path, data: Dataset | None = None, *, force: bool = False
+    model: Path,
+    output: Path,
+    data: Dataset | None = None,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
 ) -> Universalized:
     """Write a ``.tflite`` with moved scales, and compare both on samples.
 
@@ -136,7 +154,7 @@ def make_universal(
     """
     files.refuse_existing(output, force)
     graph, _ = flatbuffer.load(model)
-    moved, layers = universalize(graph)
+    moved, layers = universalize(graph, progress)
     content = flatbuffer.save(moved, output, force)
     report = Universalized(
         universal=universal.is_universal(moved),
@@ -146,7 +164,7 @@ def make_universal(
     )
     if data is None:
         return report
-    before, after = (decision.predict(_logits(g, data)) for g in (graph, moved))
+    before, after = (_decisions(g, data) for g in (graph, moved))
     return msgspec.structs.replace(
         report,
         samples=len(data.labels),
@@ -156,9 +174,14 @@ def make_universal(
     )
 
 
-def _logits(graph: Graph, data: Dataset) -> npt.NDArray[np.int64]:
-    stored = inputs.stored(graph, data.images)
-    return execute(graph, stored).reshape(len(stored), -1).astype(np.int64)
+def _decisions(graph: Graph, data: Dataset) -> npt.NDArray[np.int64]:
+    session = Session(graph)
+    found: list[npt.NDArray[np.int64]] = []
+    for start in range(0, len(data.labels), _BATCH):
+        stored = inputs.stored(graph, data.images[start : start + _BATCH])
+        logits = session.run(stored).reshape(len(stored), -1).astype(np.int64)
+        found.append(decision.predict(logits))
+    return np.concatenate(found)
 
 
 def _lowest(graph: Graph) -> tuple[Graph, int]:

@@ -267,3 +267,15 @@ def test_patterns_find_the_certified_modules() -> None:
     names = {name_of(path) for path in CERTIFIED}
     assert {"cactus_edge/semantics.py", "cactus_edge/profiles.py", "cactus_edge/check.py"} <= names
     assert any(name.startswith("cactus_edge/certify/") for name in names)
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
+    pages += [page for folder in ("docs", "models") for page in (ROOT / folder).rglob("*.md")]
+    dead = [
+        f"{page.relative_to(ROOT)}: {link}"
+        for page in pages
+        for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+        if "://" not in link and not (page.parent / link).exists()
+    ]
+    assert len(pages) > 20 and not dead

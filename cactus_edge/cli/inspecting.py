@@ -10,7 +10,7 @@ import typer
 from cactus_edge import datasets, files, flatbuffer, manual
 from cactus_edge.analyze import analyze as describe
 from cactus_edge.certify.twin_model import make_twin
-from cactus_edge.cli.output import ForceOption, JsonOption, emit, percent, table
+from cactus_edge.cli.output import ForceOption, JsonOption, bar, emit, percent, table
 from cactus_edge.errors import PropertyNotMetError
 from cactus_edge.universalize import make_universal
 
@@ -93,7 +93,8 @@ def universalize(
     Example: cactus-edge universalize theirs.tflite --data images.npz -o universal.tflite
     """
     samples = None if data is None else datasets.load(data, "test")
-    report = make_universal(model, output, samples, force=force)
+    with bar("universalize", "operators") as progress:
+        report = make_universal(model, output, samples, force=force, progress=progress)
     rows = [
         (
             layer.name,
