@@ -13,10 +13,12 @@ from cactus_edge.certify import Certifier, margin, twin
 from cactus_edge.csource import Layout, generate
 from cactus_edge.errors import ToolError, UnsupportedModelError
 from cactus_edge.execute import execute, execute_all
+from cactus_edge.flatbuffer import read_tflite
 from cactus_edge.graph import DType, Graph
 from cactus_edge.inputs import around
 from cactus_edge.operators import Function, Unary
 from firmware_sim import BOARDS, Verdicts, certify_board, certify_host
+from tests.foreign import made
 
 CPUS = {
     "cortex-m0plus": "RP2040",
@@ -229,3 +231,20 @@ def test_a_table_that_falls_is_refused(falls: bool) -> None:
     levels = np.arange(12)
     found = certify_host(whole, generate(whole, certified=True), inputs, levels)
     equals_the_host(whole, inputs, levels, found, "tflite-micro")
+
+
+@pytest.mark.parametrize("name", ["logistic", "transposed", "mean", "rows_of_four_dimensions"])
+def test_operators_of_others(name: str) -> None:
+    """Tables that only rise, moved elements, means and rows: verdicts and bounds of the host."""
+    graph = read_tflite(made(name, 0))
+    inputs, levels = random_inputs(np.random.default_rng(0), graph, 12), np.arange(12)
+    found = certify_host(graph, generate(graph, certified=True), inputs.astype(np.int8), levels)
+    lower, upper = around(graph, inputs, levels.reshape(-1, *[1] * (inputs.ndim - 1)))
+    certifier = Certifier(graph, ["tflite-micro"], threads=1)
+    ((low, high),) = certifier.bounds(lower, upper)
+    np.testing.assert_array_equal(found.lower, low)
+    np.testing.assert_array_equal(found.upper, high)
+    labels = found.labels.astype(np.int64)
+    lines = certifier.verdicts(0, inputs, lower, upper, labels)
+    assert found.certified.tolist() == [line.verdict == "certified" for line in lines]
+    assert found.certified[0]  # one point alone
