@@ -308,7 +308,7 @@ def test_export_c(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_export_c_refuses_what_does_not_fit(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = replace(BOARDS["RP2040"], name="tiny", flash_bytes=4096)
+    small = replace(BOARDS["RP2040"], name="tiny", flash_bytes=1024)
     monkeypatch.setitem(BOARDS, "tiny", small)
     folder = tmp_path / "firmware"
     code, _, err = call(capsys, "export-c", model, "-o", folder, "--board", "tiny")
@@ -319,8 +319,8 @@ def test_export_c_refuses_what_does_not_fit(
 
 def test_help_has_an_example_for_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     making = ["train", "convert", "export-onnx"]
-    proving = ["analyze", "certify", "merge", "check", "attack", "supported-ops"]
-    verbs = [*making, *proving, "validate", "bench", "simulate", "export-c", "demo"]
+    proving = ["analyze", "certify", "merge", "check", "attack", "supported-ops", "twin"]
+    verbs = [*making, *proving, "validate", "bench", "simulate", "export-c", "universalize", "demo"]
     for verb in verbs:
         code, out, _ = call(capsys, verb, "--help")
         assert code == 0, verb
