@@ -30,8 +30,10 @@ def refuse_existing(path: Path, force: bool) -> None:
 
 
 @contextmanager
-def writing(path: Path, *, force: bool = False) -> Generator[BinaryIO]:
+def writing(path: Path, *, force: bool = False, mode: int = 0o666) -> Generator[BinaryIO]:
     """A binary stream whose content appears at ``path`` only when the block ends without error.
+
+    ``mode``: the permissions, from which the process's mask takes away.
 
     Raises:
         OutputError: ``path`` exists and ``force`` is not given, or it cannot be written.
@@ -48,7 +50,7 @@ def writing(path: Path, *, force: bool = False) -> Generator[BinaryIO]:
             yield stream
         mask = os.umask(0)
         os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        temporary.chmod(mode & ~mask)
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -57,9 +59,9 @@ def writing(path: Path, *, force: bool = False) -> Generator[BinaryIO]:
         raise
 
 
-def write(path: Path, data: bytes, *, force: bool = False) -> None:
+def write(path: Path, data: bytes, *, force: bool = False, mode: int = 0o666) -> None:
     """``data`` at ``path``, all of it or nothing; see ``writing``."""
-    with writing(path, force=force) as stream:
+    with writing(path, force=force, mode=mode) as stream:
         stream.write(data)
 
 

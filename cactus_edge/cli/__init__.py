@@ -25,6 +25,7 @@ from cactus_edge.cli import (
     proving,
     running,
     searching,
+    signing,
 )
 from cactus_edge.cli.output import console
 from cactus_edge.errors import CactusEdgeError, ToolError
@@ -45,6 +46,7 @@ _MODULES = (
     inspecting,
     proving,
     properties,
+    signing,
     faults,
     running,
     firmware,
