@@ -18,11 +18,21 @@ A message says what is wrong, where (file, layer, tensor) and what to do.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class CactusEdgeError(Exception):
     """Root of every error that this package raises on purpose."""
 
     exit_code: int = 5
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """What follows an unknown name in a message: the nearest known one, if one is near."""
+    folded = {option.lower(): option for option in known}
+    near = difflib.get_close_matches(name.lower(), folded, n=1)
+    return f"; did you mean '{folded[near[0]]}'?" if near else ";"
 
 
 class PropertyNotMetError(CactusEdgeError):

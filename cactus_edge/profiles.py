@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cactus_edge import scales, tables
-from cactus_edge.errors import InvalidGraphError, UsageError
+from cactus_edge.errors import InvalidGraphError, UsageError, meant
 from cactus_edge.graph import (
     Add,
     AddRequantization,
@@ -226,7 +226,8 @@ def profile_of(name: str) -> Profile:
         UsageError: no such profile; the message lists the names.
     """
     if name not in PROFILES:
-        raise UsageError(f"no rounding profile '{name}'; known: {', '.join(PROFILES)}")
+        known = ", ".join(PROFILES)
+        raise UsageError(f"no rounding profile '{name}'{meant(name, PROFILES)} known: {known}")
     return PROFILES[name]
 
 

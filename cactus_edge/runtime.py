@@ -22,7 +22,7 @@ import numpy.typing as npt
 from cactus_edge import profiles
 from cactus_edge.compact import compact
 from cactus_edge.constraints import validate
-from cactus_edge.errors import DataError, UsageError
+from cactus_edge.errors import DataError, UsageError, meant
 from cactus_edge.execute import check_input, run_operator
 from cactus_edge.fusion import fuse
 from cactus_edge.graph import DType, Graph, Int64Array, Operator, Tensor
@@ -98,7 +98,9 @@ class Session:
         self.graph = profiles.resolve(graph, profile)
         validate(self.graph)
         if layout not in set(Layout):
-            raise UsageError(f"no layout '{layout}'; known: {', '.join(Layout)}")
+            raise UsageError(
+                f"no layout '{layout}'{meant(layout, Layout)} known: {', '.join(Layout)}"
+            )
         if threads is not None and threads < 1:
             raise UsageError(f"{threads} threads; give at least 1")
         self.layout = Layout(layout)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cactus_edge.errors import UsageError
+from cactus_edge.errors import UsageError, meant
 
 KIB = 1024
 
@@ -111,7 +111,7 @@ def board_of(cpu: str, board: str | Board | None) -> Board:
         UsageError: no such CPU or board, or a board with another CPU.
     """
     if cpu not in CPUS:
-        raise UsageError(f"no CPU '{cpu}'; known: {', '.join(CPUS)}")
+        raise UsageError(f"no CPU '{cpu}'{meant(cpu, CPUS)} known: {', '.join(CPUS)}")
     if board is None:
         return next(entry for entry in _TABLE if entry.cpu == cpu)
     found = board_named(board)
@@ -129,5 +129,5 @@ def board_named(board: str | Board) -> Board:
     if isinstance(board, Board):
         return board
     if board not in BOARDS:
-        raise UsageError(f"no board '{board}'; known: {', '.join(BOARDS)}")
+        raise UsageError(f"no board '{board}'{meant(board, BOARDS)} known: {', '.join(BOARDS)}")
     return BOARDS[board]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from cactus_edge import Graph
 from cactus_edge.csource import CSource
-from cactus_edge.errors import ToolError, UsageError
+from cactus_edge.errors import ToolError, UsageError, meant
 from firmware_sim import build
 from firmware_sim.boards import ARM, KIB, Board, Cpu
 from firmware_sim.certified import Verdicts, verdicts
@@ -83,7 +83,8 @@ def certify_qemu(
 
 def _run(source: CSource, data: Stored, cpu: str, radii: npt.NDArray[np.int32] | None) -> bytes:
     if cpu not in MACHINES:
-        raise UsageError(f"no CPU '{cpu}' under QEMU; known: {', '.join(MACHINES)}")
+        known = ", ".join(MACHINES)
+        raise UsageError(f"no CPU '{cpu}' under QEMU{meant(cpu, MACHINES)} known: {known}")
     machine = MACHINES[cpu]
     program = shutil.which("qemu-system-arm")
     if program is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,6 +71,7 @@ def simulate(
     trace: bool = False,
     by_layer: bool = False,
     layout: Layout = Layout.AUTO,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Simulation:
     """Generate, compile for the board, and run every input; equals ``execute`` bit by bit.
 
@@ -83,6 +84,7 @@ def simulate(
         trace: also return every activation.
         by_layer: also count the instructions of each layer.
         layout: of the weights, see ``cactus_edge.csource``.
+        progress: called with (samples done, samples in all).
 
     Raises:
         UsageError: an unknown name.
@@ -92,7 +94,7 @@ def simulate(
     """
     target = board_of(cpu, board)
     source = generate(graph, profile, layout=layout)
-    return simulate_source(graph, source, inputs, target, trace, by_layer)
+    return simulate_source(graph, source, inputs, target, trace, by_layer, progress)
 
 
 def fit(source: CSource, board: str | Board) -> Image:
@@ -118,6 +120,7 @@ def simulate_source(
     board: Board,
     trace: bool = False,
     by_layer: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Simulation:
     """``simulate`` of C that was generated before, with the default prefix."""
     data = stored_inputs(graph, inputs)
@@ -138,6 +141,8 @@ def simulate_source(
         for sample in data:
             outputs.append(machine.infer(sample.tobytes(), source.output_bytes))
             counts.append(meter.take())
+            if progress is not None:
+                progress(len(counts), len(data))
     layers = split_trace(graph, source.layers, b"".join(traced)) if trace else {}
     return Simulation(
         board,

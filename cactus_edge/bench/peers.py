@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cactus_edge import profiles
-from cactus_edge.errors import InvalidGraphError, MissingExtraError, ToolError, UsageError
+from cactus_edge.errors import InvalidGraphError, MissingExtraError, ToolError, UsageError, meant
 from cactus_edge.flatbuffer.wire import serialize
 from cactus_edge.flatbuffer.writer import model_values
 from cactus_edge.graph import Graph
@@ -260,7 +260,7 @@ def peer_named(name: str) -> Peer:
     """
     known = {peer.name: peer for peer in all_peers()}
     if name not in known:
-        raise UsageError(f"no peer '{name}'; known: {', '.join(known)}")
+        raise UsageError(f"no peer '{name}'{meant(name, known)} known: {', '.join(known)}")
     return known[name]
 
 

@@ -26,6 +26,7 @@ from cactus_edge.cli import (
     running,
     searching,
     signing,
+    verbs,
 )
 from cactus_edge.cli.output import console
 from cactus_edge.errors import CactusEdgeError, ToolError
@@ -54,6 +55,7 @@ _MODULES = (
 )
 for module in _MODULES:
     module.register(app)
+verbs.equip(app)
 
 
 def _version(value: bool) -> None:
@@ -86,6 +88,8 @@ def run(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:  # between the verbs: while they are read or when they are done
+        return verbs.INTERRUPTED
     except Exception as error:  # a defect: still one line, and never the code of a verdict
         logging.getLogger(__name__).info("the defect, in full", exc_info=True)
         text = f"{type(error).__name__}: {error}; this is a defect, --verbose shows where"

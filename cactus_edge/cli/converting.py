@@ -10,7 +10,7 @@ import typer
 
 from cactus_edge import files
 from cactus_edge.cli.making import require_training
-from cactus_edge.cli.output import ForceOption, JsonOption, console, emit, percent, table
+from cactus_edge.cli.output import ForceOption, JsonOption, console, emit, percent, table, working
 from cactus_edge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -145,7 +145,8 @@ def convert(
         correct_bias=not keep_biases,
         clip_weights=None if clipping is None else clipping == "mse",
     )
-    report = onnx_convert.convert(source, output, calibration, settings, force=force)
+    with working("convert"):
+        report = onnx_convert.convert(source, output, calibration, settings, force=force)
     for note in () if as_json else report.notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     title = (
@@ -169,7 +170,8 @@ def _convert_quantized(
             "samples as x"
         )
     _refuse(given, source, "float networks")
-    report = convert_quantized.convert(source, output, force=force)
+    with working("convert"):
+        report = convert_quantized.convert(source, output, force=force)
     title = _title(output, report.bytes, report.universal)
     row = (report.runtime, report.profile, report.elements, 0)
     emit(report, as_json, table(title, ("ONNX Runtime", "profile", "logits", "differ"), [row]))
@@ -196,17 +198,18 @@ def _convert_run(
     require_training("conversion")
     from cactus_edge.train import lower
 
-    report = lower.convert(
-        checkpoint,
-        output,
-        bits=bits,
-        sparsity=sparsity,
-        member=member,
-        epsilon=eps,
-        universal=universal,
-        clipping=clipping,
-        force=force,
-    )
+    with working("convert"):
+        report = lower.convert(
+            checkpoint,
+            output,
+            bits=bits,
+            sparsity=sparsity,
+            member=member,
+            epsilon=eps,
+            universal=universal,
+            clipping=clipping,
+            force=force,
+        )
     title = _title(output, report.bytes, report.universal)
     emit(report, as_json, table(title, _COLUMNS, _rows(report.layers)))
 

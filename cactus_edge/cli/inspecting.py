@@ -9,10 +9,8 @@ import typer
 
 from cactus_edge import datasets, files, flatbuffer, manual
 from cactus_edge.analyze import analyze as describe
-from cactus_edge.certify.twin_model import make_twin
-from cactus_edge.cli.output import ForceOption, JsonOption, bar, emit, percent, table
+from cactus_edge.cli.output import ForceOption, JsonOption, bar, emit, percent, table, working
 from cactus_edge.errors import PropertyNotMetError
-from cactus_edge.universalize import make_universal
 
 
 def analyze(
@@ -67,7 +65,10 @@ def twin(
 
     Example: cactus-edge twin model.tflite -o twin.tflite
     """
-    report = make_twin(model, output, force=force)
+    from cactus_edge.certify.twin_model import make_twin
+
+    with working("twin"):
+        report = make_twin(model, output, force=force)
     rows = [(name, "yes") for name in report.profiles]
     rows += [(name, f"no: {reason}") for name, reason in report.others.items()]
     agreement = "the same bounds on every runtime" if report.universal else "bounds by profile"
@@ -92,6 +93,8 @@ def universalize(
 
     Example: cactus-edge universalize theirs.tflite --data images.npz -o universal.tflite
     """
+    from cactus_edge.universalize import make_universal
+
     samples = None if data is None else datasets.load(data, "test")
     with bar("universalize", "operators") as progress:
         report = make_universal(model, output, samples, force=force, progress=progress)

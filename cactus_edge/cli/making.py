@@ -58,7 +58,14 @@ class _Bar:
 def training_bar() -> Generator[_Bar]:
     """A progress display for ``cactus_edge.train.train``."""
     columns = (TextColumn("train"), BarColumn(), TextColumn("{task.fields[text]}"))
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+    progress = Progress(
+        *columns,
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with progress:
         yield _Bar(progress)
 
 

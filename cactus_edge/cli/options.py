@@ -13,7 +13,7 @@ import typer
 
 from cactus_edge import certificate as certificates
 from cactus_edge import datasets, inputs
-from cactus_edge.errors import UsageError
+from cactus_edge.errors import UsageError, meant
 from cactus_edge.inputs import Perturbation
 from cactus_edge.radii import read_radii
 
@@ -129,8 +129,9 @@ def _window(text: str) -> tuple[int, int, int]:
 
 def split_of(name: str, split: str, graph: Graph) -> datasets.Dataset:
     """A split; what a model's training held out is known from the model's provenance."""
-    if split not in ("train", "validation", "test"):
-        raise UsageError(f"no split '{split}'; use test, validation or train")
+    splits = ("train", "validation", "test")
+    if split not in splits:
+        raise UsageError(f"no split '{split}'{meant(split, splits)} use test, validation or train")
     fraction = datasets.VALIDATION_FRACTION
     provenance = dict(graph.metadata).get("cactus_edge.provenance", b"{}")
     try:
@@ -176,4 +177,5 @@ def method_of(text: str) -> certificates.Method:
     for method in certificates.VERIFIERS:
         if text == method:
             return method
-    raise UsageError(f"no method '{text}'; known: {', '.join(certificates.VERIFIERS)}")
+    known = certificates.VERIFIERS
+    raise UsageError(f"no method '{text}'{meant(text, known)} known: {', '.join(known)}")

@@ -15,6 +15,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -71,6 +72,24 @@ def percent(fraction: float | None) -> str:
 
 
 @contextmanager
+def quieted(quiet: bool) -> Generator[None]:
+    """With ``quiet``, only JSON on stdout, and what follows the block, is printed."""
+    before = [(screen, screen.quiet) for screen in (console, stdout)]
+    for screen, was in before:
+        screen.quiet = was or quiet
+    try:
+        yield
+    finally:
+        for screen, was in before:
+            screen.quiet = was
+
+
+def say(text: str) -> None:
+    """A line on stdout, as it is."""
+    stdout.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
 def bar(title: str, unit: str = "samples") -> Generator[Callable[[int, int], None]]:
     """A progress bar with throughput and remaining time, driven by (done, in all)."""
     columns = (
@@ -81,7 +100,7 @@ def bar(title: str, unit: str = "samples") -> Generator[Callable[[int, int], Non
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    progress = Progress(*columns, console=console, transient=True)
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     task: list[TaskID] = []
     try:
 
@@ -97,6 +116,16 @@ def bar(title: str, unit: str = "samples") -> Generator[Callable[[int, int], Non
     finally:
         if task:
             progress.stop()
+
+
+@contextmanager
+def working(title: str) -> Generator[None]:
+    """A sign of life and the time, for work that cannot be counted."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        progress.add_task(title, total=None)
+        yield
 
 
 def save_json(path: Path, result: Any, *, force: bool) -> None:

@@ -19,6 +19,7 @@ from cactus_edge.cli.output import (
     console,
     emit,
     percent,
+    say,
     table,
 )
 from cactus_edge.errors import RuntimesDisagreeError, UsageError
@@ -219,7 +220,16 @@ def simulate(
 
     graph, _ = flatbuffer.load(model)
     stored = _samples(graph, data, samples)
-    result = run(graph, stored, profile=profile, cpu=cpu, board=board, by_layer=by_layer)
+    with bar("simulate") as progress:
+        result = run(
+            graph,
+            stored,
+            profile=profile,
+            cpu=cpu,
+            board=board,
+            by_layer=by_layer,
+            progress=progress,
+        )
     expected = execute(graph, stored, profile)
     counts = result.instructions
     shown = SimulateOutput(
@@ -305,7 +315,7 @@ def demo(
     emit(result, as_json, table(title, columns, rows))
     if not as_json:
         for path in result.files:
-            typer.echo(path)
+            say(str(path))
 
 
 def register(app: typer.Typer) -> None:

@@ -17,6 +17,7 @@ from cactus_edge.cli.output import (
     console,
     emit,
     percent,
+    say,
     table,
 )
 from cactus_edge.errors import PropertyNotMetError, UsageError
@@ -132,7 +133,7 @@ def search(
         raise PropertyNotMetError(_shortfall(found))
     if not as_json:
         test = found.chosen
-        typer.echo(
+        say(
             f"chosen: {test.name}\n"
             f"test split, {test.data.samples} samples: standard "
             f"{percent(test.standard_accuracy)} %, certified {percent(test.certified_accuracy)} %\n"

@@ -33,7 +33,7 @@ from cactus_edge.datasets.common import (
     data_directory,
     order,
 )
-from cactus_edge.errors import DataError
+from cactus_edge.errors import DataError, meant
 
 __all__ = [
     "DATA_VARIABLE",
@@ -129,7 +129,8 @@ def _read(name_or_path: str | Path, part: Part) -> tuple[str, Source]:
     if name.endswith(".npz"):
         return Path(name_or_path).stem, npz.read(Path(name_or_path), part)
     raise DataError(
-        f"unknown data set '{name}'; use one of {', '.join(NAMES)} or the path of an .npz file"
+        f"unknown data set '{name}'{meant(name, NAMES)} use one of {', '.join(NAMES)} "
+        "or the path of an .npz file"
     )
 
 

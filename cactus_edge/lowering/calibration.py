@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from cactus_edge.errors import UsageError
+from cactus_edge.errors import UsageError, meant
 from cactus_edge.lowering.stages import FloatArray, Layer, Range, Stage, Sum, run, run_bounds
 from cactus_edge.lowering.storage import LEVELS
 
@@ -62,7 +62,7 @@ def method_of(name: str) -> Method:
     for method in known:
         if method == name:
             return method
-    raise UsageError(f"--ranges {name}: known are {', '.join(known)}")
+    raise UsageError(f"--ranges {name}{meant(name, known)} known are {', '.join(known)}")
 
 
 @dataclass

@@ -19,7 +19,7 @@ from cactus_edge.bench.timing import Contender
 from cactus_edge.certify import Certifier
 from cactus_edge.certify.sweep import sweep
 from cactus_edge.datasets import Dataset, Images
-from cactus_edge.errors import DoesNotFitError, RuntimesDisagreeError, UsageError
+from cactus_edge.errors import DoesNotFitError, RuntimesDisagreeError, UsageError, meant
 from cactus_edge.flatbuffer import read_tflite, write_tflite
 from cactus_edge.graph import Graph, Linear
 from cactus_edge.inputs import Perturbation
@@ -50,8 +50,10 @@ def board_named(device: str) -> Board | None:
         return board_of(device, None)
     if device in BOARDS:
         return BOARDS[device]
-    known = ", ".join(("host", *CPUS, *BOARDS))
-    raise UsageError(f"--device {device}: no such device; known: {known}")
+    known = ("host", *CPUS, *BOARDS)
+    raise UsageError(
+        f"--device {device}: no such device{meant(device, known)} known: {', '.join(known)}"
+    )
 
 
 def deployed(model: Model, training: Dataset, settings: Settings) -> bytes:

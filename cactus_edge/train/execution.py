@@ -20,7 +20,7 @@ import msgspec
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
-from cactus_edge.errors import DataError, MissingExtraError, OutputError, UsageError
+from cactus_edge.errors import DataError, MissingExtraError, OutputError, UsageError, meant
 from cactus_edge.train import checkpoint, logs
 from cactus_edge.train.recipe import Recipe
 
@@ -90,7 +90,8 @@ def check(execution: Execution, recipe: Recipe) -> None:
         )
     if execution.precision not in PRECISIONS:
         raise UsageError(
-            f"unknown precision '{execution.precision}'; use one of {', '.join(PRECISIONS)}"
+            f"unknown precision '{execution.precision}'{meant(execution.precision, PRECISIONS)} "
+            f"use one of {', '.join(PRECISIONS)}"
         )
     if not execution.checkpoint_seconds >= 0:
         raise UsageError(f"--checkpoint-every {execution.checkpoint_seconds}: use seconds from 0")

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import msgspec
 import tomli_w
 
-from cactus_edge.errors import DataError
+from cactus_edge.errors import DataError, meant
 from cactus_edge.train import losses
 from cactus_edge.train.compress import Clipping
 from cactus_edge.train.members import Dense, Member, Perturbed, Pruning
@@ -100,7 +100,10 @@ class Objective(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Check the options against the loss, and complete them."""
         if self.loss not in losses.LOSSES:
             names = ", ".join(repr(name) for name in losses.LOSSES)
-            raise ValueError(f"[objective] loss: there is no '{self.loss}'; use one of {names}")
+            raise ValueError(
+                f"[objective] loss: there is no '{self.loss}'"
+                f"{meant(self.loss, losses.LOSSES)} use one of {names}"
+            )
         kind = losses.LOSSES[self.loss].options
         try:
             options = msgspec.to_builtins(msgspec.convert(self.options, kind))
@@ -310,9 +313,14 @@ def _explain(message: str, root: object = None, above: str = "") -> str:
     place = f"[{keys[0]}] {'.'.join(keys[1:])}".strip() if keys else "top level"
     unknown = re.search(r"unknown field `(.*)`", what)
     kind = _type_at(path, Recipe if root is None else root)
+    remedy = _remedy(kind, fields=unknown is not None)
+    word = unknown or re.match(r"Invalid (?:enum )?value '(.*)'", what)
     if unknown:
         what = f"unknown key '{unknown[1]}'"
-    return f"{place}: {what}{_remedy(kind, fields=unknown is not None)}"
+    if word and remedy:
+        known = re.findall(r"[\w-]+" if unknown else r"'([\w-]+)'", remedy)
+        remedy = f"{meant(word[1], known)} {remedy.removeprefix('; ')}"
+    return f"{place}: {what}{remedy}"
 
 
 def _type_at(path: str, root: object) -> object:

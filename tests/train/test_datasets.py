@@ -121,8 +121,11 @@ def test_other_mistakes_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("hello")
     with pytest.raises(DataError, match=r"text.npz: not a readable .npz"):
         datasets.load(tmp_path / "text.npz", "test")
-    with pytest.raises(DataError, match="unknown data set 'imagenet'; use one of digits, mnist"):
-        datasets.load("imagenet", "test")
+    with pytest.raises(
+        DataError,
+        match=r"'mnits'; did you mean 'mnist'\? use one of digits, mnist",
+    ):
+        datasets.load("mnits", "test")
     with pytest.raises(DataError, match="unknown split 'dev'"):
         datasets.load("digits", "dev")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="validation fraction"):

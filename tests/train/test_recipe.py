@@ -40,7 +40,11 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("seed = 3", "sead = 3", r"r.toml: top level: unknown key 'sead'; known keys: .*\bseed\b"),
+        (
+            "seed = 3",
+            "sead = 3",
+            r"r.toml: top level: unknown key 'sead'; did you mean 'seed'\? known keys: .*\bseed\b",
+        ),
         ("seed = 3", "seed = -3", r"r.toml: \[seed\]: .*at least 0"),
         ('name = "digits"', "name = 3", r"\[data\] name: Expected `str`, got `int`"),
         ("epsilon = 0.05", "epsilon = 1.5", r"\[objective\] epsilon: .*above 0 and at most 1"),
@@ -57,7 +61,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         (
             'kind = "pruned",',
             'kind = "prined",',
-            r"members\[1\].*'prined'; kind is one of 'dense' ",
+            r"members\[1\].*'prined'; did you mean 'pruned'\? kind is one of 'dense' ",
         ),
         (
             "bits = 4 },\n    {",

@@ -97,7 +97,9 @@ def test_layer_names_are_stable() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(UsageError, match="no network 'resnet'; use one of mlp, cnn-tiny"):
+    with pytest.raises(
+        UsageError, match=r"no network 'resnet'; did you mean 'resnet-8'\? use one of mlp, cnn-tiny"
+    ):
         build("resnet", (1, 28, 28), 10)
     with pytest.raises(UsageError, match="'cnn-small' needs images"):
         build("cnn-small", (12,), 10)

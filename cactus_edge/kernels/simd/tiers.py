@@ -14,7 +14,7 @@ from typing import Any
 
 from numba.core.registry import cpu_target
 
-from cactus_edge.errors import UsageError
+from cactus_edge.errors import UsageError, meant
 
 
 class Tier(StrEnum):
@@ -78,7 +78,7 @@ def choose(name: str | None = None) -> Tier:
     if name is None:
         return usable[0]
     if name not in set(Tier):
-        raise UsageError(f"no tier '{name}'; known: {', '.join(Tier)}")
+        raise UsageError(f"no tier '{name}'{meant(name, Tier)} known: {', '.join(Tier)}")
     tier = Tier(name)
     if tier not in usable:
         raise UsageError(f"this CPU cannot run tier '{name}'; it can run {', '.join(usable)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from cactus_edge.errors import UsageError
+from cactus_edge.errors import UsageError, meant
 from cactus_edge.train.zoo.blocks import TooSmallError
 from cactus_edge.train.zoo.ds_cnn import ds_cnn
 from cactus_edge.train.zoo.literature import cnn_5, cnn_7, cnn_medium
@@ -69,7 +69,8 @@ def build(architecture: str, input_shape: Shape, classes: int, width: float = 1.
     """
     if architecture not in NETWORKS:
         raise UsageError(
-            f"[network] name: no network '{architecture}'; use one of {', '.join(NETWORKS)}"
+            f"[network] name: no network '{architecture}'{meant(architecture, NETWORKS)} "
+            f"use one of {', '.join(NETWORKS)}"
         )
     make = NETWORKS[architecture]
     if len(input_shape) != 3 and make is not mlp:

@@ -1,0 +1,208 @@
+"""What holds for every verb: examples that parse, common options, suggestions, Ctrl-C."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+from typer.main import get_command
+
+from cactus_edge import flatbuffer
+from cactus_edge.bench.peers import peer_named
+from cactus_edge.cli import app, options, output, run, verbs
+from cactus_edge.datasets import load
+from cactus_edge.errors import CactusEdgeError, UsageError, meant
+from cactus_edge.kernels.simd.tiers import choose
+from cactus_edge.lowering.calibration import method_of
+from cactus_edge.profiles import profile_of
+from cactus_edge.runtime import Session
+from cactus_edge.search.measure import board_named
+from cactus_edge.train.recipe import parse_recipe
+from cactus_edge.train.zoo import build
+from firmware_sim import boards
+from tests.test_cli import call, certify, digits_graph, model  # noqa: F401
+
+ROOT = Path(__file__).resolve().parent.parent
+GROUP = get_command(app)
+VERBS = sorted(GROUP.commands)  # type: ignore[attr-defined]
+COLOUR = re.compile(r"\x1b\[[0-9;]*(?:3[0-7]|4[0-7]|9[0-7]|38|48)[0-9;]*m")
+
+
+def command_of(verb: str) -> SimpleNamespace:
+    """The command of a verb, and its options by their long names."""
+    command = GROUP.commands[verb]  # type: ignore[attr-defined]
+    named = {name: p.opts for p in command.params for name in p.opts if name.startswith("--")}
+    return SimpleNamespace(command=command, named=named, epilog=command.epilog)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_example_parses(verb: str) -> None:
+    found = command_of(verb)
+    lines = [line.removeprefix("Example: ") for line in found.epilog.split("\n\n")]
+    assert lines and all(line.startswith(f"cactus-edge {verb}") for line in lines)
+    for line in lines:
+        _, name, *arguments = shlex.split(line)
+        assert name == verb
+        found.command.make_context(verb, arguments)
+    assert "Example:" not in found.command.help
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_options_are_the_same_everywhere(verb: str) -> None:
+    named = command_of(verb).named
+    assert "-q" in named["--quiet"]
+    assert "--json" in named
+    if "--output" in named:
+        assert "-o" in named["--output"]
+        assert "--force" in named
+    if "--samples" in named:
+        assert "-n" in named["--samples"]
+    short = [name for names in named.values() for name in names if re.fullmatch("-[a-z]", name)]
+    assert set(short) <= {"-o", "-q", "-n", "-h"}
+
+
+def test_a_verb_without_an_example_would_be_found() -> None:
+    assert verbs.examples("Do it.\n\nExample: other-tool run") == []
+    text = "Do it. Example:\ncactus-edge do it\n-o there\n\nExample: cactus-edge do more\n"
+    assert verbs.examples(text) == ["cactus-edge do it -o there", "cactus-edge do more"]
+
+
+def test_the_readme_names_every_verb() -> None:
+    """Or a page that it leads to."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    assert [verb for verb in VERBS if not re.search(rf"`{verb}\b|cactus-edge {verb}\b", text)] == []
+
+
+def test_help_is_quick_and_plain_where_it_has_to_be() -> None:
+    """Neither torch nor Numba is loaded for it, and NO_COLOR is heeded."""
+    program = (
+        "import sys; from cactus_edge.cli import run\n"
+        "assert run(['--help']) == 0 and run(['certify', '--help']) == 0\n"
+        "heavy = {'torch', 'numba', 'llvmlite', 'scipy', 'sklearn', 'onnx', 'matplotlib'}\n"
+        "sys.exit(' '.join(heavy & set(sys.modules)) or 0)"
+    )
+    colourful = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    colourful.pop("NO_COLOR", None)
+    for environment, coloured in ((colourful, True), ({**colourful, "NO_COLOR": "1"}, False)):
+        result = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        assert "Train, convert, certify" in result.stdout
+        assert bool(COLOUR.search(result.stdout)) == coloured
+
+
+def test_quiet_leaves_errors_and_json(
+    model: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert call(capsys, "analyze", model, "--quiet") == (0, "", "")
+    assert call(capsys, *certify(model, "--levels", 1, "-n", 3, "-q")) == (0, "", "")
+    code, out, err = call(capsys, "analyze", model, "-q", "--json")
+    assert (code, err) == (0, "") and json.loads(out)["layers"]
+    code, out, err = call(capsys, *certify(model, "--levels", 1, "-n", 3, "-q"))
+    assert (code, out) == (2, "") and "--force" in err
+    code, out, err = call(capsys, "analyze", model)
+    assert code == 0 and "CONV_2D" in out
+
+
+def test_ctrl_c_has_a_word_and_a_code_of_its_own(
+    model: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(flatbuffer, "load", stopped)
+    code, out, err = call(capsys, "analyze", model)
+    assert (code, out) == (130, "") and "same command" in err
+    monkeypatch.setattr("cactus_edge.cli.app", stopped)
+    assert call(capsys, "analyze", model) == (130, "", "")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    screen = StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=120)
+    monkeypatch.setattr(output, "console", console)
+    clock = iter(range(1000))
+    monkeypatch.setattr(console, "get_time", lambda: next(clock))
+    with output.bar("certify") as progress:
+        for done in range(1, 21):
+            progress(done, 20)
+    with output.working("convert"):
+        pass
+    shown = screen.getvalue()
+    assert bool(shown) == terminal
+    if terminal:
+        assert "certify" in shown and "samples/s" in shown and "20/20" in shown
+        assert re.search(r"0:00:\d\d.*\d:\d\d", shown)
+        assert "convert" in shown
+
+
+def test_typing_mistakes(
+    model: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for arguments, expected in (
+        (["cerify"], "certify"),
+        (["verify-sig"], "verify-signature"),
+        (["certify", "--josn"], "--json"),
+        ([*certify(model), "--levles", 1], "--levels"),
+        ([*certify(model), "--levels", 1, "--data", "digts"], "did you mean 'digits'?"),
+        ([*certify(model), "--levels", 1, "--profile", "tflite-mirco"], "'tflite-micro'?"),
+        ([*certify(model), "--levels", 1, "--method", "Linar"], "did you mean 'linear'?"),
+        ([*certify(model), "--levels", 1, "--split", "tset"], "did you mean 'test'?"),
+    ):
+        code, _, err = call(capsys, *arguments)
+        assert code == 2
+        assert expected in " ".join(err.replace("│", "").split())
+
+
+def test_mistakes_in_names() -> None:
+    recipe = (ROOT / "recipes" / "digits.toml").read_text(encoding="utf-8")
+    graph = digits_graph()
+    known = (
+        (lambda: choose("neno"), "neon"),
+        (lambda: Session(graph, layout="dence"), "dense"),
+        (lambda: peer_named("litert-xnpack"), "litert-xnnpack"),
+        (lambda: board_named("cortex-m44"), "cortex-m4"),
+        (lambda: boards.board_named("rp2040"), "RP2040"),
+        (lambda: boards.board_of("cortexm4", None), "cortex-m4"),
+        (lambda: method_of("min-max"), "minmax"),
+        (lambda: profile_of("tflite_micro"), "tflite-micro"),
+        (lambda: load("cifar-10", "test"), "cifar10"),
+        (lambda: options.method_of("intervall"), "interval"),
+        (lambda: build("cnn-smal", (1, 8, 8), 10), "cnn-small"),
+        (lambda: parse_recipe(recipe.replace("members", "membres")), "members"),
+        (lambda: parse_recipe(recipe.replace('"pruned', '"prunned')), "pruned-quantized"),
+        (lambda: parse_recipe(recipe.replace("[objective]", '[objective]\nloss = "sarb"')), "sabr"),
+    )
+    for mistaken, right in known:
+        with pytest.raises(CactusEdgeError, match=f"did you mean '{right}'"):
+            mistaken()
+    with pytest.raises(UsageError, match="no rounding profile 'zzz'; known:"):
+        profile_of("zzz")
+
+
+def test_suggestions() -> None:
+    assert meant("abc", []) == ";"
+    assert meant("ABC", ["abd", "zzz"]) == "; did you mean 'abd'?"
+    assert inspect.signature(meant).parameters.keys() == {"name", "known"}
+    assert run(["--version"]) == 0
