@@ -1,6 +1,7 @@
 # Every target builds .venv first if it is missing or older than what defines it.
 
-.PHONY: install demo test check evidence evidence-training bench zoo docs clean
+.PHONY: install demo test check evidence evidence-training evidence-trust bench zoo docs \
+	lock sbom clean
 .DEFAULT_GOAL := test
 
 BIN := .venv/bin
@@ -47,11 +48,16 @@ check: $(STAMP)
 	diff -u docs/operators.md build/operators.md
 
 evidence: $(STAMP)
-	$(BIN)/pytest -m evidence -s --ignore tests/evidence/test_training.py
+	$(BIN)/pytest -m evidence -s --ignore tests/evidence/test_training.py \
+		--ignore tests/evidence/test_trust.py --ignore tests/evidence/test_packaging.py
 
 # Hours; CACTUS_EDGE_SEEDS=0 trains one seed of three.
 evidence-training: $(STAMP)
 	$(BIN)/pytest -m evidence -s tests/evidence/test_training.py
+
+# Kills, faults, changed bytes, installed wheels; about an hour.
+evidence-trust: $(STAMP)
+	$(BIN)/pytest -m evidence -s tests/evidence/test_trust.py tests/evidence/test_packaging.py
 
 bench: $(STAMP)
 	$(BIN)/pytest -m evidence -s tests/evidence/test_performance.py
@@ -59,6 +65,11 @@ bench: $(STAMP)
 # The models of the repository; under an hour on two cores.
 zoo: $(STAMP)
 	$(BIN)/python tools/zoo.py
+
+# The dependencies of a release with their hashes, and its bill of materials.
+lock sbom: $(STAMP)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[release]'
+	$(BIN)/python tools/release.py $@
 
 docs: $(STAMP)
 	$(BIN)/cactus-edge supported-ops --write docs/operators.md

@@ -270,7 +270,7 @@ def test_patterns_find_the_certified_modules() -> None:
 
 
 def test_links_between_documents_lead_somewhere() -> None:
-    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
+    pages = [ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "SECURITY", "CONTRIBUTING")]
     pages += [page for folder in ("docs", "models") for page in (ROOT / folder).rglob("*.md")]
     dead = [
         f"{page.relative_to(ROOT)}: {link}"
