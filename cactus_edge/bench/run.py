@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import platform
 import time
@@ -85,7 +86,7 @@ class Benchmark:
 
     ``absent`` are peers that were not measured, with the reason. ``microjoules`` are what the
     processor's own counter says about one image in batches of our runtime, the whole package
-    included; None where it has no counter that may be read.
+    included; None where it has no counter that may be read. ``model_sha256`` is of the file.
     """
 
     machine: str
@@ -102,6 +103,7 @@ class Benchmark:
     peers: dict[str, Figures]
     absent: dict[str, str]
     microjoules: float | None
+    model_sha256: str = ""
 
 
 def benchmark(
@@ -189,6 +191,7 @@ def benchmark(
         peers={p.name: f for p, f in zip(entrants[1:], figures[1:], strict=True)},
         absent=absent,
         microjoules=_microjoules(contenders[0]),
+        model_sha256=hashlib.sha256(whole.content).hexdigest(),
     )
 
 

@@ -35,12 +35,17 @@ class Point(msgspec.Struct, frozen=True):
 
 
 class Curve(msgspec.Struct, frozen=True):
-    """``correct``: samples that are classified as labelled; ``attacked``: whether attacks ran."""
+    """``correct``: samples that are classified as labelled; ``attacked``: whether attacks ran.
+
+    ``model_sha256`` and ``data`` (name and split) say what it is about, where a file was asked for.
+    """
 
     samples: int
     correct: int
     attacked: bool
     points: tuple[Point, ...]
+    model_sha256: str = ""
+    data: str = ""
 
 
 def sweep(

@@ -23,6 +23,7 @@ from cactus_edge.cli import (
     making,
     properties,
     proving,
+    reporting,
     running,
     searching,
     signing,
@@ -52,6 +53,7 @@ _MODULES = (
     running,
     firmware,
     kernels,
+    reporting,
 )
 for module in _MODULES:
     module.register(app)

@@ -36,6 +36,7 @@ class BenchOutput(msgspec.Struct, frozen=True):
     """
 
     model: str
+    model_sha256: str
     machine: str
     ours: msgspec.Raw
     peers: msgspec.Raw
@@ -196,6 +197,7 @@ def _output(path: Path, result: Benchmark, best: Ceilings | None, roof: Roof | N
 
     return BenchOutput(
         model=path.name,
+        model_sha256=result.model_sha256,
         machine=result.machine,
         ours=raw(result.ours),
         peers=raw(result.peers),

@@ -286,7 +286,7 @@ def sweep(
     for path in (output, svg):
         if path is not None:
             files.refuse_existing(path, force)
-    graph, _ = flatbuffer.load(model)
+    graph, content = flatbuffer.load(model)
     images, labels = _samples(graph, data, split, first, samples)
     certifier, _ = _certifier(graph, profile)
     settings = settings_of(steps, restarts, strong) if attack or strong else None
@@ -294,6 +294,9 @@ def sweep(
         curve = sweeping.sweep(
             certifier, images, labels, perturbations, settings=settings, progress=progress
         )
+    curve = msgspec.structs.replace(
+        curve, model_sha256=hashlib.sha256(content).hexdigest(), data=f"{data} {split}"
+    )
     if output is not None:
         save_json(output, curve, force=force)
     if svg is not None:

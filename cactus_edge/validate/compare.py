@@ -64,6 +64,7 @@ class Validation(msgspec.Struct, frozen=True):
 
     ``runtimes_differ`` counts logits on which at least two runtimes differ, ``decisions_differ``
     samples that two runtimes classify differently. Both are 0 for a universal model.
+    ``model_sha256`` is that of the file, empty where a graph without one was given.
     """
 
     universal: bool
@@ -72,6 +73,7 @@ class Validation(msgspec.Struct, frozen=True):
     outputs: int
     runtimes_differ: int
     decisions_differ: int
+    model_sha256: str = ""
 
     @property
     def agrees(self) -> bool:
@@ -122,6 +124,7 @@ def validate_model(
         outputs=len({result.output for result in results if result.output}),
         runtimes_differ=int((stacked != stacked[0]).any(axis=0).sum()),
         decisions_differ=int((decisions != decisions[0]).any(axis=0).sum()),
+        model_sha256="" if data is None else hashlib.sha256(data).hexdigest(),
     )
 
 

@@ -1,0 +1,148 @@
+"""The verb ``report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+
+from cactus_edge import files
+from cactus_edge.cli.options import split_of
+from cactus_edge.cli.output import ForceOption, JsonOption, bar, console, emit, table
+from cactus_edge.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from cactus_edge.report import Explorer, Sources, Widths
+
+_MOST_SAMPLES = 1000
+
+
+class ReportOutput(msgspec.Struct, frozen=True):
+    """What ``report --json`` prints.
+
+    ``explored`` counts the samples of the explorer, ``radii`` those of its slider; ``notes`` say
+    what is missing on the page, and why.
+    """
+
+    page: str
+    bytes: int
+    certificates: tuple[str, ...]
+    results: dict[str, int]
+    explored: int
+    radii: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def report(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Certificates, their model, and results of sweep -o, search, bench --json and "
+            "validate --json; or folders that hold them.",
+            metavar="FILE|FOLDER...",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .html file to write.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            help="The certified data set's name or .npz file; the name that the certificate has, "
+            "without it.",
+            metavar="NAME",
+        ),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", help="How many samples the explorer shows at most.")
+    ] = 100,
+    title: Annotated[str | None, typer.Option("--title", help="Heading of the page.")] = None,
+    force: ForceOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors alone.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write one self-contained HTML page: verdicts, curves, layers, runtimes and an explorer.
+
+    Example: cactus-edge report certificate.jsonl model.tflite -o report.html
+
+    Example: cactus-edge report searches/digits --data digits -o report.html
+    """
+    from cactus_edge import report as reporting
+
+    files.refuse_existing(output, force)
+    if not 0 <= samples <= _MOST_SAMPLES:
+        raise UsageError(f"--samples {samples}: the explorer holds from 0 to {_MOST_SAMPLES}")
+    read = reporting.read(sources, samples)
+    notes: list[str] = []
+    explorer, widths = _measured(read, data, samples, notes, quiet)
+    heading = title or f"Report on {read.main.head.models[0].file}"
+    page = reporting.render(reporting.Page(heading, read, explorer, widths, tuple(notes)))
+    files.write(output, page, force=force)
+    shown = ReportOutput(
+        page=str(output),
+        bytes=len(page),
+        certificates=tuple(str(claim.path) for claim in read.claims),
+        results={
+            "sweep": len(read.curves),
+            "search": len(read.searches),
+            "bench": len(read.benches),
+            "validate": len(read.validations),
+        },
+        explored=0 if explorer is None else len(explorer.samples),
+        radii=() if explorer is None else tuple(step.exact for step in explorer.radii),
+        notes=tuple(notes),
+    )
+    for note in () if quiet else notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    if as_json or not quiet:
+        rows = [
+            ("certificates", len(shown.certificates)),
+            *shown.results.items(),
+            ("samples to explore", shown.explored),
+            ("radii", ", ".join(shown.radii) or "-"),
+            ("bytes", shown.bytes),
+        ]
+        emit(shown, as_json, table(str(output), ("", "value"), rows))
+
+
+def _measured(
+    read: Sources, data: str | None, samples: int, notes: list[str], quiet: bool
+) -> tuple[Explorer | None, Widths | None]:
+    """What needs model and data; a note says why where either is missing."""
+    from cactus_edge import report as reporting
+
+    claim = read.main
+    about = claim.head.data
+    if about is None:
+        notes.append("no explorer: the certificate is about a query, not about samples")
+        return None, None
+    if not read.models:
+        names = ", ".join(model.file for model in claim.head.models)
+        notes.append(f"no explorer and no layers: the model was not given ({names})")
+        return None, None
+    if not claim.samples:
+        notes.append("no explorer and no layers: no sample was asked for")
+        return None, None
+    try:
+        dataset = split_of(data or about.name, about.split, read.models[0].graph)
+    except DataError as error:
+        if data is not None:
+            raise
+        notes.append(f"no explorer and no layers: {error}; give --data")
+        return None, None
+    explored = reporting.opened(claim, read.models, dataset, samples)
+    widths = None
+    if claim.head.property.patch:
+        notes.append("no layers: a patch is a union of boxes, whose widths differ")
+    with bar("report", "parts") as progress:
+        shown = None if quiet else progress
+        explorer = reporting.explore(claim, explored, progress=shown)
+        if not claim.head.property.patch:
+            widths = reporting.widths(explored, progress=shown)
+    return explorer, widths
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's verb."""
+    app.command()(report)
