@@ -1,7 +1,7 @@
 # Every target builds .venv first if it is missing or older than what defines it.
 
-.PHONY: install demo test check evidence evidence-training evidence-trust bench zoo docs \
-	lock sbom clean
+.PHONY: install demo test check evidence evidence-training evidence-trust bench zoo screenshots \
+	docs lock sbom clean
 .DEFAULT_GOAL := test
 
 BIN := .venv/bin
@@ -70,6 +70,10 @@ zoo: $(STAMP)
 lock sbom: $(STAMP)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[release]'
 	$(BIN)/python tools/release.py $@
+
+# The pictures of docs/report.md; needs a Chromium (Debian: apt-get install chromium).
+screenshots: $(STAMP)
+	$(BIN)/pytest -m evidence -s tests/evidence/test_report.py
 
 docs: $(STAMP)
 	$(BIN)/cactus-edge supported-ops --write docs/operators.md

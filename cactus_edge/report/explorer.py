@@ -89,7 +89,7 @@ class Explorer(msgspec.Struct, frozen=True):
     """All that the page's explorer needs; ``own`` is the place of the claim's radius in ``radii``.
 
     ``unit``: what radii are counted in. ``shape`` is that of an input without the leading 1,
-    ``levels`` the number of stored integers between least and greatest, ``range`` that of a logit.
+    ``levels`` the number of stored integers between least and greatest.
     """
 
     unit: str
@@ -97,7 +97,6 @@ class Explorer(msgspec.Struct, frozen=True):
     own: int
     shape: tuple[int, ...]
     levels: int
-    range: tuple[int, int]
     groups: int
     samples: tuple[Shown, ...]
 
@@ -179,14 +178,12 @@ def explore(claim: Claim, explored: Explored, *, progress: Progress | None = Non
         shown += grid.shown(values, own)
         if progress:
             progress(number + 1, len(grids))
-    tensor = graph.tensors[graph.logits]
     return Explorer(
         unit=_unit(what),
         radii=tuple(Step(str(value), float(value)) for value in values),
         own=own,
         shape=graph.tensors[graph.core_input].shape[1:],
         levels=mapping.limits[1] - mapping.limits[0],
-        range=tensor.dtype.range if not tensor.dtype.is_wide else _extent(shown),
         groups=len(explored.certifier.groups),
         samples=tuple(shown),
     )
@@ -194,13 +191,6 @@ def explore(claim: Claim, explored: Explored, *, progress: Progress | None = Non
 
 def _classes(graph: Graph) -> int:
     return graph.tensors[graph.logits].size
-
-
-def _extent(shown: Sequence[Shown]) -> tuple[int, int]:
-    """Of all bounds: wide logits have no range that is worth drawing."""
-    low = min((min(ends) for sample in shown for ends in sample.lower), default=0)
-    high = max((max(ends) for sample in shown for ends in sample.upper), default=0)
-    return low, high
 
 
 def _unit(what: Property) -> str:

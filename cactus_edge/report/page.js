@@ -100,9 +100,15 @@ function explorer(data) {
     find("shown").textContent = `Sample ${sample.index}, label ${sample.label}`;
     draw(find("image"), sample.image);
     find("image").setAttribute("aria-label", `Sample ${sample.index} of class ${sample.label}`);
-    find("broken").hidden = sample.counterexample === "";
+    for (const figure of document.querySelectorAll(".broken")) {
+      figure.hidden = sample.counterexample === "";
+    }
     if (sample.counterexample !== "") {
       draw(find("counterexample"), sample.counterexample);
+      const [before, after] = [bytesOf(sample.image), bytesOf(sample.counterexample)];
+      const middle = data.levels / 2;
+      paint(find("difference"), before.map((byte, at) =>
+        Math.round(middle + (middle * (after[at] - byte)) / sample.distance)));
       find("broken-text").textContent = `counterexample, ${sample.distance} levels away: `
         + `class ${winner(sample.wrong)} under ${sample.profile}`;
       find("counterexample").setAttribute(
@@ -156,7 +162,8 @@ function explorer(data) {
       rivals.sort((a, b) => upper[b] - upper[a]);
       shown = [current.label, ...rivals.slice(0, most - 1)].sort((a, b) => a - b);
     }
-    const [least, greatest] = data.range;
+    const least = Math.min(...current.lower.flat());
+    const greatest = Math.max(...current.upper.flat());
     const place = (value) => (100 * (value - least)) / Math.max(1, greatest - least);
     for (const label of shown) {
       const row = rows.insertRow();
@@ -180,8 +187,15 @@ function explorer(data) {
     }
   }
 
+  function bytesOf(encoded) {
+    return Uint8Array.from(atob(encoded), (letter) => letter.charCodeAt(0));
+  }
+
   function draw(canvas, encoded) {
-    const bytes = Uint8Array.from(atob(encoded), (letter) => letter.charCodeAt(0));
+    paint(canvas, bytesOf(encoded));
+  }
+
+  function paint(canvas, bytes) {
     const picture = data.shape.length === 3 && (data.shape[2] === 1 || data.shape[2] === 3);
     if (!picture) return columns(canvas, bytes);
     const [height, width, channels] = data.shape;
