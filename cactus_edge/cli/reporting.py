@@ -59,7 +59,6 @@ def report(
     ] = 100,
     title: Annotated[str | None, typer.Option("--title", help="Heading of the page.")] = None,
     force: ForceOption = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors alone.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write one self-contained HTML page: verdicts, curves, layers, runtimes and an explorer.
@@ -75,7 +74,7 @@ def report(
         raise UsageError(f"--samples {samples}: the explorer holds from 0 to {_MOST_SAMPLES}")
     read = reporting.read(sources, samples)
     notes: list[str] = []
-    explorer, widths = _measured(read, data, samples, notes, quiet)
+    explorer, widths = _measured(read, data, samples, notes)
     heading = title or f"Report on {read.main.head.models[0].file}"
     page = reporting.render(reporting.Page(heading, read, explorer, widths, tuple(notes)))
     files.write(output, page, force=force)
@@ -93,21 +92,20 @@ def report(
         radii=() if explorer is None else tuple(step.exact for step in explorer.radii),
         notes=tuple(notes),
     )
-    for note in () if quiet else notes:
+    for note in notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
-    if as_json or not quiet:
-        rows = [
-            ("certificates", len(shown.certificates)),
-            *shown.results.items(),
-            ("samples to explore", shown.explored),
-            ("radii", ", ".join(shown.radii) or "-"),
-            ("bytes", shown.bytes),
-        ]
-        emit(shown, as_json, table(str(output), ("", "value"), rows))
+    rows = [
+        ("certificates", len(shown.certificates)),
+        *shown.results.items(),
+        ("samples to explore", shown.explored),
+        ("radii", ", ".join(shown.radii) or "-"),
+        ("bytes", shown.bytes),
+    ]
+    emit(shown, as_json, table(str(output), ("", "value"), rows))
 
 
 def _measured(
-    read: Sources, data: str | None, samples: int, notes: list[str], quiet: bool
+    read: Sources, data: str | None, samples: int, notes: list[str]
 ) -> tuple[Explorer | None, Widths | None]:
     """What needs model and data; a note says why where either is missing."""
     from cactus_edge import report as reporting
@@ -136,10 +134,9 @@ def _measured(
     if claim.head.property.patch:
         notes.append("no layers: a patch is a union of boxes, whose widths differ")
     with bar("report", "parts") as progress:
-        shown = None if quiet else progress
-        explorer = reporting.explore(claim, explored, progress=shown)
+        explorer = reporting.explore(claim, explored, progress=progress)
         if not claim.head.property.patch:
-            widths = reporting.widths(explored, progress=shown)
+            widths = reporting.widths(explored, progress=progress)
     return explorer, widths
 
 
