@@ -14,6 +14,7 @@ import typer
 
 import cactus_edge
 from cactus_edge.cli import (
+    comparing,
     converting,
     exporting,
     faults,
@@ -53,6 +54,7 @@ _MODULES = (
     running,
     firmware,
     kernels,
+    comparing,
     reporting,
 )
 for module in _MODULES:

@@ -63,6 +63,14 @@ def convert(
         bool,
         typer.Option("--universal/--plain", help="Choose scales on which all runtimes agree."),
     ] = True,
+    wide_layer: Annotated[
+        list[str] | None,
+        typer.Option("--wide-layer", help="Of a run: a layer to keep at 8 bits; repeatable."),
+    ] = None,
+    whole_layer: Annotated[
+        list[str] | None,
+        typer.Option("--whole-layer", help="Of a run: a layer not to prune; repeatable."),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -115,11 +123,15 @@ def convert(
     }
     if source.suffix != ".onnx":
         _refuse(of_onnx, source, ".onnx files")
+        spared = (wide_layer or [], whole_layer or [])
         _convert_run(
-            source, output, bits, sparsity or 0.0, member, eps, universal, clipping, force, as_json
-        )
+            source, output, bits, sparsity or 0.0, member, eps, universal, clipping, spared, force,
+            as_json,
+        )  # fmt: skip
         return
-    _refuse({"--sparsity": sparsity, "--member": member}, source, "runs")
+    of_runs = {"--sparsity": sparsity, "--member": member}
+    of_runs |= {"--wide-layer": wide_layer or None, "--whole-layer": whole_layer or None}
+    _refuse(of_runs, source, "runs")
     if calibration is None:
         given = {**of_onnx, "--bits": bits, "--eps": eps, "--clipping": clipping}
         _convert_quantized(source, output, given, force, as_json)
@@ -192,6 +204,7 @@ def _convert_run(
     eps: float | None,
     universal: bool,
     clipping: str | None,
+    spared: tuple[list[str], list[str]],
     force: bool,
     as_json: bool,
 ) -> None:
@@ -208,6 +221,8 @@ def _convert_run(
             epsilon=eps,
             universal=universal,
             clipping=clipping,
+            wide=spared[0],
+            whole=spared[1],
             force=force,
         )
     title = _title(output, report.bytes, report.universal)

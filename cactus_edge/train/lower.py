@@ -33,6 +33,7 @@ from cactus_edge.train.removal import without_unread
 
 CALIBRATION_SAMPLES = 2000
 _SHADOW_SAMPLES = 16
+_WIDEST = 8
 
 
 class LoweringReport(msgspec.Struct, frozen=True):
@@ -84,6 +85,8 @@ class Settings:
         universal: whether to move scales to where every runtime agrees.
         edge_bits: width of the first and the last layer; None is ``bits``, the default, because
             wider edges did not certify more (see docs/universal.md).
+        wide: layers whose weights stay at 8 bits.
+        whole: layers that are not pruned.
     """
 
     bits: int = 8
@@ -93,6 +96,8 @@ class Settings:
     edge_bits: int | None = None
     pattern: Pattern | None = None
     clipping: str | None = None
+    wide: frozenset[str] = frozenset()
+    whole: frozenset[str] = frozenset()
 
     @property
     def pruned(self) -> Pattern:
@@ -137,7 +142,9 @@ def lower(model: Model, calibration: datasets.Dataset, settings: Settings) -> Lo
     masks = model.masks.get(pattern.key())
     if masks is None:
         masks = pattern.masks(model.network, recipe.compression.pruning)
+    masks = {name: mask for name, mask in masks.items() if name not in settings.whole}
     whole = stages(model.network.eval(), masks)
+    _check_names(whole, settings)
     folded = without_unread(whole) if pattern.removes_channels else whole
     widths = _widths(folded, settings)
     asked = settings.clipping or recipe.compression.clipping
@@ -177,6 +184,8 @@ def convert(
     universal: bool = True,
     edge_bits: int | None = None,
     clipping: str | None = None,
+    wide: Sequence[str] = (),
+    whole: Sequence[str] = (),
     force: bool = False,
 ) -> LoweringReport:
     """Convert a run's directory (or its ``model.safetensors``) to a ``.tflite`` file.
@@ -191,6 +200,8 @@ def convert(
         universal: see ``Settings``.
         edge_bits: see ``Settings``.
         clipping: see ``Settings``.
+        wide: see ``Settings``.
+        whole: see ``Settings``.
         force: replace ``output``.
 
     Raises:
@@ -207,8 +218,9 @@ def convert(
             raise UsageError(f"--bits {bits}: the member '{chosen.label()}' has {width} bits")
         bits = width if bits is None else bits
     settings = Settings(
-        8 if bits is None else bits, sparsity, epsilon, universal, edge_bits, pattern, clipping
-    )
+        8 if bits is None else bits, sparsity, epsilon, universal, edge_bits, pattern, clipping,
+        frozenset(wide), frozenset(whole),
+    )  # fmt: skip
     data = datasets.load(model.recipe.data.name, "train", model.recipe.data.validation)
     lowering = lower(model, data, settings)
     content = flatbuffer.save(lowering.graph, output, force)
@@ -257,7 +269,13 @@ def _widths(folded: Sequence[Stage], settings: Settings) -> dict[str, int]:
     widths = dict.fromkeys(names, settings.bits)
     if settings.edge_bits is not None:
         widths |= {names[0]: settings.edge_bits, names[-1]: settings.edge_bits}
-    return widths
+    return widths | dict.fromkeys(settings.wide, _WIDEST)
+
+
+def _check_names(folded: Sequence[Stage], settings: Settings) -> None:
+    names = [stage.name for stage in folded if isinstance(stage, Layer)]
+    for name in sorted((settings.wide | settings.whole) - set(names)):
+        raise UsageError(f"no layer '{name}' to spare; the network has: {', '.join(names)}")
 
 
 def _clipped(folded: Sequence[Stage], widths: Mapping[str, int], clipping: Clipping) -> list[Stage]:
@@ -308,4 +326,7 @@ def _metadata(
     }
     if settings.pattern is not None:
         provenance["pattern"] = settings.pattern.key()
+    for name, layers in (("wide", settings.wide), ("whole", settings.whole)):
+        if layers:
+            provenance[name] = sorted(layers)
     return metadata_of(graph, provenance, pixels=data.images.dtype == np.uint8)
