@@ -1,5 +1,6 @@
 """Certificate = device, shown: every installed runtime computes the integers of its profile."""
 
+from cactus_edge.validate.child import Python
 from cactus_edge.validate.compare import (
     Difference,
     PeerResult,
@@ -16,6 +17,7 @@ __all__ = [
     "Learned",
     "Peer",
     "PeerResult",
+    "Python",
     "Validation",
     "onnx_peer",
     "learn",

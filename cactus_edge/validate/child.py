@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,28 @@ _PROGRAM = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
 _SERVED = str(Path(__file__).with_name("served.py"))
 
 
+@dataclass(frozen=True, eq=False)
+class Python:
+    """What runs the child: this environment's Python, another's, or an emulator with one.
+
+    ``environment`` is that of the process, this one's where it is None; an answer may take
+    ``seconds``.
+    """
+
+    command: tuple[str, ...] = (sys.executable,)
+    environment: Mapping[str, str] | None = None
+    seconds: float = TIMEOUT
+
+
+HERE = Python()
+
+
 class Worker:
     """One runtime in one mode, as a function; each call has a process of its own."""
 
-    def __init__(self, module: str, mode: str, shipped: Shipped | None = None) -> None:
+    def __init__(
+        self, module: str, mode: str, shipped: Shipped | None = None, python: Python = HERE
+    ) -> None:
         """Name the interpreter's module and the resolver (or ``micro``, or ``XNNPACK``).
 
         ``shipped`` are a graph and the bytes that it was read from: that graph is run from them.
@@ -37,6 +56,7 @@ class Worker:
         self._module = module
         self._mode = mode
         self._shipped = shipped
+        self._python = python
 
     def _bytes(self, graph: Graph) -> bytes:
         if self._shipped and graph is self._shipped[0] and _integer_edges(graph):
@@ -65,14 +85,17 @@ class Worker:
         request = [json.dumps(head).encode(), b"\n", *models, *(b.tobytes() for b in batches)]
         try:
             done = subprocess.run(
-                [sys.executable, "-c", _PROGRAM, _SERVED],
+                [*self._python.command, "-c", _PROGRAM, _SERVED],
                 input=b"".join(request),
                 capture_output=True,
-                timeout=TIMEOUT,
+                env=self._python.environment,
+                timeout=self._python.seconds,
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise ToolError(f"{self._module}: no answer within {TIMEOUT:.0f} s") from None
+            raise ToolError(
+                f"{self._module}: no answer within {self._python.seconds:.0f} s"
+            ) from None
         if done.returncode:
             lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or [""]
             reason = lines[-1] if done.returncode > 0 else f"killed by signal {-done.returncode}"

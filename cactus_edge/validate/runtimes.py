@@ -20,7 +20,7 @@ from cactus_edge.execute import execute
 from cactus_edge.graph import Graph, Int64Array, Stored
 from cactus_edge.runtime import Session
 from cactus_edge.validate import onnx_runtime
-from cactus_edge.validate.child import Part, Shipped, Worker
+from cactus_edge.validate.child import HERE, Part, Python, Shipped, Worker
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Peer:
     """A runtime in one mode.
 
     ``package`` is what pip installs and ``module`` what is imported; ``extra`` brings it. Our own
-    executors follow every profile and are compared under ``profile``.
+    executors follow every profile and are compared under ``profile``. A runtime outside this
+    environment has a ``python`` that runs it, and is of version ``installed``.
     """
 
     name: str
@@ -37,12 +38,14 @@ class Peer:
     extra: str
     mode: str
     profile: str
+    python: Python = HERE
+    installed: str = ""
 
     @property
     def version(self) -> str:
         """The installed version; empty when it is not installed."""
-        if not self.package:
-            return "own"
+        if self.installed or not self.package:
+            return self.installed or "own"
         try:
             return metadata.version(self.package) if self._importable() else ""
         except metadata.PackageNotFoundError:
@@ -111,7 +114,7 @@ def runner(
     if peer.mode == onnx_runtime.MODE:
         return onnx_runtime.OnnxWorker().run
     if peer.mode not in _OWN:
-        return Worker(peer.module, peer.mode, shipped).run
+        return Worker(peer.module, peer.mode, shipped, peer.python).run
     own = _OWN[peer.mode]
     return lambda parts: [
         own(graph, batch, peer.profile).astype(np.int64) for graph, batch in parts
