@@ -403,9 +403,9 @@ def softmax_edge(graph: Graph, op: Operator) -> str:
 
 @_rule(Dequantize)
 def dequantize_edge(graph: Graph, op: Operator) -> str:
-    """Integer input with a scale, float32 output of the same shape; last operator only."""
+    """Integer input with a scale; float32 of the same shape, or SOFTMAX's output plus 128; last."""
     source, target = _tensors(graph, op)
-    fits = target.dtype is DType.FLOAT32 and source.quantization is not None
+    fits = constraints_imported.leaves(graph, op) and source.quantization is not None
     fits &= source.shape == target.shape
     return "" if fits else f"{source.dtype.value} -> {target.dtype.value}"
 

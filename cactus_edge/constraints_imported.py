@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 
 from cactus_edge import tables
-from cactus_edge.graph import ArgMax, DType, Graph, Operator, sixes
+from cactus_edge.graph import ArgMax, DType, Graph, Operator, Quantization, Softmax, sixes
 from cactus_edge.operators import (
     LEVELS,
     Combination,
@@ -25,6 +25,7 @@ from cactus_edge.operators import (
     Pair,
     Rows,
     StridedSlice,
+    ToUnsigned,
     Transpose,
     Unary,
     WithConstant,
@@ -223,3 +224,13 @@ def arg_max_edge(graph: Graph, op: Operator) -> str:
     fits = source.dtype is DType.INT8 and source.size == source.shape[-1]
     fits &= target.dtype in (DType.INT32, DType.INT64) and target.size == 1
     return "" if fits else f"'{source.name}' {list(source.shape)} -> {target.dtype.value}"
+
+
+def leaves(graph: Graph, op: Operator) -> bool:
+    """Whether the output of a last edge is of the type that it gives."""
+    target = graph.tensors[op.output]
+    if not isinstance(op, ToUnsigned):
+        return target.dtype is DType.FLOAT32
+    behind = any(isinstance(o, Softmax) and o.output == op.inputs[0] for o in graph.operators)
+    moved = target.quantization == Quantization.of(1 / 256, 0)  # float: exact
+    return behind and target.dtype is DType.UINT8 and moved

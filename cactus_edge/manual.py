@@ -27,6 +27,7 @@ from cactus_edge.operators import (
     Pair,
     Rows,
     StridedSlice,
+    ToUnsigned,
     Transpose,
     Unary,
     WithConstant,
@@ -53,6 +54,7 @@ KINDS: dict[str, type[Operator]] = {
     "QUANTIZE": Quantize,
     "SOFTMAX": Softmax,
     "DEQUANTIZE": Dequantize,
+    "QUANTIZE behind SOFTMAX": ToUnsigned,
     "ARG_MAX": ArgMax,
 }
 

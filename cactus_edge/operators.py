@@ -16,6 +16,7 @@ from cactus_edge.graph import (
     Add,
     Conv2D,
     DepthwiseConv2D,
+    Dequantize,
     Graph,
     Int8Array,
     Int64Array,
@@ -199,6 +200,16 @@ class PadAxes(Move):
     def kind(self) -> str:
         """PAD."""
         return "PAD"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ToUnsigned(Dequantize):
+    """SOFTMAX's int8 to uint8 of the same scale: an edge as DEQUANTIZE is, and ignored like it."""
+
+    @property
+    def kind(self) -> str:
+        """QUANTIZE."""
+        return "QUANTIZE"
 
 
 TABLED = (Lookup, Pair)

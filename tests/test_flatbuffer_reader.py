@@ -388,7 +388,10 @@ UNSUPPORTED: dict[str, tuple[Edit, str]] = {
         "metadata entry 'OfflineMemoryAllocation'",
     ),
     "reshape read twice": (
-        lambda t: put(operator(6), inputs=[5, *operator(6)(t)["inputs"][1:]])(t),
+        lambda t: (
+            put(operator(6), inputs=[5, *operator(6)(t)["inputs"][1:]])(t),
+            put(subgraph, outputs=operator(5)(t)["outputs"])(t),
+        ),
         "RESHAPE 'flat'): its input is used elsewhere",
     ),
 }

@@ -11,10 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from cactus_edge.errors import UnsupportedModelError
+from cactus_edge.flatbuffer import schema
 from cactus_edge.flatbuffer.node import Constant
 from cactus_edge.flatbuffer.wire import Table
 
 FOLDED = ("SHAPE", "STRIDED_SLICE", "PACK")
+RESHAPES = ("RESHAPE", "SQUEEZE", "EXPAND_DIMS")
 _Values = npt.NDArray[np.int32]
 
 
@@ -61,3 +64,33 @@ def _sliced(options: Table | None, values: Sequence[_Values]) -> _Values | None:
         return np.array(given[begin], np.int32) if inside else None
     opened, closed = (options.integer(name) & 1 for name in ("begin_mask", "end_mask"))
     return given[slice(None if opened else begin, None if closed else end, stride)]
+
+
+def read_ones(
+    computing: Sequence[int],
+    operators: Sequence[Table],
+    kinds: Sequence[schema.Kind | UnsupportedModelError],
+    ends: Sequence[int],
+) -> list[int]:
+    """The operators without reshapes of which at most the shape was read, which is known now.
+
+    They have no effect: runtimes give a reshape's output the memory of its input.
+    """
+    left = list(computing)
+    while True:
+        read = {i for index in left for i in operators[index].integers("inputs")} | set(ends)
+        kept = [
+            index
+            for index in left
+            if not _reshapes(operators[index], kinds)
+            or read & set(operators[index].integers("outputs"))
+        ]
+        if len(kept) == len(left):
+            return left
+        left = kept
+
+
+def _reshapes(operator: Table, kinds: Sequence[schema.Kind | UnsupportedModelError]) -> bool:
+    code = operator.integer("opcode_index")
+    kind = kinds[code] if code < len(kinds) else None
+    return isinstance(kind, schema.Kind) and kind.name in RESHAPES

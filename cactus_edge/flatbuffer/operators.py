@@ -10,7 +10,7 @@ Source: ``kernels/conv.cc``, ``depthwise_conv.cc``, ``fully_connected.cc``, ``re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ from cactus_edge.graph import (
     Softmax,
     Weights,
 )
-from cactus_edge.operators import Mean, PadAxes, Rows
+from cactus_edge.operators import Function, Mean, PadAxes, Rows, ToUnsigned, Unary
 
 _ONE_BITS = 0x3F800000  # the pattern of 1 in float32
 
@@ -149,6 +149,16 @@ def decode(node: Node) -> Operator | Split:
         UnsupportedModelError: an option or a type that is not supported.
     """
     return _DECODERS[node.kind.name](node)
+
+
+def with_edge(decoded: Sequence[Operator]) -> list[Operator]:
+    """The operators, with a QUANTIZE behind SOFTMAX as the edge that it is."""
+    operators = list(decoded)
+    for before, last in zip(operators[-2:-1], operators[-1:], strict=True):
+        quantizes = isinstance(last, Unary) and last.function is Function.QUANTIZE
+        if quantizes and isinstance(before, Softmax) and last.inputs == (before.output,):
+            operators[-1] = ToUnsigned(name=last.name, inputs=last.inputs, output=last.output)
+    return operators
 
 
 def _conv_2d(node: Node) -> Operator:

@@ -17,7 +17,7 @@ from cactus_edge.errors import InvalidGraphError, UnsupportedModelError
 from cactus_edge.flatbuffer import folding, schema, storable
 from cactus_edge.flatbuffer.imported import Split
 from cactus_edge.flatbuffer.node import Constant, Node
-from cactus_edge.flatbuffer.operators import decode
+from cactus_edge.flatbuffer.operators import decode, with_edge
 from cactus_edge.flatbuffer.packing import packed_size
 from cactus_edge.flatbuffer.wire import Place, Table, open_root
 from cactus_edge.graph import DType, Graph, Linear, Operator, Quantization, Tensor
@@ -26,6 +26,11 @@ _ACTIVATION_TYPES = {kind: DType[kind] for kind in ("INT8", "UINT8", "FLOAT32", 
 # The operators of which either operand may be a constant, or any number are activations.
 _TWO, _ANY = ("ADD", "SUB", "MUL"), ("CONCATENATION",)
 _CONSTANT_BYTES = {"INT8": 1, "INT32": 4}
+_FIXED_BATCH = (
+    "a fixed batch of 1 (keras.Input(shape, batch_size=1)) makes TensorFlow's converter write "
+    "convolutions with dilation instead"
+)
+_REMEDIES = dict.fromkeys(("SPACE_TO_BATCH_ND", "BATCH_TO_SPACE_ND"), _FIXED_BATCH)
 
 
 def read_tflite(data: bytes, name: str = "model") -> Graph:
@@ -70,6 +75,7 @@ def _graph(model: Table) -> Graph:
     codes = model.tables("operator_codes", "operator code")
     kinds = [_kind_or_error(code) for code in codes]
     tensors, computing = _without_shapes(tensors, operators, kinds)
+    computing = folding.read_ones(computing, operators, kinds, subgraph.integers("outputs"))
     lookup = _Lookup(place, tensors, kinds)
     metadata = _metadata(model, buffers)
     decoded, extras = _flattened(
@@ -79,7 +85,7 @@ def _graph(model: Table) -> Graph:
     widths = [value for entry, value in metadata if entry == storable.BITS_ENTRY]
     return Graph(
         tensors=(*lookup.activations, *extras),
-        operators=_with_widths(decoded, widths, place),
+        operators=_with_widths(with_edge(decoded), widths, place),
         input=lookup.edge(subgraph, "inputs"),
         output=lookup.edge(subgraph, "outputs"),
         metadata=tuple(entry for entry in metadata if entry[0] != storable.BITS_ENTRY),
@@ -248,9 +254,8 @@ def _kind_or_error(table: Table) -> schema.Kind | UnsupportedModelError:
     name = schema.OPERATOR_NAMES.get(code, f"of code {code}")
     if name == "CUSTOM":
         name = f"CUSTOM '{table.text('custom_code')}'"
-    return UnsupportedModelError(
-        f"operator {name} is not supported; supported: {', '.join(schema.KINDS)}"
-    )
+    remedy = _REMEDIES.get(name, f"supported: {', '.join(schema.KINDS)}")
+    return UnsupportedModelError(f"operator {name} is not supported; {remedy}")
 
 
 def _without_shapes(

@@ -29,7 +29,7 @@ from cactus_edge.graph import (
     Tensor,
     window_geometry,
 )
-from cactus_edge.operators import TABLED, Function, Mean, Unary
+from cactus_edge.operators import TABLED, Function, Mean, ToUnsigned, Unary
 
 # LiteRT takes no more for strides and dilations.
 LARGEST_STEP = (1 << 15) - 1
@@ -88,6 +88,7 @@ def _away_from_quantize(graph: Graph) -> set[int]:
         index
         for op in graph.operators
         if not (isinstance(op, Unary) and op.function is Function.QUANTIZE)
+        and not isinstance(op, ToUnsigned)
         for index in (*op.inputs, op.output)
     }
 
