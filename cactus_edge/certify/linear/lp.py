@@ -38,7 +38,7 @@ def highs() -> Any:
     try:
         import highspy
     except ImportError:
-        raise MissingExtraError("complete search", "highspy", "verify") from None
+        raise MissingExtraError("highspy", "verify", "complete search") from None
     return highspy
 
 
