@@ -121,13 +121,19 @@ def board_of(cpu: str, board: str | Board | None) -> Board:
 
 
 def board_named(board: str | Board) -> Board:
-    """The board of this name, or the board itself.
+    """The board of this name, in any case or cut short, or the board itself.
 
     Raises:
-        UsageError: no such board.
+        UsageError: no such board, or several.
     """
     if isinstance(board, Board):
         return board
-    if board not in BOARDS:
-        raise UsageError(f"no board '{board}'{meant(board, BOARDS)} known: {', '.join(BOARDS)}")
-    return BOARDS[board]
+    if board in BOARDS:
+        return BOARDS[board]
+    like = [entry for name, entry in BOARDS.items() if name.lower().startswith(board.lower())]
+    if len(like) == 1:
+        return like[0]
+    if like:
+        names = ", ".join(entry.name for entry in like)
+        raise UsageError(f"no board '{board}'; it may be: {names}")
+    raise UsageError(f"no board '{board}'{meant(board, BOARDS)} known: {', '.join(BOARDS)}")

@@ -82,11 +82,13 @@ def firmware(
     by_layer: bool = False,
     main: str = "main.c",
     cpu: Cpu | None = None,
+    options: Sequence[str] = (),
 ) -> Path:
     """An ELF file for ``board``: the model, a program, and what the compiler's library adds.
 
-    ``by_layer`` keeps layers from being inlined. ``main`` is a file in ``firmware_sim/c``. ``cpu``
-    is that of the board if None.
+    ``by_layer`` keeps layers from being inlined. ``main`` is one of the texts, or else a file in
+    ``firmware_sim/c``. ``cpu`` is that of the board if None. ``options`` are further ones for the
+    compiler.
     """
     core = cpu or CPUS[board.cpu]
     script = Template(data_file("board.ld")).substitute(
@@ -94,7 +96,8 @@ def firmware(
         ram_origin=hex(board.ram_origin),
         stack_top=hex(board.ram_origin + board.ram_bytes),
     )
-    sources = put({**texts, main: data_file(main), "board.ld": script}, folder)
+    program = {} if main in texts else {main: data_file(main)}
+    sources = put({**texts, **program, "board.ld": script}, folder)
     output = folder / "firmware.elf"
     arguments = [
         *_COMMON,
@@ -108,6 +111,7 @@ def firmware(
         f"-mcpu={core.compiler}",
         *([TRACE] if trace else []),
         *([LAYERS] if by_layer else []),
+        *options,
         *sources,
         "-T",
         "board.ld",

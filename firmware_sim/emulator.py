@@ -27,6 +27,7 @@ from firmware_sim.boards import CPUS, Board
 from firmware_sim.image import Image, check_fit
 
 _STACK_PATTERN = 0xA5
+_NEVER = 0xFFFFFFFE  # an address at which no board has code
 
 TraceCallback = Callable[[int, bytes], None]
 
@@ -224,6 +225,14 @@ class Machine:
         self._run(self.prepare(function, *arguments))
         return self.result()
 
+    def resume(self) -> None:
+        """Go on where the program was ready, until a callback stops the engine.
+
+        Raises:
+            ToolError: a fault.
+        """
+        self._run(self.ready | int(self._cpu.thumb), until=_NEVER)
+
     def infer(self, data: bytes, output_bytes: int) -> bytes:
         """One call of ``cactus_edge_run``.
 
@@ -265,10 +274,10 @@ class Machine:
 
         self.engine.hook_add(_constants().UC_HOOK_CODE, stopped, None, address, address)
 
-    def _run(self, begin: int) -> None:
+    def _run(self, begin: int, until: int | None = None) -> None:
         unicorn = importlib.import_module("unicorn")
         try:
-            self.engine.emu_start(begin, self.ready)
+            self.engine.emu_start(begin, self.ready if until is None else until)
         except unicorn.UcError as error:
             address = self.engine.reg_read(self.register(self._cpu.registers.counter))
             raise ToolError(

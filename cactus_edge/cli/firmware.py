@@ -48,6 +48,10 @@ def export_c(
         bool,
         typer.Option("--certified", help="Add a function that proves its label, on the device."),
     ] = False,
+    serial: Annotated[
+        bool,
+        typer.Option("--console", help="Add a console for a serial line, for validate --device."),
+    ] = False,
     board: Annotated[
         str | None, typer.Option("--board", help="Compile for it and refuse what does not fit.")
     ] = None,
@@ -59,7 +63,9 @@ def export_c(
     Example: cactus-edge export-c model.tflite -o firmware --prefix wake_word
     """
     graph, _ = flatbuffer.load(model)
-    source = generate(graph, profile, layout=layout, prefix=prefix, certified=certified)
+    source = generate(
+        graph, profile, layout=layout, prefix=prefix, certified=certified, serial=serial
+    )
     flash = ram = None
     if board is not None:
         from firmware_sim import fit

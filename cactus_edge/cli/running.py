@@ -9,6 +9,7 @@ import msgspec
 import typer
 
 from cactus_edge import datasets, files, flatbuffer, inputs, profiles
+from cactus_edge.cli.boards import BoardOptions, show_difference, validate_board
 from cactus_edge.cli.making import require_training, training_bar
 from cactus_edge.cli.measuring import bench
 from cactus_edge.cli.output import (
@@ -62,9 +63,24 @@ def validate(
     onnx: Annotated[
         bool, typer.Option("--onnx", help="ONNX Runtime as well, on the model's QDQ form.")
     ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            help="A board with the console of export-c --console, instead of runtimes: "
+            "/dev/ttyACM0, COM3, socket://host:port or rfc2217://host:port.",
+        ),
+    ] = None,
+    baud: Annotated[int, typer.Option("--baud", help="Speed of the board's line.")] = 115_200,
+    timeout: Annotated[
+        float, typer.Option("--timeout", help="Seconds to wait for the board's answers.")
+    ] = 10.0,
+    levels: Annotated[
+        int, typer.Option("--levels", help="Radius of the proofs of a self-certifying board.")
+    ] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Run every installed runtime on the same inputs, layer by layer, against its profile.
+    """Run every installed runtime, or a board, on the same inputs and compare bit for bit.
 
     Example: cactus-edge validate model.tflite --data mnist --samples 1000
     """
@@ -80,6 +96,10 @@ def validate(
     profiles.profile_of(profile)
     graph, content = flatbuffer.load(model)
     stored = _samples(graph, data, samples)
+    if device is not None:
+        options = BoardOptions(device, baud, timeout, levels, layer_samples)
+        validate_board(model, graph, stored, options, as_json)
+        return
     with bar("validate", "runtimes") as progress:
         result = validate_model(
             graph,
@@ -122,15 +142,7 @@ def validate(
     emit(result, as_json, table(title, columns, rows))
     for peer in result.peers:
         if peer.first is not None:
-            where = f"layer {peer.first.layer} ({peer.first.kind} '{peer.first.name}')"
-            console.print(
-                f"{peer.name}: first difference in {where}, sample {peer.first.sample}, "
-                f"element {list(peer.first.position)}: expected {peer.first.expected}, "
-                f"found {peer.first.found}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+            show_difference(peer.name, peer.first)
     if not result.agrees:
         bad = [peer.name for peer in result.peers if peer.status in ("different", "error")]
         raise RuntimesDisagreeError(f"{model}: {', '.join(bad) or 'universal outputs differ'}")

@@ -15,7 +15,16 @@ from pathlib import Path
 from types import MappingProxyType
 
 from cactus_edge import constraints, files, profiles
-from cactus_edge.csource import elementwise, integrity, library, linear, pairs, tabled, verdict
+from cactus_edge.csource import (
+    console,
+    elementwise,
+    integrity,
+    library,
+    linear,
+    pairs,
+    tabled,
+    verdict,
+)
 from cactus_edge.csource.depthwise import depthwise
 from cactus_edge.csource.encoding import Layout
 from cactus_edge.csource.header import Facts, header, run_signature
@@ -106,6 +115,7 @@ def generate(
     layout: Layout = Layout.AUTO,
     prefix: str = "cactus_edge",
     certified: bool = False,
+    serial: bool = False,
 ) -> CSource:
     """The C of ``graph``; a function of its arguments alone, byte by byte.
 
@@ -115,6 +125,7 @@ def generate(
         layout: of all weights; AUTO takes the smallest for each layer.
         prefix: of everything with external linkage and, in capitals, of every macro.
         certified: add ``<prefix>_predict_certified``.
+        serial: add a console for a serial line, see ``console``.
 
     Raises:
         InvalidGraphError: the graph breaks a constraint, a size or sum does not fit int32,
@@ -193,7 +204,14 @@ def generate(
                 ),
             }
         ),
-        MappingProxyType(library.surroundings(resolved, prefix, profile, certified=certified)),
+        MappingProxyType(
+            {
+                **library.surroundings(
+                    resolved, prefix, profile, certified=certified, serial=serial
+                ),
+                **(console.files(resolved, prefix, profile) if serial else {}),
+            }
+        ),
         prefix,
         f"{prefix}_run",
         arena_bytes,

@@ -6,13 +6,20 @@ from cactus_edge.csource.text import c_type
 from cactus_edge.graph import Graph
 
 
-def surroundings(graph: Graph, prefix: str, profile: str, *, certified: bool) -> dict[str, str]:
+def surroundings(
+    graph: Graph, prefix: str, profile: str, *, certified: bool, serial: bool
+) -> dict[str, str]:
     """``main.c``, ``Makefile``, ``CMakeLists.txt`` and ``README.md``."""
+    makefile, cmake = _MAKEFILE, _CMAKE
+    if serial:
+        for part, changed in _MAKE_CONSOLE.items():
+            makefile = makefile.replace(part, changed)
+        cmake += _CMAKE_CONSOLE
     return {
         "main.c": _example(graph, prefix, certified=certified),
-        "Makefile": _MAKEFILE.replace("model", prefix),
-        "CMakeLists.txt": _CMAKE.replace("model", prefix),
-        "README.md": _readme(graph, prefix, profile, certified=certified),
+        "Makefile": makefile.replace("MODEL", prefix.upper()).replace("model", prefix),
+        "CMakeLists.txt": cmake.replace("model", prefix),
+        "README.md": _readme(graph, prefix, profile, certified=certified, serial=serial),
     }
 
 
@@ -87,12 +94,37 @@ if(NOT CMAKE_CROSSCOMPILING)
 endif()
 """
 
+# What becomes of parts of the Makefile, by what they are without a console.
+_MAKE_CONSOLE = {
+    "clean:\n": """\
+console: main_console.c model_console.c model_console.h model.c model.h
+\t$(CC) -std=c99 $(CFLAGS) -DMODEL_TRACE main_console.c model_console.c model.c -o $@
 
-def _readme(graph: Graph, prefix: str, profile: str, *, certified: bool) -> str:
+clean:
+""",
+    "libmodel.a example\n": "libmodel.a example console\n",
+}
+
+_CMAKE_CONSOLE = """
+# Link it beside the library where a serial port is; see model_console.h.
+add_library(model_console STATIC model_console.c)
+set_target_properties(model_console PROPERTIES C_STANDARD 99 C_EXTENSIONS OFF)
+target_link_libraries(model_console PUBLIC model)
+"""
+
+
+def _readme(graph: Graph, prefix: str, profile: str, *, certified: bool, serial: bool) -> str:
     given, result = (graph.tensors[i] for i in (graph.core_input, graph.logits))
     proof = (
         f"`{prefix}_predict_certified` also proves the label for all inputs within a radius.\n"
         if certified
+        else ""
+    )
+    line = (
+        f"`{prefix}_console.h` and `.c` answer requests on a serial line: `cactus-edge validate "
+        "MODEL --data DATA --device /dev/ttyACM0` compares the board with the model. "
+        "`make console` builds them for this computer.\n"
+        if serial
         else ""
     )
     return f"""\
@@ -100,7 +132,7 @@ def _readme(graph: Graph, prefix: str, profile: str, *, certified: bool) -> str:
 
 A quantized network as freestanding C99: `{prefix}.h` says what each function does. Call
 `{prefix}_init` once (it checks a CRC-32 of all weights), then `{prefix}_run`.
-{proof}
+{proof}{line}
 Input: {list(given.shape[1:])} `{c_type(given.dtype)}`, output: {list(result.shape[1:])} \
 `{c_type(result.dtype)}`, stored integers. Rounding: {profile}.
 `make` builds `lib{prefix}.a` and an example; with CMake, `add_subdirectory` and link `{prefix}`.

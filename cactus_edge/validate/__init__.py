@@ -8,10 +8,14 @@ from cactus_edge.validate.compare import (
     prefix,
     validate_model,
 )
+from cactus_edge.validate.console import Console, opened
+from cactus_edge.validate.device import DeviceReport, validate_device
 from cactus_edge.validate.learning import Fit, Learned, learn
 from cactus_edge.validate.runtimes import Peer, onnx_peer, peers
 
 __all__ = [
+    "Console",
+    "DeviceReport",
     "Difference",
     "Fit",
     "Learned",
@@ -19,9 +23,11 @@ __all__ = [
     "PeerResult",
     "Python",
     "Validation",
-    "onnx_peer",
     "learn",
+    "onnx_peer",
+    "opened",
     "peers",
     "prefix",
+    "validate_device",
     "validate_model",
 ]
