@@ -13,11 +13,13 @@ from firmware_sim.host import HostRun, run_host
 from firmware_sim.injection import Fault, Flips, Injector, flip_tables
 from firmware_sim.qemu import certify_qemu, run_qemu
 from firmware_sim.simulation import Instructions, Simulation, fit, simulate
+from firmware_sim.timing import Cycles
 
 __all__ = [
     "BOARDS",
     "CPUS",
     "Board",
+    "Cycles",
     "Fault",
     "Flips",
     "HostRun",

@@ -3,7 +3,7 @@
 Instruction counts are exact: a histogram of the basic blocks that were entered times the number of
 instructions in each. An instruction that an IT block skips counts, as it takes its cycle; this is
 why instructions are not counted one by one, which would leave those out. There are no cycles here:
-unicorn models no pipeline, no wait states and no interrupts.
+unicorn models no pipeline, no wait states and no interrupts; ``timing`` estimates them.
 
 Sources: ARMv7-M Architecture Reference Manual, A5.1, and the RISC-V Instruction Set Manual, volume
 I, 1.5 (lengths of instructions).
@@ -25,6 +25,7 @@ from cactus_edge.errors import DoesNotFitError, MissingExtraError, ToolError
 from firmware_sim import build
 from firmware_sim.boards import CPUS, Board
 from firmware_sim.image import Image, check_fit
+from firmware_sim.timing import CLASSES, INSTRUCTIONS, Class, Mix, classify
 
 _STACK_PATTERN = 0xA5
 _NEVER = 0xFFFFFFFE  # an address at which no board has code
@@ -41,6 +42,8 @@ class Histogram(ctypes.Structure):
         ("entries", ctypes.c_void_p),
         ("sizes", ctypes.c_void_p),
         ("strange", ctypes.c_uint64),
+        ("jumps", ctypes.c_uint64),
+        ("behind", ctypes.c_uint64),
     )
 
 
@@ -68,9 +71,10 @@ class BlockCounter:
         slots = self._halfwords.size
         self._entries = np.zeros(slots, np.uint64)
         self._sizes = np.zeros(slots, np.uint32)
-        self._instructions = np.zeros(slots, np.uint64)
+        self._classes = np.zeros((slots, CLASSES), np.int64)
+        self._mix = np.zeros(CLASSES, np.int64)
         self._state = Histogram(
-            origin, slots, self._entries.ctypes.data, self._sizes.ctypes.data, 0
+            origin, slots, self._entries.ctypes.data, self._sizes.ctypes.data, 0, 0, 0
         )
         texts = {"hook.c": build.data_file("hook.c")}
         self._library = ctypes.CDLL(str(build.shared_library(texts, folder, "hook")))
@@ -99,20 +103,33 @@ class BlockCounter:
         """
         if self._state.strange:
             raise ToolError(f"{self._state.strange} blocks ran that are not the image's code")
-        fresh = np.flatnonzero((self._entries > 0) & (self._instructions == 0))
-        for slot in fresh.tolist():
-            self._instructions[slot] = self._length(slot, int(self._sizes[slot]))
-        total = int(self._entries @ self._instructions)
+        entered = np.flatnonzero(self._entries)
+        for slot in entered.tolist():
+            if not self._classes[slot].any():
+                self._decode(slot, int(self._sizes[slot]))
+        mix = self._entries[entered].astype(np.int64) @ self._classes[entered]
         self._entries[:] = 0
-        return total
+        self._mix += mix
+        return int(mix @ INSTRUCTIONS)
 
-    def _length(self, slot: int, size: int) -> int:
-        """Instructions in the block of ``size`` bytes."""
-        end, count = slot + size // 2, 0
+    def take_mix(self) -> tuple[Mix, int]:
+        """What ``take`` counted since the last call of this, and jumps; see ``timing``."""
+        mix, jumps = self._mix, int(self._state.jumps)
+        self._mix, self._state.jumps = np.zeros(CLASSES, np.int64), 0
+        return mix, jumps
+
+    def _decode(self, first: int, size: int) -> None:
+        """Instructions in the block of ``size`` bytes, by class; on RISC-V all are one."""
+        slot, end = first, first + size // 2
         while slot < end:
-            slot += instruction_bytes(int(self._halfwords[slot]), thumb=self._thumb) // 2
-            count += 1
-        return count
+            halfword = int(self._halfwords[slot])
+            length = instruction_bytes(halfword, thumb=self._thumb) // 2
+            kind, registers = Class.OTHER, 0
+            if self._thumb:
+                kind, registers = classify(halfword, int(self._halfwords[slot + length - 1]))
+            self._classes[first, kind] += 1
+            self._classes[first, Class.REGISTERS] += registers
+            slot += length
 
 
 def add_hook(engine: Any, kind: str, function: Any, state: ctypes.Structure) -> None:

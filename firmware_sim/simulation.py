@@ -18,6 +18,7 @@ from firmware_sim.boards import Board, board_named, board_of
 from firmware_sim.emulator import BlockCounter, Machine
 from firmware_sim.host import Stored, as_tensor, split_trace, stored_inputs
 from firmware_sim.image import Image, check_fit, read_image
+from firmware_sim.timing import Cycles, Mix
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Simulation:
     the caller's input and output; ``stack_bytes``, the deepest stack, comes on top. ``layers`` are
     activations by tensor index; with a trace the calls that report them count as instructions.
     ``layer_instructions``, if asked for, are medians by operator, 0 for one that moves nothing;
-    layers are not inlined then, which makes an inference a few percent longer.
+    layers are not inlined then, which makes an inference a few percent longer. ``cycles`` is an
+    estimate, for cores of which the manual says what instructions take.
     """
 
     board: Board
@@ -59,6 +61,7 @@ class Simulation:
     stack_bytes: int
     layers: Mapping[int, Stored]
     layer_instructions: tuple[int, ...] = ()
+    cycles: Cycles | None = None
 
 
 def simulate(
@@ -138,9 +141,11 @@ def simulate_source(
         meter = _LayerMeter(machine, counter, len(source.layers))
         outputs: list[bytes] = []
         counts: list[int] = []
+        mixes: list[tuple[Mix, int]] = []
         for sample in data:
             outputs.append(machine.infer(sample.tobytes(), source.output_bytes))
             counts.append(meter.take())
+            mixes.append(counter.take_mix())
             if progress is not None:
                 progress(len(counts), len(data))
     layers = split_trace(graph, source.layers, b"".join(traced)) if trace else {}
@@ -156,6 +161,7 @@ def simulate_source(
         machine.stack_bytes(),
         layers,
         meter.medians() if by_layer else (),
+        Cycles.of(board.cpu, *zip(*mixes, strict=True)),
     )
 
 

@@ -284,6 +284,19 @@ def test_simulate_counts_layer_by_layer(model: Path, capsys: pytest.CaptureFixtu
     assert 0 < shown["instructions_median"] - sum(counts) < 50
     code, out, _ = call(capsys, *simulate)
     assert code == 0 and "FULLY_CONNECTED" in out
+    energy = ["--microamp-per-mhz", 100, "--volts", 2]
+    code, out, _ = call(capsys, *simulate, *energy, "--json")
+    result = json.loads(out)
+    low, high = result["cycles_estimate"]
+    assert code == 0
+    assert result["instructions_median"] < low < high
+    assert "DDI 0484" in result["cycles_source"]
+    assert result["microjoules_estimate"] == pytest.approx([low * 2e-4, high * 2e-4])
+    assert call(capsys, *simulate, "--volts", 0)[0] == 2
+    unknown = [*simulate[:6], "--cpu", "cortex-m7", *energy]
+    code, _, err = call(capsys, *unknown)
+    assert code == 2
+    assert "the cycles of a cortex-m7 are not known" in err
 
 
 def test_export_c(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -187,7 +187,11 @@ class LayerInstructions(msgspec.Struct, frozen=True):
 
 
 class SimulateOutput(msgspec.Struct, frozen=True):
-    """What ``simulate --json`` prints; bytes are those of the board's memories."""
+    """What ``simulate --json`` prints; bytes are those of the board's memories.
+
+    Estimates are of one inference, least and most; None where the core's manual has no timings, and
+    for energy without the options that it takes.
+    """
 
     board: str
     cpu: str
@@ -203,6 +207,9 @@ class SimulateOutput(msgspec.Struct, frozen=True):
     ram_bytes: int
     arena_bytes: int
     stack_bytes: int
+    cycles_estimate: tuple[int, int] | None = None
+    cycles_source: str | None = None
+    microjoules_estimate: tuple[float, float] | None = None
     layers: tuple[LayerInstructions, ...] = ()
 
 
@@ -222,6 +229,14 @@ def simulate(
     by_layer: Annotated[
         bool, typer.Option("--by-layer", help="Also count the instructions of each layer.")
     ] = False,
+    current: Annotated[
+        float | None,
+        typer.Option(
+            "--microamp-per-mhz",
+            help="Current in run mode, from the board's data sheet: estimates energy.",
+        ),
+    ] = None,
+    volts: Annotated[float, typer.Option("--volts", help="Supply voltage, for energy.")] = 3.0,
     as_json: JsonOption = False,
 ) -> None:
     """Run the model as C on an emulated microcontroller and compare with the reference.
@@ -230,6 +245,8 @@ def simulate(
     """
     from firmware_sim import simulate as run
 
+    if not (current is None or 0 < current < 1e6) or not 0 < volts < 100:
+        raise UsageError("--microamp-per-mhz and --volts have to be above 0")
     graph, _ = flatbuffer.load(model)
     stored = _samples(graph, data, samples)
     with bar("simulate") as progress:
@@ -243,7 +260,9 @@ def simulate(
             progress=progress,
         )
     expected = execute(graph, stored, profile)
-    counts = result.instructions
+    counts, cycles = result.instructions, result.cycles
+    if current is not None and cycles is None:
+        raise UsageError(f"--microamp-per-mhz: the cycles of a {result.board.cpu} are not known")
     shown = SimulateOutput(
         board=result.board.name,
         cpu=result.board.cpu,
@@ -259,6 +278,11 @@ def simulate(
         ram_bytes=result.ram_bytes,
         arena_bytes=result.arena_bytes,
         stack_bytes=result.stack_bytes,
+        cycles_estimate=None if cycles is None else (cycles.minimum, cycles.maximum),
+        cycles_source=None if cycles is None else cycles.source,
+        microjoules_estimate=(
+            None if cycles is None or current is None else cycles.microjoules(current, volts)
+        ),
         layers=tuple(
             LayerInstructions(index, op.kind, op.name, count)
             for index, (op, count) in enumerate(
@@ -269,7 +293,7 @@ def simulate(
     rows = [
         (name.replace("_", " "), value)
         for name, value in msgspec.structs.asdict(shown).items()
-        if name != "layers"
+        if name != "layers" and value is not None
     ]
     tables = [table(f"{model.name} as firmware", ("", "value"), rows)]
     if by_layer:

@@ -8,6 +8,8 @@ struct histogram {
   uint64_t *entries;
   uint32_t *sizes;  /* bytes of the block that starts here */
   uint64_t strange; /* blocks outside the flash, or of a size that changed */
+  uint64_t jumps;   /* blocks that do not lie behind the one before */
+  uint64_t behind;  /* the address behind the block that was entered last */
 };
 
 void count_block(void *engine, uint64_t address, uint32_t size, void *user)
@@ -22,6 +24,8 @@ void count_block(void *engine, uint64_t address, uint32_t size, void *user)
   if (histogram->sizes[slot] == 0) histogram->sizes[slot] = size;
   histogram->strange += histogram->sizes[slot] != size;
   histogram->entries[slot]++;
+  histogram->jumps += address != histogram->behind;
+  histogram->behind = address + size;
 }
 
 struct trigger {

@@ -29,6 +29,7 @@ from cactus_edge.graph import (
 from firmware_sim import (
     BOARDS,
     Injector,
+    Simulation,
     certify_board,
     certify_host,
     certify_qemu,
@@ -124,6 +125,7 @@ def test_instructions() -> None:
                     "instructions (median)": f"{run.instructions.median:,}",
                     "without SMLAD": _portable(graph, samples[:5], name) if not sparsity else "",
                     "by layer": " ".join(layers),
+                    "cycles (estimate)": _estimate(run),
                     "flash": f"{run.flash_bytes:,}",
                     "code": f"{run.code_bytes:,}",
                     "RAM": f"{run.ram_bytes:,}",
@@ -138,12 +140,18 @@ def test_instructions() -> None:
         "multiplications when dense. Weights are random with the given share of zeros. "
         f"{INFERENCES} inputs each, all outputs equal to `execute`; instructions are exact. Those "
         "by layer, in this order, are of a build whose layers are not inlined, which takes up to "
-        "a sixth more. Cycles are not known. ziglang 0.17.1, `-O2`. Self-certification: "
+        "a sixth more. Cycles are an estimate without wait states, from least to most, see "
+        "[docs/firmware.md](../firmware.md); the cores without one have no table in their manual. "
+        "ziglang 0.17.1, `-O2`. Self-certification: "
         "[firmware-certified.md](firmware-certified.md); faults: "
         "[firmware-faults.md](firmware-faults.md); QEMU: [firmware-qemu.md](firmware-qemu.md).",
         rows,
         COMMAND,
     )
+
+
+def _estimate(run: Simulation) -> str:
+    return "" if run.cycles is None else f"{run.cycles.minimum:,} to {run.cycles.maximum:,}"
 
 
 def _portable(graph: Graph, samples: np.ndarray, board: str) -> str:
