@@ -11,7 +11,7 @@ from firmware_sim.boards import BOARDS, CPUS, Board
 from firmware_sim.certified import Verdicts, certify_board, certify_host
 from firmware_sim.host import HostRun, run_host
 from firmware_sim.injection import Fault, Flips, Injector, flip_tables
-from firmware_sim.qemu import certify_qemu, run_qemu
+from firmware_sim.qemu import certify_qemu, count_qemu, run_qemu
 from firmware_sim.simulation import Instructions, Simulation, fit, simulate
 from firmware_sim.timing import Cycles
 
@@ -30,6 +30,7 @@ __all__ = [
     "certify_board",
     "certify_host",
     "certify_qemu",
+    "count_qemu",
     "fit",
     "flip_tables",
     "run_host",

@@ -1,8 +1,10 @@
 """The same C in another emulator: QEMU, where the Cortex-M55 is.
 
 A cross-check of unicorn's cores, which descend from an older QEMU, and the only way to a Cortex-M55
-and its vector instructions (MVE). Outputs alone: there are no instruction counts here. Needs
-``qemu-system-arm`` 7.2 or later, which pip does not have.
+and its vector instructions (MVE). Needs ``qemu-system-arm`` 7.2 or later, which pip does not have.
+
+Instructions are counted by the system timer: with ``-icount`` QEMU's clocks go on by a fixed time
+with each instruction. The count is exact to the few instructions around the call.
 """
 
 from __future__ import annotations
@@ -26,16 +28,18 @@ from firmware_sim.host import Stored, as_tensor, stored_inputs
 from firmware_sim.image import check_fit, read_image
 
 _SECONDS = 600
+_SHIFT = 6  # an instruction takes 2^6 nanoseconds of the emulated clocks
 
 
 @dataclass(frozen=True)
 class Machine:
-    """``name`` and ``cpu`` are QEMU's; ``compiler`` is clang's."""
+    """``name``, ``cpu`` and ``clock`` in Hz are QEMU's; ``compiler`` is clang's."""
 
     name: str
     cpu: str
     compiler: str
     memory: Board
+    clock: int = 25_000_000
 
 
 def _memory(name: str, flash: int, ram: int) -> Board:
@@ -46,9 +50,11 @@ MACHINES = {
     "cortex-m3": Machine("mps2-an385", "cortex-m3", "cortex_m3", _memory("MPS2", 4096, 4096)),
     "cortex-m4": Machine("mps2-an386", "cortex-m4", "cortex_m4", _memory("MPS2", 4096, 4096)),
     "cortex-m7": Machine("mps2-an500", "cortex-m7", "cortex_m7", _memory("MPS2", 4096, 4096)),
-    "cortex-m55": Machine("mps3-an547", "cortex-m55", "cortex_m55", _memory("MPS3", 512, 512)),
+    "cortex-m55": Machine(
+        "mps3-an547", "cortex-m55", "cortex_m55", _memory("MPS3", 512, 512), 32_000_000
+    ),
     "cortex-m55+mve": Machine(
-        "mps3-an547", "cortex-m55", "cortex_m55+mve", _memory("MPS3", 512, 512)
+        "mps3-an547", "cortex-m55", "cortex_m55+mve", _memory("MPS3", 512, 512), 32_000_000
     ),
 }
 """By name; with ``+mve`` the compiler may use vector instructions."""
@@ -69,7 +75,17 @@ def run_qemu(graph: Graph, source: CSource, inputs: npt.ArrayLike, cpu: str) -> 
         ToolError: QEMU is not installed, the compiler or the program failed, or the model reported
             an error.
     """
-    return as_tensor(graph, graph.logits, _run(source, stored_inputs(graph, inputs), cpu, None))
+    return count_qemu(graph, source, inputs, cpu)[0]
+
+
+def count_qemu(
+    graph: Graph, source: CSource, inputs: npt.ArrayLike, cpu: str
+) -> tuple[Stored, tuple[int, ...]]:
+    """Outputs, and instructions of each inference, below 8 millions; as for ``run_qemu``."""
+    data, ticks = _run(source, stored_inputs(graph, inputs), cpu, None)
+    tick = 10**9 / MACHINES[cpu].clock
+    counts = tuple(round(int(n) * tick / (1 << _SHIFT)) for n in np.frombuffer(ticks, "<u4"))
+    return as_tensor(graph, graph.logits, data), counts
 
 
 def certify_qemu(
@@ -78,10 +94,12 @@ def certify_qemu(
     """What ``cactus_edge_predict_certified`` finds; arguments and errors as for ``run_qemu``."""
     data = stored_inputs(graph, inputs)
     radii = np.broadcast_to(np.asarray(levels, np.int32), len(data))
-    return verdicts(graph, _run(source, data, cpu, radii))
+    return verdicts(graph, _run(source, data, cpu, radii)[0])
 
 
-def _run(source: CSource, data: Stored, cpu: str, radii: npt.NDArray[np.int32] | None) -> bytes:
+def _run(
+    source: CSource, data: Stored, cpu: str, radii: npt.NDArray[np.int32] | None
+) -> tuple[bytes, bytes]:
     if cpu not in MACHINES:
         known = ", ".join(MACHINES)
         raise UsageError(f"no CPU '{cpu}' under QEMU{meant(cpu, MACHINES)} known: {known}")
@@ -104,6 +122,7 @@ def _run(source: CSource, data: Stored, cpu: str, radii: npt.NDArray[np.int32] |
             (folder / "levels.bin").write_bytes(radii.tobytes())
         command = [program, "-M", machine.name, "-cpu", machine.cpu, "-nographic"]
         command += ["-monitor", "none", "-serial", "none", "-kernel", str(elf)]
+        command += ["-icount", f"shift={_SHIFT}"]
         command += ["-semihosting-config", "enable=on,target=native"]
         try:
             result = subprocess.run(
@@ -114,4 +133,4 @@ def _run(source: CSource, data: Stored, cpu: str, radii: npt.NDArray[np.int32] |
         if result.returncode:
             said = result.stderr.decode(errors="replace").strip()
             raise ToolError(f"QEMU ({cpu}) ended with status {result.returncode}: {said}")
-        return (folder / "output.bin").read_bytes()
+        return (folder / "output.bin").read_bytes(), (folder / "ticks.bin").read_bytes()

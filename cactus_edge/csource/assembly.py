@@ -23,6 +23,7 @@ from cactus_edge.csource import (
     linear,
     pairs,
     tabled,
+    vectors,
     verdict,
 )
 from cactus_edge.csource.depthwise import depthwise
@@ -308,6 +309,7 @@ typedef char {prefix}_arithmetic_shift[(-1 >> 1) == -1 ? 1 : -1];
 #endif
 
 {pairs.guard(upper)}
+{vectors.guard()}
 #ifdef {upper}_TRACE
 #define TRACE(layer, data, bytes) {prefix}_trace(layer, data, bytes)
 #else

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cactus_edge.csource import pairs
+from cactus_edge.csource import pairs, vectors
 from cactus_edge.csource.encoding import Encoding, Layout, blocks, group_units, place
 from cactus_edge.csource.text import block, plus
 
@@ -41,6 +41,11 @@ class Kernel:
     ends: bool = False
     raw: bool = False
     pairs: bool = False
+
+    @property
+    def words(self) -> bool:
+        """Whether every block of int8 weights begins at a multiple of four, if the table does."""
+        return self.encoding.block * self.taps % 4 == 0 or self.channels <= self.encoding.block
 
     def of_ends(self, stride: int, step: int, *, raw: bool = False) -> Kernel:
         """The same for both ends of a box, that far apart in the input and in the output."""
@@ -174,7 +179,7 @@ def _taps(kernel: Kernel, width: int, channels: Sequence[int]) -> list[str]:
 
 
 def _choice(kernel: Kernel, width: int, groups: int, portable: list[str]) -> list[str]:
-    """The groups of four taps, by two-way multiplications where the processor has them."""
+    """The groups of four taps, by two-way or vector multiplications where there are such."""
     packed, pixels = kernel.encoding.layout.packed, range(kernel.pixels)
     apart = kernel.stride if kernel.pixels > 1 else 0
     if not kernel.pairs or (packed and width % 2) or apart > pairs.FURTHEST:
@@ -182,13 +187,29 @@ def _choice(kernel: Kernel, width: int, groups: int, portable: list[str]) -> lis
     name = "wide" if packed else "sum"
     sums = [[f"{name}_{p}_{c}" for c in range(width)] for p in pixels]
     kind = "u" if kernel.source_type == "uint8_t" else "s"
-    loop = pairs.loop(groups, apart, sums, kind, packed=packed)
-    if packed:
+
+    def paired(count: int) -> list[str]:
+        return pairs.loop(count, apart, sums, kind, packed=packed) if count else []
+
+    def whole(loop: list[str]) -> list[str]:
+        if not packed:
+            return loop
         both = [(p, c) for p in pixels for c in range(width)]
         starts = [f"int32_t wide_{p}_{c} = 0;" for p, c in both]
         ends = [f"sum_{p}_{c} += wide_{p}_{c} >> 4;" for p, c in both]
-        loop = block("", *starts, *loop, *ends)
-    return ["#ifdef PAIRS", *loop, "#else", *portable, "#endif"]
+        return block("", *starts, *loop, *ends)
+
+    lines = ["#ifdef PAIRS", *whole(paired(groups)), "#else", *portable, "#endif"]
+    many = vectors.split(groups, width, is_packed=packed) if kind == "s" else 0
+    if many:
+        loop = (
+            vectors.packed(many, apart, sums)
+            if packed
+            else vectors.plain(many, apart, sums, words=kernel.words)
+        )
+        vectored = whole([*loop, *paired(groups - many)])
+        lines = ["#ifdef VECTORS", *vectored, "#else", *lines, "#endif"]
+    return lines
 
 
 def _plain_bytes(kernel: Kernel, places: Mapping[int, int], tap: int, taps: int) -> list[str]:

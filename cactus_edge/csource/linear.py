@@ -76,8 +76,11 @@ def layer(
     assert op.requantization is not None, "graph is not resolved"
     source, target = types(graph, op)
     sparse = encoding.layout.sparse
+    weights = needs.table(f"weights_{index}", encoding.values.astype(np.int64))
+    if encoding.layout is Layout.INT8:
+        weights = weights.replace("static const", "TABLE", 1)
     parts = [
-        needs.table(f"weights_{index}", encoding.values.astype(np.int64)),
+        weights,
         needs.table(f"counts_{index}", encoding.counts, unsigned=True) if sparse else "",
         needs.table(f"bias_{index}", folded_bias(graph, op, matrix.astype(np.int64))),
         epilogue.requantize(

@@ -1,8 +1,9 @@
 /* A generated model under QEMU, which reads and writes files of this computer by semihosting.
 
    input.bin holds inputs; output.bin gets their outputs, or with a self-certifying model and
-   levels.bin (an int32_t for each input) their results. The exit code is 0, or 10 plus the error
-   of the model. */
+   levels.bin (an int32_t for each input) their results; ticks.bin gets a uint32_t for each: ticks
+   of the system timer, which QEMU derives from a count of instructions if told so. The exit code is
+   0, or 10 plus the error of the model. */
 #include "cactus_edge.h"
 
 extern uint32_t data_load, data_start, data_end, bss_start, bss_end, stack_top;
@@ -31,6 +32,9 @@ static int32_t moved(int32_t operation, int32_t file, void *data, uint32_t bytes
   return host(operation, block);
 }
 
+enum { TICK_MASK = 0xffffff };
+static volatile uint32_t *const timer = (volatile uint32_t *)0xe000e010;
+
 static int32_t run(void)
 {
   static int8_t input[CACTUS_EDGE_INPUT_BYTES] __attribute__((aligned(4)));
@@ -38,26 +42,32 @@ static int32_t run(void)
   const int32_t from = opened("input.bin", 9, READ_BINARY);
   const int32_t to = opened("output.bin", 10, WRITE_BINARY);
   const int32_t radii = opened("levels.bin", 10, READ_BINARY);
+  const int32_t log = opened("ticks.bin", 9, WRITE_BINARY);
   int32_t status = cactus_edge_init();
-  if (from < 0 || to < 0) return 2;
+  if (from < 0 || to < 0 || log < 0) return 2;
+  timer[1] = TICK_MASK;
+  timer[0] = 5; /* count down, by the processor's clock */
   while (!status && moved(READ, from, input, sizeof input) == 0) {
     void *result = output;
-    uint32_t bytes = sizeof output;
+    uint32_t bytes = sizeof output, start = timer[2], ticks;
 #ifdef CACTUS_EDGE_CERTIFIED
     static cactus_edge_result certified;
     int32_t levels;
     if (radii >= 0) {
       if (moved(READ, radii, &levels, sizeof levels)) return 3;
+      start = timer[2];
       status = cactus_edge_predict_certified((const void *)input, levels, &certified);
       result = &certified;
       bytes = sizeof certified;
     } else
 #endif
       status = cactus_edge_run((const void *)input, (void *)output);
-    if (moved(WRITE, to, result, bytes)) return 4;
+    ticks = (start - timer[2]) & TICK_MASK;
+    if (moved(WRITE, to, result, bytes) || moved(WRITE, log, &ticks, sizeof ticks)) return 4;
   }
   (void)radii;
   host(CLOSE, &to);
+  host(CLOSE, &log);
   return status ? 10 + status : 0;
 }
 
