@@ -74,6 +74,8 @@ class LinearChecker:
             disjunct: a conjunction of atoms.
             nodes: the tree, in preorder.
         """
+        if self.graph.computes_int16:
+            return "proofs beyond bounds and margins are not made of int16 activations"
         problems: list[str] = []
         for atom in disjunct:
             pair = atom.pair()

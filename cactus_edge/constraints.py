@@ -29,7 +29,6 @@ from cactus_edge.graph import (
     Operator,
     Pad,
     Pool2D,
-    Quantization,
     Quantize,
     Reshape,
     Softmax,
@@ -41,6 +40,8 @@ from cactus_edge.operators import Lookup, Move, Pair, WithConstant, arity
 from cactus_edge.semantics import AddRounding, Rounding
 
 ACCUMULATOR_LIMIT = 1 << 27
+WIDE_ACCUMULATOR_LIMIT = 1 << 35
+"""With int16 activations, whose accumulators are int64."""
 
 Predicate = Callable[[Graph, Operator], str]
 _RULES: list[tuple[tuple[type[Operator], ...], Predicate]] = [*constraints_imported.RULES]
@@ -123,9 +124,9 @@ def _check_wiring(graph: Graph) -> None:
                 "only a QUANTIZE at the start and a DEQUANTIZE at the end may touch float"
             )
     entry = graph.tensors[graph.core_input]
-    if entry.dtype.is_wide:
+    if entry.dtype in (DType.INT32, DType.INT64):
         raise InvalidGraphError(
-            f"tensor '{entry.name}' is {entry.dtype.value}; the input must be int8 or uint8"
+            f"tensor '{entry.name}' is {entry.dtype.value}; the input must be int8, uint8 or int16"
         )
 
 
@@ -292,7 +293,10 @@ def six_is_the_same_everywhere(graph: Graph, op: Operator) -> str:
 
 @_rule(Linear)
 def accumulator_fits(graph: Graph, op: Operator) -> str:
-    """No accumulator can reach 2^27 (XNNPACK's int4 kernels wrap there, int32 at 2^31)."""
+    """No accumulator can reach 2^27 (XNNPACK's int4 kernels wrap there, int32 at 2^31).
+
+    With int16 activations accumulators are int64, and none can reach 2^35.
+    """
     linear = cast(Linear, op)
     source = graph.tensors[op.inputs[0]]
     lower, upper = stored_range(graph, op.inputs[0])
@@ -300,7 +304,7 @@ def accumulator_fits(graph: Graph, op: Operator) -> str:
     positive, negative = _signed_sums(linear)
     bound = (positive - negative) * largest + np.abs(linear.bias.astype(np.int64))
     worst = int(bound.argmax())
-    if int(bound[worst]) < ACCUMULATOR_LIMIT:
+    if int(bound[worst]) < accumulator_limit(graph, linear):
         return ""
     return f"channel {worst} may reach {int(bound[worst])}"
 
@@ -347,19 +351,23 @@ def parameters_fit(rounding: int, multiplier: int, shift: int, wide: bool) -> bo
 
 @_rule(Linear, Add, Pool2D, Pad, Reshape, Lookup, Pair, Move)
 def wide_logits_end_the_graph(graph: Graph, op: Operator) -> str:
-    """Int16 and int32 are for logits alone, of a linear layer that is given its multipliers.
+    """Int32 is for logits alone, of a linear layer that is given its multipliers.
 
-    Nothing but RESHAPE and DEQUANTIZE reads them.
+    So is int16 behind a layer that reads int8. Nothing but RESHAPE and DEQUANTIZE reads them.
     """
     target = graph.tensors[op.output]
-    if not isinstance(op, Reshape):
-        wide = [graph.tensors[i] for i in op.inputs if graph.tensors[i].dtype.is_wide]
-        wide += [] if isinstance(op, Linear) or not target.dtype.is_wide else [target]
-        if wide:
-            return f"'{wide[0].name}' is {wide[0].dtype.value}"
-    missing = isinstance(op, Linear) and target.dtype.is_wide and op.requantization is None
-    missing |= target.dtype is DType.INT64
-    return f"'{target.name}' is {target.dtype.value}, no multipliers" if missing else ""
+    if target.dtype is DType.INT64:
+        return f"'{target.name}' is int64"
+    if isinstance(op, Reshape):
+        return ""
+    wide = [graph.tensors[i] for i in op.inputs if graph.tensors[i].dtype is DType.INT32]
+    wide += [target] if target.dtype is DType.INT32 and not isinstance(op, Linear) else []
+    if wide:
+        return f"'{wide[0].name}' is {wide[0].dtype.value}"
+    narrow = graph.tensors[op.inputs[0]].dtype is not DType.INT16
+    if isinstance(op, Linear) and target.dtype.is_wide and narrow and op.requantization is None:
+        return f"'{target.name}' is {target.dtype.value}, no multipliers"
+    return ""
 
 
 @_rule(Add)
@@ -371,43 +379,16 @@ def add_multipliers_fit(graph: Graph, op: Operator) -> str:
     m_a, s_a, m_b, s_b, m_o, s_o = parameters.integers
     pairs = ((m_a, s_a), (m_b, s_b), (m_o, s_o))
     match parameters.rounding:
-        case AddRounding.DOUBLE_HALF_AWAY:
+        case AddRounding.DOUBLE_HALF_AWAY | AddRounding.INT16:
             fits = all(0 <= m < 1 << 31 and 0 <= s <= 31 for m, s in pairs)
         case AddRounding.SINGLE:
             fits = all(0 <= m < 1 << 31 and 1 <= s <= 62 and m >> s == 0 for m, s in pairs)
         case AddRounding.FIXED_POINT:
             fits = (s_a, s_b, m_o) == (0, 0, 1) and 0 < s_o < 32
             fits = fits and 0 <= m_a < 1 << 31 and 0 <= m_b < 1 << 31
+    wide = graph.tensors[op.output].dtype is DType.INT16
+    fits = fits and wide == (parameters.rounding is AddRounding.INT16)
     return "" if fits else f"integers {parameters.integers}"
-
-
-@_rule(Quantize)
-def quantize_edge(graph: Graph, op: Operator) -> str:
-    """Float32 input, int8 or uint8 output with a scale, the same shape; first operator only."""
-    source, target = _tensors(graph, op)
-    fits = source.dtype is DType.FLOAT32 and target.dtype in (DType.INT8, DType.UINT8)
-    fits &= target.quantization is not None and source.shape == target.shape
-    return "" if fits else f"{source.dtype.value} {list(source.shape)} -> {target.dtype.value}"
-
-
-@_rule(Softmax)
-def softmax_edge(graph: Graph, op: Operator) -> str:
-    """On one vector of int8 logits, beta 1, output int8 of scale 1/256 and zero point -128."""
-    source, target = _tensors(graph, op)
-    fits = source.quantization is not None and source.shape == target.shape
-    fits &= source.size == source.shape[-1]
-    fits &= target.quantization == Quantization.of(1 / 256, -128)  # float: exact
-    fits &= source.dtype is DType.INT8 and target.dtype is DType.INT8
-    return "" if fits else f"'{source.name}' -> '{target.name}'"
-
-
-@_rule(Dequantize)
-def dequantize_edge(graph: Graph, op: Operator) -> str:
-    """Integer input with a scale; float32 of the same shape, or SOFTMAX's output plus 128; last."""
-    source, target = _tensors(graph, op)
-    fits = constraints_imported.leaves(graph, op) and source.quantization is not None
-    fits &= source.shape == target.shape
-    return "" if fits else f"{source.dtype.value} -> {target.dtype.value}"
 
 
 def stored_range(graph: Graph, tensor: int) -> tuple[int, int]:
@@ -426,6 +407,12 @@ def stored_range(graph: Graph, tensor: int) -> tuple[int, int]:
             least, greatest = graph.output_range(op)
             lower, upper = max(least, min(lower, greatest)), min(greatest, max(upper, least))
     return lower, upper
+
+
+def accumulator_limit(graph: Graph, op: Linear) -> int:
+    """What every accumulator of a layer is proved to stay below."""
+    wide = graph.tensors[op.inputs[0]].dtype is DType.INT16
+    return WIDE_ACCUMULATOR_LIMIT if wide else ACCUMULATOR_LIMIT
 
 
 def _signed_sums(op: Linear) -> tuple[Int64Array, Int64Array]:

@@ -1,4 +1,4 @@
-"""Rules of the operators in ``operators`` and of ARG_MAX; ``constraints`` runs them with its own.
+"""Rules of the operators in ``operators``, of edges and of int16; ``constraints`` runs them.
 
 A predicate's docstring is the text of the error and the line in ``docs/operators.md``; it returns
 the detail of what is broken, or an empty string.
@@ -12,7 +12,21 @@ from typing import cast
 import numpy as np
 
 from cactus_edge import tables
-from cactus_edge.graph import ArgMax, DType, Graph, Operator, Quantization, Softmax, sixes
+from cactus_edge.graph import (
+    Add,
+    ArgMax,
+    Dequantize,
+    DType,
+    Graph,
+    Linear,
+    Operator,
+    Pad,
+    Pool2D,
+    Quantization,
+    Quantize,
+    Softmax,
+    sixes,
+)
 from cactus_edge.operators import (
     LEVELS,
     Combination,
@@ -53,9 +67,15 @@ def lookup_shape(graph: Graph, op: Operator) -> str:
 
 @_rule(Lookup, Pair)
 def tabled_types(graph: Graph, op: Operator) -> str:
-    """Inputs and output are int8 with a scale; QUANTIZE also takes and gives uint8."""
-    bytes_ = isinstance(op, Unary) and op.function is Function.QUANTIZE
-    allowed = (DType.INT8, DType.UINT8) if bytes_ else (DType.INT8,)
+    """Inputs and output are int8 with a scale; QUANTIZE also takes and gives uint8 and int16.
+
+    RELU also takes int16 to int16.
+    """
+    allowed = [DType.INT8]
+    if isinstance(op, Unary) and op.function is Function.QUANTIZE:
+        allowed += [DType.UINT8, DType.INT16]
+    elif isinstance(op, Unary) and op.function is Function.RELU:
+        allowed += [DType.INT16]
     for tensor in (graph.tensors[index] for index in (*op.inputs, op.output)):
         given = isinstance(op, (Lookup, Pair)) and op.table is not None
         if tensor.dtype not in allowed or not (given or tensor.quantization):
@@ -120,7 +140,9 @@ def table_fits(graph: Graph, op: Operator) -> str:
     if table is None:
         return ""
     least, most = graph.tensors[op.output].dtype.range
-    if table.ndim != 2 or table.shape[1] != LEVELS or table.min() < least or table.max() > most:
+    first, last = graph.tensors[op.inputs[-1]].dtype.range
+    levels = last - first + 1
+    if table.ndim != 2 or table.shape[1] != levels or table.min() < least or table.max() > most:
         return f"table {list(table.shape)}"
     if isinstance(op, Lookup):
         size = graph.tensors[op.inputs[0]].size
@@ -226,7 +248,63 @@ def arg_max_edge(graph: Graph, op: Operator) -> str:
     return "" if fits else f"'{source.name}' {list(source.shape)} -> {target.dtype.value}"
 
 
-def leaves(graph: Graph, op: Operator) -> bool:
+@_rule(Linear, Add, Pool2D, Pad, Move, Lookup, Pair)
+def int16_activations(graph: Graph, op: Operator) -> str:
+    """Int16 activations have zero point 0, and weights beside them are int8.
+
+    Layers, ADD and pools take them to int16; of functions only RELU and QUANTIZE take them.
+    """
+    ends = [graph.tensors[index] for index in (*op.inputs, op.output)]
+    found = [end for end in ends if end.dtype is DType.INT16]
+    if isinstance(op, Linear) and ends[0].dtype is not DType.INT16:
+        return ""  # logits of a graph built by hand
+    if not found:
+        return ""
+    if any(end.zero_point for end in found):
+        return f"'{next(end.name for end in found if end.zero_point)}' has another"
+    if isinstance(op, Lookup):
+        named = isinstance(op, Unary) and op.function in (Function.RELU, Function.QUANTIZE)
+        same = isinstance(op, Unary) and (op.function is Function.QUANTIZE or len(found) == 2)
+        byte = any(end.dtype is DType.UINT8 for end in ends)
+        return "" if named and same and not byte else f"{op.kind} of '{ends[0].name}'"
+    if isinstance(op, (Mean, Pair)) or len(found) != len(ends):
+        return f"{op.kind} of '{ends[0].name}'"
+    if isinstance(op, Linear) and op.weights.bits <= 4:
+        return f"weights of {op.weights.bits} bits"
+    return ""
+
+
+@_rule(Quantize)
+def quantize_edge(graph: Graph, op: Operator) -> str:
+    """Float32 input, int8, uint8 or int16 output with a scale, one shape; first operator only."""
+    source, target = graph.tensors[op.inputs[0]], graph.tensors[op.output]
+    stored = (DType.INT8, DType.UINT8, DType.INT16)
+    fits = source.dtype is DType.FLOAT32 and target.dtype in stored
+    fits &= target.quantization is not None and source.shape == target.shape
+    return "" if fits else f"{source.dtype.value} {list(source.shape)} -> {target.dtype.value}"
+
+
+@_rule(Softmax)
+def softmax_edge(graph: Graph, op: Operator) -> str:
+    """On one vector of int8 logits, beta 1, output int8 of scale 1/256 and zero point -128."""
+    source, target = graph.tensors[op.inputs[0]], graph.tensors[op.output]
+    fits = source.quantization is not None and source.shape == target.shape
+    fits &= source.size == source.shape[-1]
+    fits &= target.quantization == Quantization.of(1 / 256, -128)  # float: exact
+    fits &= source.dtype is DType.INT8 and target.dtype is DType.INT8
+    return "" if fits else f"'{source.name}' -> '{target.name}'"
+
+
+@_rule(Dequantize)
+def dequantize_edge(graph: Graph, op: Operator) -> str:
+    """Integer input with a scale; float32 of the same shape, or SOFTMAX's output plus 128; last."""
+    source, target = graph.tensors[op.inputs[0]], graph.tensors[op.output]
+    fits = _leaves(graph, op) and source.quantization is not None
+    fits &= source.shape == target.shape
+    return "" if fits else f"{source.dtype.value} -> {target.dtype.value}"
+
+
+def _leaves(graph: Graph, op: Operator) -> bool:
     """Whether the output of a last edge is of the type that it gives."""
     target = graph.tensors[op.output]
     if not isinstance(op, ToUnsigned):

@@ -33,7 +33,8 @@ Stored = npt.NDArray[np.integer[Any]]
 class DType(Enum):
     """Element types of activations.
 
-    INT16 and INT32 are for the logits of graphs built by hand, INT32 and INT64 for ARG_MAX's index.
+    INT16 is for activations beside int8 weights, INT16 and INT32 are for the logits of graphs built
+    by hand, INT32 and INT64 for ARG_MAX's index.
     """
 
     INT8 = "int8"
@@ -210,19 +211,22 @@ class Operator:
 class Linear(Operator):
     """What CONV_2D, DEPTHWISE_CONV_2D and FULLY_CONNECTED share.
 
-    ``bias`` int32 [out]. ``clamp`` overrides the range that ``activation`` and the output's type
-    imply. ``requantization`` is None until the graph is resolved.
+    ``bias`` int32 [out], int64 where a value needs it (int16 activations). ``clamp`` overrides the
+    range that ``activation`` and the output's type imply. ``requantization`` is None until the
+    graph is resolved.
     """
 
     weights: Weights
-    bias: npt.NDArray[np.int32]
+    bias: npt.NDArray[np.int32 | np.int64]
     activation: Activation = Activation.NONE
     clamp: tuple[int, int] | None = None
     requantization: Requantization | None = None
 
     def __post_init__(self) -> None:
         """Freeze the bias."""
-        object.__setattr__(self, "bias", frozen_array(self.bias, np.int32))
+        bias = np.asarray(self.bias)
+        fits = bias.dtype != np.int64 or not bias.size or abs(bias).max() < 1 << 31
+        object.__setattr__(self, "bias", frozen_array(bias, np.int32 if fits else np.int64))
 
     @property
     def channels(self) -> int:
@@ -364,6 +368,15 @@ class Graph:
                 tensor = op.inputs[0]
         return tensor
 
+    @cached_property
+    def computes_int16(self) -> bool:
+        """Whether int16 is computed with, not given as logits alone: by the reference executor."""
+        used = {self.core_input}
+        for op in self.core:
+            if not isinstance(op, Reshape):
+                used |= {*op.inputs} if isinstance(op, Linear) else {*op.inputs, op.output}
+        return any(self.tensors[index].dtype is DType.INT16 for index in used)
+
     @property
     def has_softmax(self) -> bool:
         """Whether the decision is taken on SOFTMAX's output."""
@@ -380,7 +393,7 @@ class Graph:
         if op.activation is not Activation.NONE:
             lower = max(lower, tensor.zero_point)
         if op.activation is Activation.RELU6:
-            upper = min(upper, _six(tensor))
+            upper = min(upper, sixes(tensor)[0])
         return lower, upper
 
     def fingerprint(self) -> str:
@@ -398,28 +411,11 @@ class Graph:
         return digest.hexdigest()
 
 
-def _six(tensor: Tensor) -> int:
-    """TFLite's upper clamp of RELU6: zero_point + round(6 / scale), halves away from zero."""
-    return sixes(tensor)[0]
-
-
 def sixes(tensor: Tensor) -> tuple[int, int]:
-    """What runtimes take for a stored 6: TFLite's integer and XNNPACK's.
-
-    TFLite rounds the float32 quotient half away from zero and adds the zero point; XNNPACK adds the
-    zero point in float32 and rounds half to even. ``constraints`` refuses where they differ.
-    """
+    """What runtimes take for a stored 6, see ``scales.sixes``; refused where they differ."""
     if tensor.quantization is None:
         raise ValueError(f"RELU6 on tensor '{tensor.name}' needs a scale")
-    bits = tensor.quantization.scale_bits
-    ratio = scales.divide(scales.Binary(12582912, -21), scales.decode_float32(bits), 32).fraction()
-    away = (2 * ratio.numerator + ratio.denominator) // (2 * ratio.denominator)
-    total = ratio + tensor.zero_point
-    if total:
-        sign = 1 if total > 0 else -1
-        magnitude = scales.nearest(abs(total.numerator), total.denominator, 32).fraction()
-        total = sign * magnitude
-    return tensor.zero_point + away, round(total)
+    return scales.sixes(tensor.quantization.scale_bits, tensor.zero_point)
 
 
 def _parts(value: object) -> Iterator[bytes]:

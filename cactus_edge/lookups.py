@@ -43,7 +43,7 @@ class Arithmetic(Enum):
     TFLITE = "tflite"
     """Q31 multipliers and two roundings, the second half away from zero."""
     MICRO = "tflite-micro"
-    """The same, but MUL forms its factor in float64, and RELU6 only clamps."""
+    """The same, but MUL and RELU form their factor in float64, and RELU6 only clamps."""
     TFLITE_HALF_UP = "tflite-half-up"
     """The same, but QUANTIZE rounds half up: LiteRT's optimized kernels on x86."""
     XNNPACK = "xnnpack"
@@ -102,9 +102,10 @@ def _nearest_away(value: Fraction) -> int:
 
 
 # -------------------------------------------------------------------------------------- one input
-def relu(x: Int64Array, source: Binary, target: Binary) -> Int64Array:
-    """RELU's family before its clamp: the same in all runtimes."""
-    return scaled(x, multiplier(scales.divide(source, target, 32)))
+def relu(x: Int64Array, source: Binary, target: Binary, arithmetic: Arithmetic) -> Int64Array:
+    """RELU's family before its clamp: TFLite Micro alone divides the scales in float64."""
+    width = 64 if arithmetic is Arithmetic.MICRO else 32
+    return scaled(x, multiplier(scales.divide(source, target, width)))
 
 
 def bound(real: int, target: Binary, zero_point: int) -> int:
@@ -275,3 +276,20 @@ def early_shift_agrees(
     a, b = (level + least_a)[:, None], (level + least_b)[None, :]
     early = semantics.add_early_shift(a, b, *integers)  # pyright: ignore[reportArgumentType]
     return np.array_equal(early, semantics.ADD[AddRounding.DOUBLE_HALF_AWAY](a, b, *integers))
+
+
+@cache
+def int16_early_shift_agrees(integers: tuple[int, int, int, int, int, int]) -> bool:
+    """Whether LiteRT's optimized ADD of int16, which shifts first, is ``semantics.add_int16``.
+
+    Both operands are compared on every value; the sum is rounded alike.
+    """
+    x = np.arange(-32768, 32768, dtype=np.int64)
+    for factor, shift in (integers[:2], integers[2:4]):
+        if shift > 15:
+            return False
+        late = semantics.requantize_double_half_away(x * 32768, factor, shift)  # pyright: ignore
+        early = semantics.multiply_high(x * (1 << (15 - shift)), factor)  # pyright: ignore
+        if not np.array_equal(early, late):
+            return False
+    return True

@@ -53,8 +53,8 @@ class Combination(Enum):
 class Lookup(Operator):
     """Each element is replaced by an entry of a table.
 
-    ``table`` int64 [kinds, 256] holds stored integers by the stored input less its type's least
-    value; element i uses row ``i % kinds``. None until the graph is resolved.
+    ``table`` int64 [kinds, 256] (65,536 for int16 inputs) holds stored integers by the stored input
+    less its type's least value; element i uses row ``i % kinds``. None until the graph is resolved.
     """
 
     table: Int64Array | None = None

@@ -1,251 +1,63 @@
 """Rounding profiles: which arithmetic each runtime uses, and the integers that follow from it.
 
 The file format does not say how an accumulator is rounded; each runtime decides by itself, by
-operator, by scale granularity, sometimes by shape. ``PROFILES`` is the measured table, and
+operator, by scale granularity, sometimes by shape. ``profile_table`` holds what was measured, and
 ``resolve(graph, profile)`` writes the integers of one profile into every operator.
-
-Measured for tflite-runtime 2.14, LiteRT (ai-edge-litert) 1.4 to 2.3 and tflite-micro on x86_64 and
-emulated aarch64, by sweeping accumulators across every rounding boundary; the tests repeat it for
-every runtime that is installed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from cactus_edge import scales, tables
-from cactus_edge.errors import InvalidGraphError, UsageError, meant
+from cactus_edge.errors import InvalidGraphError
 from cactus_edge.graph import (
     Add,
     AddRequantization,
     Conv2D,
     DepthwiseConv2D,
+    DType,
     FullyConnected,
     Graph,
     Linear,
     Operator,
     Padding,
+    Pool2D,
     Requantization,
     Tensor,
     window_geometry,
 )
-from cactus_edge.lookups import Arithmetic, early_shift_agrees
+from cactus_edge.lookups import Arithmetic, early_shift_agrees, int16_early_shift_agrees
 from cactus_edge.operators import TABLED, Lookup, Mean, Pair, Rows
-from cactus_edge.scales import ScaleArithmetic
-from cactus_edge.semantics import AddRounding, Rounding
+from cactus_edge.profile_table import DEFAULT, PROFILES, Method, Profile, profile_of
+from cactus_edge.semantics import AddRounding
 
 
-@dataclass(frozen=True)
-class Method:
-    """A rounding and the arithmetic that forms its factor."""
+def methods(graph: Graph, op: Linear, profile: Profile) -> tuple[tuple[int, Method], ...]:
+    """Runs of output channels with their method: ``(end, method)``, ends ascending.
 
-    rounding: Rounding
-    scale: ScaleArithmetic = ScaleArithmetic.FLOAT64
-
-
-_DOUBLE = Method(Rounding.DOUBLE_HALF_AWAY)
-_DOUBLE_PRODUCT = Method(Rounding.DOUBLE_HALF_AWAY, ScaleArithmetic.FLOAT32_PRODUCT)
-_NEON = Method(Rounding.DOUBLE_HALF_UP)
-_NEON_PRODUCT = Method(Rounding.DOUBLE_HALF_UP, ScaleArithmetic.FLOAT32_PRODUCT)
-_SINGLE = Method(Rounding.SINGLE)
-_SINGLE_PRODUCT = Method(Rounding.SINGLE, ScaleArithmetic.FLOAT32_PRODUCT)
-_FLOAT32 = Method(Rounding.FLOAT32, ScaleArithmetic.FLOAT32)
-_FLOAT32_REASSOCIATED = Method(Rounding.FLOAT32, ScaleArithmetic.FLOAT32_REASSOCIATED)
-_RNDNU = Method(Rounding.SINGLE, ScaleArithmetic.FLOAT32)
-_FLOAT64 = Method(Rounding.FLOAT64)
-
-
-@dataclass(frozen=True)
-class Profile:
-    """One runtime's arithmetic. Pairs are (per-tensor, per-channel).
-
-    ``depthwise_vector``: the first ``8 * floor(channels / 8)`` channels of a depthwise layer.
-    ``vector``: FULLY_CONNECTED at batch 1 with at least 4 outputs and 16 inputs.
-    ``one_channel``: convolutions with a single output channel.
-    ``packed``: the profile that applies to int4 weights, where a delegate leaves them alone.
-    ``packed_fully_connected``: except that the delegate takes int4 FULLY_CONNECTED with an even
-    number of inputs. ``packed_unmeasured``: that was not measured; nothing is claimed about models
-    with such a layer.
-    ``add_early_shift``: ADD follows ``semantics.add_early_shift`` on most elements. It was measured
-    on x86_64; on aarch64 it is assumed, which refuses some models and never accepts a wrong one.
-    ``needs_covering_windows``: SAME convolutions larger than 1x1 whose windows leave out input
-    elements are computed wrongly (tflite-runtime 2.14's XNNPACK, LiteRT's up to 2.1.0, the last
-    that was measured on aarch64), so they are refused.
-    ``arithmetic``: of ``operators.Lookup`` and ``Pair``; ``mean``: of MEAN. None where that was not
-    measured, and such models are refused.
+    None at all where the profile does not cover int16 activations.
     """
-
-    name: str
-    summary: str
-    fully_connected: tuple[Method, Method]
-    convolution: tuple[Method, Method]
-    depthwise: Method
-    add: AddRounding = AddRounding.DOUBLE_HALF_AWAY
-    depthwise_vector: Method | None = None
-    vector: Method | None = None
-    one_channel: Method | None = None
-    packed: str | None = None
-    packed_fully_connected: bool = False
-    packed_unmeasured: bool = False
-    add_early_shift: bool = False
-    needs_covering_windows: bool = False
-    arithmetic: Arithmetic | None = None
-    mean: Method | None = None
-
-
-_TABLE = (
-    Profile(
-        "tflite-micro",
-        "TFLite Micro, and CMSIS-NN in its default build",
-        (_DOUBLE, _DOUBLE),
-        (_DOUBLE, _DOUBLE),
-        _DOUBLE,
-        arithmetic=Arithmetic.MICRO,
-        mean=_DOUBLE,
-    ),
-    Profile(
-        "tflite-reference",
-        "tflite-runtime 2.14, BUILTIN_REF, every CPU",
-        (_DOUBLE_PRODUCT, _DOUBLE),
-        (_DOUBLE, _DOUBLE),
-        _DOUBLE,
-        arithmetic=Arithmetic.TFLITE,
-        mean=_DOUBLE,
-    ),
-    Profile(
-        "tflite-x86",
-        "tflite-runtime 2.14, default and BUILTIN_WITHOUT_DEFAULT_DELEGATES, x86_64",
-        (_NEON_PRODUCT, _NEON),
-        (_NEON, _NEON),
-        _DOUBLE,
-        arithmetic=Arithmetic.TFLITE,
-    ),
-    Profile(
-        "tflite-arm",
-        "tflite-runtime 2.14, default and BUILTIN_WITHOUT_DEFAULT_DELEGATES, aarch64",
-        (_DOUBLE_PRODUCT, _DOUBLE),
-        (_DOUBLE, _DOUBLE),
-        _DOUBLE,
-        depthwise_vector=_NEON,
-        vector=_NEON,
-    ),
-    Profile(
-        "tflite-xnnpack-x86",
-        "tflite-runtime 2.14 with the XNNPACK delegate asked for, x86_64",
-        (_FLOAT32, _NEON),
-        (_FLOAT32, _FLOAT32),
-        _FLOAT32,
-        add=AddRounding.FIXED_POINT,
-        needs_covering_windows=True,
-        packed="tflite-x86",
-        arithmetic=Arithmetic.XNNPACK,
-        mean=_FLOAT32,
-    ),
-    Profile(
-        "tflite-xnnpack-arm",
-        "tflite-runtime 2.14 with the XNNPACK delegate asked for, aarch64",
-        (_RNDNU, _DOUBLE),
-        (_RNDNU, _FLOAT32_REASSOCIATED),
-        _FLOAT32_REASSOCIATED,
-        add=AddRounding.FIXED_POINT,
-        one_channel=_RNDNU,
-        needs_covering_windows=True,
-        packed="tflite-arm",
-    ),
-    Profile(
-        "litert-reference",
-        "LiteRT, BUILTIN_REF, every CPU",
-        (_FLOAT64, _FLOAT64),
-        (_DOUBLE, _DOUBLE),
-        _DOUBLE,
-        arithmetic=Arithmetic.TFLITE,
-        mean=_DOUBLE,
-    ),
-    Profile(
-        "litert-x86",
-        "LiteRT, BUILTIN_WITHOUT_DEFAULT_DELEGATES, x86_64",
-        (_NEON_PRODUCT, _NEON),
-        (_NEON, _NEON),
-        _DOUBLE,
-        depthwise_vector=_NEON,
-        add_early_shift=True,
-        arithmetic=Arithmetic.TFLITE_HALF_UP,
-    ),
-    Profile(
-        "litert-arm",
-        "LiteRT, BUILTIN_WITHOUT_DEFAULT_DELEGATES, aarch64",
-        (_SINGLE_PRODUCT, _SINGLE),
-        (_SINGLE, _SINGLE),
-        _DOUBLE,
-        depthwise_vector=_NEON,
-        vector=_NEON,
-        add_early_shift=True,
-    ),
-    Profile(
-        "litert-xnnpack-x86",
-        "LiteRT 2.2 and later, default (XNNPACK), x86_64",
-        (_FLOAT32, _FLOAT32),
-        (_FLOAT32, _FLOAT32),
-        _FLOAT32,
-        add=AddRounding.FIXED_POINT,
-        packed="litert-x86",
-        packed_fully_connected=True,
-        arithmetic=Arithmetic.XNNPACK,
-    ),
-    Profile(
-        "litert-xnnpack-arm",
-        "LiteRT, default (XNNPACK), aarch64",
-        (_FLOAT32, _FLOAT32),
-        (_FLOAT32, _FLOAT32),
-        _FLOAT32,
-        add=AddRounding.FIXED_POINT,
-        needs_covering_windows=True,
-        packed="litert-arm",
-        packed_fully_connected=True,
-        packed_unmeasured=True,
-    ),
-    Profile(
-        "single-rounding",
-        "CMSIS-NN built with CMSIS_NN_USE_SINGLE_ROUNDING",
-        (_SINGLE, _SINGLE),
-        (_SINGLE, _SINGLE),
-        _SINGLE,
-        add=AddRounding.SINGLE,
-    ),
-)
-PROFILES: dict[str, Profile] = {profile.name: profile for profile in _TABLE}
-DEFAULT = "tflite-micro"
-
-
-def profile_of(name: str) -> Profile:
-    """The profile of this name.
-
-    Raises:
-        UsageError: no such profile; the message lists the names.
-    """
-    if name not in PROFILES:
-        known = ", ".join(PROFILES)
-        raise UsageError(f"no rounding profile '{name}'{meant(name, PROFILES)} known: {known}")
-    return PROFILES[name]
-
-
-def methods(op: Linear, profile: Profile) -> tuple[tuple[int, Method], ...]:
-    """Runs of output channels with their method: ``(end, method)``, ends ascending."""
     per_channel = int(op.weights.per_channel)
     channels = op.channels
+    if graph.tensors[op.inputs[0]].dtype is DType.INT16:
+        if profile.int16 is None:
+            return ()
+        place = per_channel if isinstance(op, (FullyConnected, Rows)) else 2
+        return ((channels, profile.int16[place]),)
     packed = op.weights.bits <= 4
     fallback = PROFILES[profile.packed] if profile.packed else None
     if isinstance(op, (FullyConnected, Rows)):
         depth = op.weights.values.shape[-1]
         if fallback and packed and (depth % 2 or not profile.packed_fully_connected):
-            return methods(op, fallback)
+            return methods(graph, op, fallback)
         if isinstance(op, FullyConnected) and profile.vector and channels >= 4 and depth >= 16:
             return ((channels, profile.vector),)
         return ((channels, profile.fully_connected[per_channel]),)
     if fallback and packed:
-        return methods(op, fallback)
+        return methods(graph, op, fallback)
     if profile.one_channel and channels == 1:
         return ((channels, profile.one_channel),)
     if isinstance(op, DepthwiseConv2D):
@@ -265,7 +77,10 @@ def factor(graph: Graph, op: Linear, method: Method) -> list[tuple[int, int]]:
         try:
             weight = scales.decode_float32(bits)
             real = scales.effective(method.scale, inputs, weight, output)
-            pairs.append(scales.parameters(method.rounding, real))
+            if method.reduced:
+                pairs.append(scales.reduced_parameters(real))
+            else:
+                pairs.append(scales.parameters(method.rounding, real))
         except InvalidGraphError as error:
             raise InvalidGraphError(f"{op.kind} '{op.name}', channel {channel}: {error}") from None
     if len(pairs) not in (1, op.channels):
@@ -295,7 +110,7 @@ def requantization(graph: Graph, op: Linear, profile: Profile) -> Requantization
     if isinstance(op, Mean):
         return _mean(graph, op, profile)
     start = 0
-    for end, method in methods(op, profile):
+    for end, method in methods(graph, op, profile):
         pairs = np.array(factor(graph, op, method), np.int64)
         pairs = np.broadcast_to(pairs, (op.channels, 2))
         rounding[start:end] = int(method.rounding)
@@ -346,6 +161,8 @@ def resolve(graph: Graph, name: str = DEFAULT) -> Graph:
     profile = profile_of(name)
 
     def resolved(op: Operator) -> Operator:
+        if _touches_int16(graph, op):
+            return _int16(graph, op, profile)
         if profile.needs_covering_windows and isinstance(op, Conv2D):
             _require_covering_windows(graph, op, profile)
         if isinstance(op, Linear) and op.requantization is None:
@@ -365,6 +182,46 @@ def resolve(graph: Graph, name: str = DEFAULT) -> Graph:
     if all(new is old for new, old in zip(operators, graph.operators, strict=True)):
         return graph
     return replace(graph, operators=operators)
+
+
+def _touches_int16(graph: Graph, op: Operator) -> bool:
+    """Whether an operator that computes has int16 activations."""
+    if not isinstance(op, (Linear, Add, Lookup, Pool2D)):
+        return False
+    ends = op.inputs if isinstance(op, Linear) else (*op.inputs, op.output)
+    return any(graph.tensors[index].dtype is DType.INT16 for index in ends)
+
+
+def _int16(graph: Graph, op: Operator, profile: Profile) -> Operator:
+    """``op``, which ``_touches_int16``, with the integers of a profile."""
+    given = graph.tensors[op.inputs[0]].quantization is None
+    if given or (not isinstance(op, Pool2D) and is_resolved(replace(graph, operators=(op,)))):
+        return op
+    if profile.int16 is None:
+        raise InvalidGraphError(
+            f"{op.kind} '{op.name}': how {profile.summary} computes int16 activations was not "
+            "measured"
+        )
+    if isinstance(op, Linear):
+        return replace(op, requantization=requantization(graph, op, profile))
+    if isinstance(op, Add):
+        chosen = add_requantization(graph, op, AddRounding.INT16)
+        builtin = PROFILES[profile.packed] if profile.packed else profile  # no delegate takes int16
+        if builtin.add_early_shift and not int16_early_shift_agrees(chosen.integers):
+            raise InvalidGraphError(
+                f"ADD '{op.name}': {profile.summary} shifts int16 operands before it multiplies, "
+                f"which profile '{profile.name}' does not cover; equal input scales avoid that"
+            )
+        return replace(op, requantization=chosen)
+    if isinstance(op, Pool2D):
+        return op
+    assert isinstance(op, Lookup)
+    if graph.tensors[op.inputs[0]].dtype is not DType.INT16 and not profile.widens:
+        raise InvalidGraphError(
+            f"{op.kind} '{op.name}': {profile.summary} does not take it from int8 to int16"
+        )
+    micro = profile.arithmetic is Arithmetic.MICRO
+    return tables.resolved(graph, op, Arithmetic.MICRO if micro else Arithmetic.TFLITE)
 
 
 def _tabled(graph: Graph, op: Lookup | Pair, profile: Profile) -> Operator:

@@ -5,7 +5,8 @@ weights, without channels on which no result depends. A single image runs on one
 cut into pieces, which threads take in turn.
 
 Kernels store bytes. Logits of int16 or int32 are computed by ``execute`` from the activations that
-the kernels leave, so they equal it by construction.
+the kernels leave, and models with int16 activations by ``execute`` alone, so they equal it by
+construction.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from cactus_edge import profiles
 from cactus_edge.compact import compact
 from cactus_edge.constraints import validate
 from cactus_edge.errors import DataError, UsageError, meant
-from cactus_edge.execute import check_input, run_operator
+from cactus_edge.execute import check_input, execute_all, run_operator
 from cactus_edge.fusion import fuse
 from cactus_edge.graph import DType, Graph, Int64Array, Operator, Tensor
 from cactus_edge.kernels.batches import available_threads, block_of, pieces
@@ -41,6 +42,8 @@ _log = logging.getLogger(__name__)
 
 IntegerArray = npt.NDArray[np.generic]
 Stored = npt.NDArray[np.int8 | np.uint8 | np.int16 | np.int32]
+_EXACT_BLOCK = 32
+"""Samples that the reference executor takes together; it bounds memory and changes nothing else."""
 _Stage = tuple["Worker | ParallelWorker", npt.NDArray[np.generic], Stored]
 """A worker, and views of its memory with the types and shapes of the graph."""
 StoredType = type[np.int8] | type[np.uint8] | type[np.int16] | type[np.int32]
@@ -113,6 +116,11 @@ class Session:
         self._input_shape = source.shape[1:]
         self._one = (1, *self._input_shape)
         self._native = np.dtype(self._input_type)  # one object for the type, in every array of it
+        self._exact = self.graph.computes_int16
+        if self._exact:
+            if calibration is not None:
+                self._fitting(calibration)
+            return
         self._narrow, self._wide = _divide(self.graph)
         self._image_bytes = source.size
         self._samples = None if calibration is None else self._calibrated(calibration)
@@ -128,11 +136,21 @@ class Session:
 
     @property
     def program(self) -> Program:
-        """How a single image is computed; batches have a program of their own."""
+        """How a single image is computed; batches have a program of their own.
+
+        Raises:
+            UsageError: the model has int16 activations, for which there are no kernels.
+        """
+        self._require_kernels()
         return self._single.program
 
     def explain(self, *, batch: bool = False) -> list[Explanation]:
-        """What each layer runs as and how long it takes, for one image or in batches."""
+        """What each layer runs as and how long it takes, for one image or in batches.
+
+        Raises:
+            UsageError: see ``program``.
+        """
+        self._require_kernels()
         program = self._batched().program if batch else self.program
         return explain(self._narrow, program, None if batch else self._samples)
 
@@ -152,6 +170,7 @@ class Session:
             type(batch) is np.ndarray
             and batch.shape == self._one
             and batch.dtype is self._native
+            and not self._exact
             and not self._wide
         ):
             return self._run_one(batch)
@@ -161,7 +180,24 @@ class Session:
         """The activations that were asked for, by tensor index, each like the result of ``run``."""
         return self._run(batch, self.tensors)
 
+    def _require_kernels(self) -> None:
+        if self._exact:
+            raise UsageError("int16 activations run on the reference executor; no kernel has them")
+
+    def _executed(self, batch: npt.ArrayLike, wanted: Iterable[int]) -> dict[int, Stored]:
+        """What the reference executor computes, some samples at a time."""
+        array = check_input(self.graph, batch)
+        found: dict[int, list[Stored]] = {tensor: [] for tensor in wanted}
+        for start in range(0, max(len(array), 1), _EXACT_BLOCK):
+            values = execute_all(self.graph, array[start : start + _EXACT_BLOCK])
+            for tensor, parts in found.items():
+                dtype = _STORED[self.graph.tensors[tensor].dtype]
+                parts.append(values[tensor].astype(dtype))
+        return {tensor: np.concatenate(parts) for tensor, parts in found.items()}
+
     def _run(self, batch: npt.ArrayLike, wanted: Iterable[int]) -> dict[int, Stored]:
+        if self._exact:
+            return self._executed(batch, wanted)
         if not self._wide:
             return self._compute(batch, wanted)
         values = self._compute(batch, self._needed)

@@ -139,6 +139,18 @@ def quantize_multiplier(real: Binary) -> tuple[int, int]:
     return (0, 0) if exponent < -31 else (multiplier, -exponent)
 
 
+def reduced_parameters(real: Binary) -> tuple[int, int]:
+    """``(multiplier, shift)`` of ``semantics.requantize_single`` where accumulators are int64.
+
+    TFLite keeps 15 bits of the multiplier then, rounded.
+
+    Raises:
+        InvalidGraphError: the factor is outside [2**-31, 1).
+    """
+    multiplier, shift = parameters(semantics.Rounding.DOUBLE_HALF_AWAY, real)
+    return min((multiplier + (1 << 15)) >> 16, 0x7FFF), 15 + shift
+
+
 def parameters(rounding: semantics.Rounding, real: Binary) -> tuple[int, int]:
     """``(multiplier, shift)`` in the meaning of ``semantics.REQUANTIZE[rounding]``.
 
@@ -211,7 +223,8 @@ def add_parameters(
         return _half_even(ratio_a, shift), 0, _half_even(ratio_b, shift), 0, 1, shift
     largest = max(a, b, key=Binary.fraction)
     twice = Binary(largest.significand, largest.exponent + 1)
-    shifted = Binary(output.significand, output.exponent + 20)
+    raised = 15 if rounding is semantics.AddRounding.INT16 else 20
+    shifted = Binary(output.significand, output.exponent + raised)
     triples = [
         quantize_multiplier(divide(a, twice, 64)),
         quantize_multiplier(divide(b, twice, 64)),
@@ -220,6 +233,21 @@ def add_parameters(
     base = 31 if rounding is semantics.AddRounding.SINGLE else 0
     (m_a, s_a), (m_b, s_b), (m_o, s_o) = triples
     return m_a, base + s_a, m_b, base + s_b, m_o, base + s_o
+
+
+def sixes(output_bits: int, zero_point: int) -> tuple[int, int]:
+    """What runtimes take for a stored 6: TFLite's integer and XNNPACK's.
+
+    TFLite rounds the float32 quotient half away from zero and adds the zero point; XNNPACK adds the
+    zero point in float32 and rounds half to even.
+    """
+    ratio = divide(Binary(12582912, -21), decode_float32(output_bits), 32).fraction()
+    away = (2 * ratio.numerator + ratio.denominator) // (2 * ratio.denominator)
+    total = ratio + zero_point
+    if total:
+        sign = 1 if total > 0 else -1
+        total = sign * nearest(abs(total.numerator), total.denominator, 32).fraction()
+    return zero_point + away, round(total)
 
 
 def _half_even(ratio: Binary, shift: int) -> int:

@@ -7,8 +7,10 @@ are int64; comparisons count as 0 or 1; ``>>`` is arithmetic; nothing is shifted
 literal 1, because shifting a negative number left is undefined in C.
 
 Side conditions, proved by ``constraints`` before any function is used on a graph: effective
-multipliers are in [2**-31, 1), and |accumulator| < 2**27. Under them every requantization is a
-monotone (non-decreasing) function of the accumulator and no intermediate leaves int64.
+multipliers are in [2**-31, 1), and |accumulator| < 2**27, or 2**35 with int16 activations, which
+are rounded by ``requantize_single`` with a multiplier below 2**15 or by ``requantize_float64``.
+Under them every requantization is a monotone (non-decreasing) function of the accumulator and no
+intermediate leaves int64.
 
 Sources: gemmlowp ``fixedpoint.h``; TFLite ``kernels/internal/common.h``; XNNPACK
 ``qs8-requantization``; LiteRT ``reference/integer_ops/fully_connected.h``.
@@ -37,6 +39,7 @@ class AddRounding(IntEnum):
     DOUBLE_HALF_AWAY = 0
     SINGLE = 1
     FIXED_POINT = 2
+    INT16 = 3
 
 
 def clamp(x: int, lower: int, upper: int) -> int:
@@ -108,7 +111,8 @@ def requantize_double_half_up(accumulator: int, multiplier: int, shift: int) -> 
 def requantize_single(accumulator: int, multiplier: int, shift: int) -> int:
     """One rounding, half up: ruy on ARM, ``TFLITE_SINGLE_ROUNDING``, XNNPACK ``rndnu``.
 
-    Real factor ``multiplier * 2**-shift``, multiplier below 2**31, shift in [1, 62].
+    Real factor ``multiplier * 2**-shift``, multiplier below 2**31, shift in [1, 62]. With a
+    multiplier of 15 bits also TFLite's ``MultiplyByQuantizedMultiplier`` of int64.
     """
     return (accumulator * multiplier + (1 << (shift - 1))) >> shift
 
@@ -163,6 +167,22 @@ def add_double_half_away(
     """TFLite's and CMSIS-NN's ADD of two operands less their zero points, in 20 fraction bits."""
     scaled_a = requantize_double_half_away(a * 1048576, multiplier_a, shift_a)
     scaled_b = requantize_double_half_away(b * 1048576, multiplier_b, shift_b)
+    return requantize_double_half_away(scaled_a + scaled_b, multiplier, shift)
+
+
+def add_int16(
+    a: int,
+    b: int,
+    multiplier_a: int,
+    shift_a: int,
+    multiplier_b: int,
+    shift_b: int,
+    multiplier: int,
+    shift: int,
+) -> int:
+    """TFLite's ADD of two int16 operands, in 15 fraction bits."""
+    scaled_a = requantize_double_half_away(a * 32768, multiplier_a, shift_a)
+    scaled_b = requantize_double_half_away(b * 32768, multiplier_b, shift_b)
     return requantize_double_half_away(scaled_a + scaled_b, multiplier, shift)
 
 
@@ -240,4 +260,5 @@ ADD: dict[AddRounding, Callable[..., Any]] = {
     AddRounding.DOUBLE_HALF_AWAY: add_double_half_away,
     AddRounding.SINGLE: add_single,
     AddRounding.FIXED_POINT: add_fixed_point,
+    AddRounding.INT16: add_int16,
 }

@@ -10,7 +10,7 @@ from cactus_edge import lookups, scales
 from cactus_edge.errors import InvalidGraphError
 from cactus_edge.graph import Activation, Graph, Int64Array, Quantization, Tensor
 from cactus_edge.lookups import Arithmetic
-from cactus_edge.operators import LEVELS, Combination, Function, Lookup, Pair, Unary, WithConstant
+from cactus_edge.operators import Combination, Function, Lookup, Pair, Unary, WithConstant
 from cactus_edge.semantics import AddRounding
 
 _RANGES: dict[Function | Activation, tuple[int | None, int | None]] = {
@@ -83,7 +83,8 @@ def _scale(quantization: Quantization | None) -> scales.Binary:
 
 def _levels(tensor: Tensor) -> Int64Array:
     """Every storable value less the zero point."""
-    return np.arange(LEVELS, dtype=np.int64) + tensor.dtype.range[0] - tensor.zero_point
+    least, most = tensor.dtype.range
+    return np.arange(least, most + 1, dtype=np.int64) - tensor.zero_point
 
 
 def _stored(
@@ -120,7 +121,7 @@ def _unary(graph: Graph, op: Unary, arithmetic: Arithmetic) -> Int64Array:
         case Function.RELU_N1_TO_1 if arithmetic is Arithmetic.MICRO:
             raise InvalidGraphError("TFLite Micro has no such operator")
         case _:
-            return _stored(lookups.relu(x, a, b), target, _RANGES[op.function])
+            return _stored(lookups.relu(x, a, b, arithmetic), target, _RANGES[op.function])
 
 
 def fixed_output(op: Unary) -> Quantization | None:

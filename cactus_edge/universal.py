@@ -18,7 +18,7 @@ import numpy.typing as npt
 from cactus_edge import profiles, semantics
 from cactus_edge.constraints import accumulator_bounds, stored_range
 from cactus_edge.errors import InvalidGraphError
-from cactus_edge.graph import Add, Graph, Int64Array, Linear, Requantization
+from cactus_edge.graph import Add, DType, Graph, Int64Array, Linear, Requantization
 from cactus_edge.operators import Lookup, Mean, Pair
 from cactus_edge.profiles import Method
 from cactus_edge.semantics import AddRounding, Rounding
@@ -53,12 +53,12 @@ def is_universal(graph: Graph) -> bool:
     return not any(entry.disagreeing for entry in agreement(graph))
 
 
-def _all_methods(op: Linear) -> list[tuple[Method, Int64Array]]:
+def _all_methods(graph: Graph, op: Linear) -> list[tuple[Method, Int64Array]]:
     """Every method that some profile uses on ``op``, with the channels it applies to."""
     used: dict[Method, Int64Array] = {}
     for profile in profiles.PROFILES.values():
         start = 0
-        for end, method in profiles.methods(op, profile):
+        for end, method in profiles.methods(graph, op, profile):
             mask = used.setdefault(method, np.zeros(op.channels, np.int64))
             mask[start:end] = 1
             start = end
@@ -73,8 +73,12 @@ def disagreeing_channels(graph: Graph, op: Linear) -> tuple[int, ...]:
     points = _all_accumulators(graph, op)
     expected: Int64Array | None = None
     bad = np.zeros(op.channels, bool)
-    reference = Method(Rounding.DOUBLE_HALF_AWAY)
-    for method, applies in [(reference, np.ones(op.channels, np.int64)), *_all_methods(op)]:
+    used = _all_methods(graph, op)
+    if graph.tensors[op.inputs[0]].dtype is DType.INT16:
+        # One method for convolutions, several for FULLY_CONNECTED that are not compared.
+        return tuple(range(op.channels)) if len(used) > 1 else ()
+    used.insert(0, (Method(Rounding.DOUBLE_HALF_AWAY), np.ones(op.channels, np.int64)))
+    for method, applies in used:
         pairs = np.array(profiles.factor(graph, op, method), np.int64)
         pairs = np.broadcast_to(pairs, (op.channels, 2))
         parameters = Requantization(
@@ -167,6 +171,8 @@ def _alike(graph: Graph, op: Lookup | Pair | Mean) -> bool:
 
 
 def _add_agrees(graph: Graph, op: Add) -> bool:
+    if graph.tensors[op.output].dtype is DType.INT16:
+        return True  # one arithmetic in every profile that covers it
     (low_a, high_a), (low_b, high_b) = (stored_range(graph, i) for i in op.inputs)
     zero_a, zero_b = (graph.tensors[i].zero_point for i in op.inputs)
     least = [graph.tensors[i].dtype.range[0] - graph.tensors[i].zero_point for i in op.inputs]
@@ -176,6 +182,8 @@ def _add_agrees(graph: Graph, op: Add) -> bool:
     zero_point = graph.tensors[op.output].zero_point
     results: list[Int64Array] = []
     for rounding in AddRounding:
+        if rounding is AddRounding.INT16:
+            continue
         try:
             integers = profiles.add_requantization(graph, op, rounding).integers
         except InvalidGraphError:

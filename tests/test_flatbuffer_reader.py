@@ -310,11 +310,11 @@ UNSUPPORTED: dict[str, tuple[Edit, str]] = {
         put(tensor("flat"), shape_signature=[1, -1]),
         "'flat': dynamic shape [1, -1]; only the batch",
     ),
-    "int16 activations": (put(tensor("flat"), type=7), "'flat': activations are INT16; supported"),
+    "int16 in between": (put(tensor("flat"), type=7), "the bias is INT32; only INT64"),
     "unknown type": (put(tensor("flat"), type=99), "'flat': tensor type 99 is unknown"),
     "int64 bias": (
         lambda t: (put(tensor("logits/bias"), type=4)(t), data_of("logits/bias", bytes(24))(t)),
-        "'logits/bias': constants of type INT64; supported: INT8, INT4, INT32",
+        "operator 6 (FULLY_CONNECTED): the bias is INT64; only INT32 is supported",
     ),
     "int8 bias": (
         lambda t: (put(tensor("logits/bias"), type=9)(t), data_of("logits/bias", bytes(3))(t)),

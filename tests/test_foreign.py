@@ -237,6 +237,30 @@ def test_arithmetics_differ_where_they_should(
     assert (first != second).any() and np.abs(first - second).max() == 1
 
 
+def test_relu_divides_scales_as_each_runtime_does() -> None:
+    """Near a tie one of 256 entries shows whether the quotient was a float32 or a float64."""
+    file = File(np.random.default_rng(0))
+    for steps in range(1, 400):
+        target = np.float32(0.01 + steps / 9999)
+        source = np.float32(target * np.float32(60.5) / np.float32(97))
+        op = Unary(name="relu", inputs=(0,), output=1, function=Function.RELU)
+        ends = tensor("a", 256, float(source), -128), tensor("b", 256, float(target), -128)
+        graph = alone(op, *ends)
+        inputs = np.arange(-128, 128)[None, :]
+        wide, narrow = (execute(graph, inputs, p) for p in ("tflite-micro", "tflite-reference"))
+        if (wide != narrow).any():
+            break
+    else:
+        raise AssertionError("no scales tell them apart")
+    index = file.unary("RELU", file.input((1, 256), (float(source), -128)), (float(target), -128))
+    files = {id(graph): file.bytes(index)}
+    for peer in RUNTIMES:
+        if not peer.absence:
+            (found,) = Bytes(peer, files).run([(graph, inputs)])
+            micro = peer.profile == "tflite-micro"
+            assert np.array_equal(found.reshape(1, -1), wide if micro else narrow), peer.name
+
+
 @pytest.mark.parametrize("name", ["unsigned_input", "unsigned_output", "relu6"])
 def test_what_rounds_nothing_is_covered_by_every_profile(name: str) -> None:
     graph = graph_of(name)

@@ -127,7 +127,7 @@ def test_requantization_is_that_of_semantics(rounding: Rounding) -> None:
             np.testing.assert_array_equal(logits[-1], np.clip(expected, -128, 127))
 
 
-@pytest.mark.parametrize("rounding", AddRounding)
+@pytest.mark.parametrize("rounding", [r for r in AddRounding if r is not AddRounding.INT16])
 def test_add_is_that_of_semantics(rounding: AddRounding) -> None:
     """All 65,536 pairs of bytes: two layers copy the operands out of one input."""
     scales = [Quantization.of(s, z) for s, z in ((0.031, -7), (0.0117, 12), (0.04, 3))]

@@ -256,7 +256,8 @@ def expected(column: Column, profile: str) -> tuple[Int64Array, ...]:
 
 
 def methods(column: Column, profile: str) -> tuple[tuple[int, profiles.Method], ...]:
-    found = {profiles.methods(case.op, profiles.PROFILES[profile]) for case in cases(column)}
+    runtime = profiles.PROFILES[profile]
+    found = {profiles.methods(case.graph, case.op, runtime) for case in cases(column)}
     assert len(found) == 1, "one column, one arithmetic"
     return found.pop()
 
@@ -401,7 +402,7 @@ def test_add_on_all_pairs(peer: Peer) -> None:
     pairs = all_pairs()
     outputs = runner(peer)([(graph, pairs) for graph in add_graphs()])
     chosen = profiles.PROFILES[peer.profile].add
-    mismatches = dict.fromkeys(AddRounding, 0)
+    mismatches = {r: 0 for r in AddRounding if r is not AddRounding.INT16}
     compared = 0
     for graph, output in zip(add_graphs(), outputs, strict=True):
         found = output.reshape(1, 1, -1)
@@ -410,7 +411,7 @@ def test_add_on_all_pairs(peer: Peer) -> None:
             assert not np.array_equal(found, sums(graph, pairs, chosen)), "refused without need"
             continue
         compared += 1
-        for rounding in AddRounding:
+        for rounding in mismatches:
             mismatches[rounding] += int((found != sums(graph, pairs, rounding)).sum())
     assert compared >= len(add_graphs()) - len(EARLY_SHIFT_SCALES)
     assert [rounding for rounding, count in mismatches.items() if count == 0] == [chosen]
@@ -561,7 +562,7 @@ def manual_table() -> str:
         "| profile | FULLY_CONNECTED | CONV_2D | DEPTHWISE_CONV_2D | ADD | except |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    adds = dict(zip(AddRounding, ("away", "single", "fixed point"), strict=True))
+    adds = dict(zip(AddRounding, ("away", "single", "fixed point"), strict=False))
     for name, profile in profiles.PROFILES.items():
         cells = (
             f"`{name}`",

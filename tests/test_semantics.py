@@ -140,9 +140,13 @@ def test_monotone_and_the_same_everywhere(rounding: Rounding) -> None:
     a=st.integers(-255, 255),
     b=st.integers(-255, 255),
     rounding=st.sampled_from(list(AddRounding)),
+    far=st.integers(-(1 << 15) + 256, (1 << 15) - 256),
 )
-def test_add_is_monotone_in_each_argument(a: int, b: int, rounding: AddRounding) -> None:
+def test_add_is_monotone_in_each_argument(a: int, b: int, rounding: AddRounding, far: int) -> None:
+    if rounding is AddRounding.INT16:
+        a, b = a + far, b - far
     integers = {
+        AddRounding.INT16: (1073741824, 0, 1335705743, 2, 1875459495, 14),
         AddRounding.DOUBLE_HALF_AWAY: (1073741824, 0, 1335705743, 2, 1875459495, 19),
         AddRounding.SINGLE: (1073741824, 31, 1335705743, 33, 1875459495, 50),
         AddRounding.FIXED_POINT: (734_003, 0, 228_000, 0, 1, 20),

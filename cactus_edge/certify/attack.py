@@ -32,6 +32,8 @@ from cactus_edge.graph import Graph, Int64Array
 
 _BLOCK = 64
 """Samples that are attacked together; it bounds memory and changes nothing else."""
+_WIDEST = (1 << 15) - 1
+"""Of a box: differences of points, and a certificate's counterexample, are int16."""
 _FIRST_STEPS = 3
 _RESTART = 1 << 32
 """Restarts draw from turns that no hop reaches."""
@@ -104,6 +106,8 @@ def search(
         raise UsageError(f"{threads} threads; give at least 1")
     if graph.tensors[graph.logits].size < 2:
         return [None] * len(labels)  # without a rival nothing is wrong
+    if int((upper - lower).max(initial=0)) > _WIDEST:
+        return [None] * len(labels)
     network, ways = _attacker(graph)
     workers = max(1, min(threads or network.threads, len(labels)))
     size = max(1, min(_BLOCK, -(-len(labels) // workers)))

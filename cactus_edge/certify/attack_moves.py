@@ -92,7 +92,8 @@ class Search:
         """Read what the network's input looks like."""
         tensor = self.network.graph.tensors[self.network.graph.core_input]
         self._shape = tensor.shape[1:]
-        self._type = np.uint8 if tensor.dtype is DType.UINT8 else np.int8
+        types = {DType.UINT8: np.uint8, DType.INT8: np.int8, DType.INT16: np.int16}
+        self._type = types[tensor.dtype]
 
     def look(self, rows: Rows, point: Points) -> Trial:
         """Evaluate one point for each row and note what is wrong."""

@@ -141,6 +141,8 @@ class Network:
         if table is None:
             return None
         stored = values[op.output]
+        if stored.dtype.itemsize > 1:
+            return _wide_gates(self.graph, op, stored.reshape(len(stored), -1))
         return table[stored.reshape(len(stored), -1).view(np.uint8)]
 
 
@@ -206,6 +208,15 @@ def _gate_table(graph: Graph, op: Operator) -> UInt8Array:
     table[upper % 256] = gradient.UPPER
     table[lower % 256] = gradient.SHUT if lower == upper else gradient.LOWER
     return table
+
+
+def _wide_gates(graph: Graph, op: Operator, stored: Stored) -> UInt8Array:
+    """Gate codes of int16 activations."""
+    lower, upper = graph.output_range(op)
+    codes = np.full(stored.shape, gradient.OPEN, np.uint8)
+    codes[stored == upper] = gradient.UPPER
+    codes[stored == lower] = gradient.SHUT if lower == upper else gradient.LOWER
+    return codes
 
 
 def _through_linear(layer: _Transpose, outgoing: Gradient, shape: tuple[int, ...]) -> Gradient:
@@ -285,8 +296,9 @@ def _add_factors(op: Add) -> list[tuple[int, int]]:
     """For each operand (factor, exponent): how far it moves the sum."""
     assert op.requantization is not None, "graph is not resolved"
     m_a, s_a, m_b, s_b, m_o, s_o = op.requantization.integers
-    base = 31 if op.requantization.rounding is AddRounding.DOUBLE_HALF_AWAY else 0
-    raised = 0 if op.requantization.rounding is AddRounding.FIXED_POINT else 20
+    rounding = op.requantization.rounding
+    base = 31 if rounding in (AddRounding.DOUBLE_HALF_AWAY, AddRounding.INT16) else 0
+    raised = {AddRounding.FIXED_POINT: 0, AddRounding.INT16: 15}.get(rounding, 20)
     factors: list[tuple[int, int]] = []
     for multiplier, shift in ((m_a, s_a), (m_b, s_b)):
         cut, exponent = _cut([m_o * multiplier << raised], [s_o + shift + 2 * base])

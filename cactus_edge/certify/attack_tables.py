@@ -14,12 +14,14 @@ import numpy.typing as npt
 
 from cactus_edge.graph import Graph, Int64Array, Stored
 from cactus_edge.kernels import gradient
-from cactus_edge.operators import LEVELS, Lookup, Move, Pair, sources
+from cactus_edge.operators import Lookup, Move, Pair, sources
 
 Int32Array = npt.NDArray[np.int32]
 Values = Mapping[int, Stored]
-_REACH = 2
-"""Values on each side that a slope is measured over: finer than most steps, wider than one."""
+_REACH = 128
+"""A slope is measured over a share of the values, on each side: finer than most steps, wider than
+one."""
+_SLOPE_BITS = 9
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +41,18 @@ def through_factor(outgoing: Gradient, factor: int, exponent: int) -> Gradient:
     return Gradient(values, exponents)
 
 
-def slopes(table: Int64Array) -> Int32Array:
-    """By the last axis: differences of entries around each value, below 2**9 in magnitude."""
-    positions = np.arange(LEVELS)
-    above = np.minimum(positions + _REACH, LEVELS - 1)
-    below = np.maximum(positions - _REACH, 0)
-    return (table[..., above] - table[..., below]).astype(np.int32)
+def slopes(table: Int64Array) -> tuple[Int32Array, int]:
+    """By the last axis: differences of entries around each value.
+
+    Below 2**9 in magnitude, times two to the power of the second result.
+    """
+    levels = table.shape[-1]
+    positions = np.arange(levels)
+    above = np.minimum(positions + levels // _REACH, levels - 1)
+    below = np.maximum(positions - levels // _REACH, 0)
+    found = table[..., above] - table[..., below]
+    shift = max(int(np.abs(found).max()).bit_length() - _SLOPE_BITS, 0)
+    return (found >> shift).astype(np.int32), shift
 
 
 def through_table(
@@ -59,15 +67,15 @@ def through_table(
     ]
     if isinstance(op, Lookup):
         flat = levels[0].reshape(count, -1)
-        slope = slopes(op.table)[np.arange(flat.shape[1]) % len(op.table), flat]
-        return [
-            Gradient(outgoing.values * slope.reshape(outgoing.values.shape), outgoing.exponents)
-        ]
+        slope, shift = slopes(op.table)
+        slope = slope[np.arange(flat.shape[1]) % len(op.table), flat]
+        slope = slope.reshape(outgoing.values.shape)
+        return [Gradient(outgoing.values * slope, outgoing.exponents + shift)]
     a, b = (
         level.reshape(-1, *graph.tensors[index].shape[1:])
         for level, index in zip(levels, op.inputs, strict=True)
     )
-    both = slopes(op.table.T)[b, a], slopes(op.table)[a, b]
+    both = slopes(op.table.T)[0][b, a], slopes(op.table)[0][a, b]
     return [
         _gathered(Gradient(outgoing.values * slope, outgoing.exponents), level.shape)
         for slope, level in zip(both, (a, b), strict=True)

@@ -96,7 +96,7 @@ def covering(
         UsageError: no such profile.
     """
     for op in graph.core:
-        if isinstance(op, (Lookup, Pair, Mean, Move)):
+        if isinstance(op, (Lookup, Pair, Mean, Move)) or graph.computes_int16:
             raise UnsupportedModelError(
                 f"{op.kind} '{op.name}': faults are not certified for models with this operator"
             )

@@ -32,6 +32,7 @@ from cactus_edge.graph import (
     BoolArray,
     Conv2D,
     DepthwiseConv2D,
+    DType,
     FullyConnected,
     Graph,
     Int64Array,
@@ -53,7 +54,7 @@ class LastLayer:
 
     ``weights`` int64 [classes, inputs]; ``parts`` int64 [classes] are the integers p above.
     ``thresholds`` int64 [classes, levels]: the least accumulator that reaches each level within
-    the clamp, the lowest included; None for logits of more than 256 levels.
+    the clamp, the lowest included; None for logits of more than 256 levels, or behind int16.
     """
 
     source: int
@@ -92,6 +93,8 @@ def _matrix(graph: Graph, op: Linear) -> LastLayer | None:
     parameters = op.requantization
     assert parameters is not None, "graph is not resolved"
     limits = graph.output_range(op)
+    # The table reaches as far as accumulators of int8 inputs.
+    narrow = limits[1] - limits[0] < _NARROW_LEVELS and source.dtype is not DType.INT16
     staircases = Staircases(parameters, graph.tensors[op.output].zero_point, limits)
     return LastLayer(
         source=op.inputs[0],
@@ -100,14 +103,15 @@ def _matrix(graph: Graph, op: Linear) -> LastLayer | None:
         zero_point=source.zero_point,
         staircases=staircases,
         parts=_parts(staircases),
-        thresholds=_thresholds(staircases) if limits[1] - limits[0] < _NARROW_LEVELS else None,
+        thresholds=_thresholds(staircases) if narrow else None,
     )
 
 
 def _parts(staircases: Staircases) -> Int64Array:
     """Multipliers in common units, rounded to integers of 4 bits more than the logits have.
 
-    At least 12 bits, at most 28: with accumulators below 2**27 every margin fits int64.
+    At least 12 bits, at most 28: with accumulators below 2**27 every margin fits int64. So it does
+    with int16 logits, of which they have 21, and accumulators below 2**35.
     """
     factors = [staircases.factor(c) for c in range(staircases.parameters.rounding.size)]
     largest = max(factors)

@@ -237,7 +237,7 @@ def _check_sizes(graph: Graph) -> None:
         if tensor.dtype.is_wide:
             raise InvalidGraphError(
                 f"tensor '{tensor.name}' is {tensor.dtype.value}; generated C stores single bytes: "
-                "give the last layer an int8 output"
+                "quantize to int8"
             )
     if graph.logits == graph.core_input:
         raise InvalidGraphError("the logits are the input itself; there is nothing to generate")

@@ -20,6 +20,7 @@ from cactus_edge.graph import (
     Activation,
     Add,
     ArgMax,
+    DType,
     Graph,
     Operator,
     Pad,
@@ -196,6 +197,11 @@ def combination(node: Node) -> Operator:
     if len(node.inputs) + len(node.constants) != 2:
         raise node.place.malformed(f"has {len(node.inputs) + len(node.constants)} inputs, not 2")
     head = {"inputs": node.inputs, "output": node.output, "activation": node.activation()}
+    wide = node.source.dtype is DType.INT16 and kind is not Combination.MUL
+    if wide and node.integer("pot_scale_int16"):
+        raise node.place.unsupported(
+            "'pot_scale_int16', another arithmetic; 16x8 converters write it as false"
+        )
     if not node.constants:
         if kind is Combination.ADD:
             return Add(name=node.target.name, **head)  # pyright: ignore

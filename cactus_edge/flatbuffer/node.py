@@ -18,7 +18,7 @@ from cactus_edge.errors import InvalidGraphError
 from cactus_edge.flatbuffer import schema
 from cactus_edge.flatbuffer.packing import unpack_int4
 from cactus_edge.flatbuffer.wire import Place, Table
-from cactus_edge.graph import Activation, Padding, Tensor, Weights
+from cactus_edge.graph import Activation, DType, Padding, Tensor, Weights
 
 _log = logging.getLogger(__name__)
 
@@ -158,11 +158,19 @@ class Node:
         bits = 4 if constant.type == "INT4" else 8
         return Weights(values.reshape(constant.shape), bits, constant.scale_bits)
 
-    def bias(self, weights: Weights, channels: int) -> npt.NDArray[np.int32]:
-        """Int32 [channels]; zeros where the file has none."""
+    def bias(
+        self, weights: Weights, channels: int
+    ) -> npt.NDArray[np.int32] | npt.NDArray[np.int64]:
+        """Int32 [channels], zeros where the file has none; int64 beside int16 activations."""
         if len(self.constants) > 2:
             raise self.place.malformed(f"has {len(self.constants) + 1} inputs instead of 2 or 3")
-        constant = self.constant(1, "the bias", "INT32")
+        wide = self.source.dtype is DType.INT16
+        constant = self.constant(1, "the bias", self.bias_type)
+        if constant is None and wide:
+            raise self.place.unsupported(
+                "int16 activations without a bias, which runtimes refuse or round otherwise; write "
+                "int64 zeros"
+            )
         if constant is None:
             return np.zeros(channels, np.int32)
         if constant.shape != (channels,):
@@ -174,7 +182,7 @@ class Node:
                 f"{constant.scale_bits.size} bias scales, {channels} channels"
             )
         self._check_bias_scale(constant, weights)
-        return constant.values()
+        return constant.data.view("<i8").reshape(channels) if wide else constant.values()
 
     def _check_bias_scale(self, bias: Constant, weights: Weights) -> None:
         """Runtimes add the stored bias as it is, so its scale has to be that of the accumulator."""
@@ -195,9 +203,16 @@ class Node:
         except InvalidGraphError as error:
             raise self.place.malformed(str(error)) from None
 
+    @property
+    def bias_type(self) -> str:
+        """INT32, or INT64 beside int16 activations: LiteRT computes int32 biases wrongly there."""
+        return "INT64" if self.source.dtype is DType.INT16 else "INT32"
+
     def check_bias_type(self) -> None:
-        """Refuse a bias of another type than int32."""
+        """Refuse a bias of another type than ``bias_type``."""
         code = self.integer("quantized_bias_type")
-        if code not in (0, schema.TYPE_CODES["INT32"]):
+        if code not in (0, schema.TYPE_CODES[self.bias_type]):
             name = schema.TYPE_NAMES.get(code, str(code))
-            raise self.place.unsupported(f"quantized_bias_type {name}; only INT32 is supported")
+            raise self.place.unsupported(
+                f"quantized_bias_type {name}; only {self.bias_type} is supported"
+            )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -67,7 +67,7 @@ def encode(graph: Graph, op: Operator) -> Encoded:
         case FullyConnected():
             return Encoded(_fused(graph, op), _linear_constants(graph, op))
         case Add():
-            return Encoded(_fused(graph, op), [])
+            return Encoded(_add_options(graph, op), [])
         case Pool2D():
             sizes = {"filter_height": op.window[0], "filter_width": op.window[1]}
             return Encoded({**_fused(graph, op), **_strides(op), **sizes}, [])
@@ -87,6 +87,13 @@ def encode(graph: Graph, op: Operator) -> Encoded:
 def _fused(graph: Graph, op: Linear | Add | Pool2D) -> dict[str, object]:
     activation = fused_activation(graph, op)
     return {"fused_activation_function": schema.ACTIVATION_CODES[activation.value]}
+
+
+def _add_options(graph: Graph, op: Add) -> dict[str, object]:
+    options = _fused(graph, op)
+    if graph.tensors[op.output].dtype is DType.INT16:
+        options["pot_scale_int16"] = 0  # else runtimes take the scales for powers of two
+    return options
 
 
 def _strides(op: Conv2D | Pool2D) -> dict[str, object]:
@@ -110,7 +117,7 @@ def _rows_constants(graph: Graph, op: Rows) -> list[Constant]:
     return [replace(weights, shape=(op.channels, op.weights.values.shape[3])), bias]
 
 
-def _octets(values: npt.NDArray[np.int8] | npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
+def _octets(values: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
@@ -119,6 +126,7 @@ def _linear_constants(graph: Graph, op: Linear) -> list[Constant]:
     zeros = np.zeros(weights.scale_bits.size, np.int64)
     axis = 3 if isinstance(op, DepthwiseConv2D) and weights.per_channel else 0
     packed = weights.bits <= 4
+    wide = graph.tensors[op.inputs[0]].dtype is DType.INT16
     return [
         Constant(
             f"{op.name}/weight",
@@ -131,9 +139,9 @@ def _linear_constants(graph: Graph, op: Linear) -> list[Constant]:
         ),
         Constant(
             f"{op.name}/bias",
-            "INT32",
+            "INT64" if wide else "INT32",
             op.bias.shape,
-            _octets(op.bias.astype("<i4")),
+            _octets(op.bias.astype("<i8" if wide else "<i4")),
             bias_scale_bits(graph, op),
             zeros,
         ),

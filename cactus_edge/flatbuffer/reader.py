@@ -22,10 +22,10 @@ from cactus_edge.flatbuffer.packing import packed_size
 from cactus_edge.flatbuffer.wire import Place, Table, open_root
 from cactus_edge.graph import DType, Graph, Linear, Operator, Quantization, Tensor
 
-_ACTIVATION_TYPES = {kind: DType[kind] for kind in ("INT8", "UINT8", "FLOAT32", "INT32", "INT64")}
+_ACTIVATION_TYPES = {kind.name: kind for kind in DType}
 # The operators of which either operand may be a constant, or any number are activations.
 _TWO, _ANY = ("ADD", "SUB", "MUL"), ("CONCATENATION",)
-_CONSTANT_BYTES = {"INT8": 1, "INT32": 4}
+_CONSTANT_BYTES = {"INT8": 1, "INT32": 4, "INT64": 8}
 _FIXED_BATCH = (
     "a fixed batch of 1 (keras.Input(shape, batch_size=1)) makes TensorFlow's converter write "
     "convolutions with dilation instead"
@@ -226,7 +226,9 @@ def _check_size(constant: Constant, place: Place) -> None:
     elif constant.type in _CONSTANT_BYTES:
         expected = constant.size * _CONSTANT_BYTES[constant.type]
     else:
-        raise place.unsupported(f"constants of type {constant.type}; supported: INT8, INT4, INT32")
+        raise place.unsupported(
+            f"constants of type {constant.type}; supported: INT8, INT4, INT32, INT64"
+        )
     if len(constant.data) != expected:
         raise place.malformed(
             f"{len(constant.data)} bytes of data instead of {expected} for "

@@ -196,6 +196,20 @@ _KINDS = (
 )
 # The version alone makes LiteRT 2.3 leave this one to another kernel, which rounds differently.
 DIVERGENT_VERSIONS = (("FULLY_CONNECTED", 8),)
+# What is written for int16 activations instead of ``Kind.version``.
+INT16_VERSIONS = {
+    "CONV_2D": 4,
+    "DEPTHWISE_CONV_2D": 5,
+    "FULLY_CONNECTED": 7,
+    "ADD": 3,
+    "AVERAGE_POOL_2D": 3,
+    "MAX_POOL_2D": 3,
+    "QUANTIZE": 2,
+    "DEQUANTIZE": 3,
+    "CONCATENATION": 3,
+    "TRANSPOSE": 4,
+    "STRIDED_SLICE": 4,
+}
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _KINDS}
 TABLE_OF_OPTIONS: dict[int, str] = {k.options_type: k.options for k in _KINDS if k.options}
 KIND_OF_CODE: dict[int, Kind] = {kind.code: kind for kind in _KINDS}

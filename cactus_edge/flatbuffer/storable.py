@@ -55,16 +55,28 @@ def check(graph: Graph) -> None:
     computed = _away_from_quantize(graph)
     # An index is no logit; nor is it computed where only a part of the operators is left.
     logits = {op.output for op in graph.operators if not isinstance(op, ArgMax)}
+    by_hand = _by_hand(graph)
     for index, tensor in enumerate(graph.tensors):
-        if tensor.dtype.is_wide and index not in logits:
+        int16 = tensor.dtype is DType.INT16
+        if tensor.dtype.is_wide and not int16 and index not in logits:
             continue
-        _check_tensor(tensor, uint8=index not in computed)
+        _check_tensor(tensor, uint8=index not in computed, int16=int16 and index not in by_hand)
     for index, op in enumerate(graph.operators):
         _check_operator(graph, op, f"operator {index} ({op.kind} '{op.name}')")
     _check_reshapes(graph)
     for name, _ in graph.metadata:
         if name == BITS_ENTRY or name in _HARMFUL_ENTRIES or not name.isprintable():
             raise UnsupportedModelError(f"metadata entry {name!r}: the name is reserved; rename it")
+
+
+def _by_hand(graph: Graph) -> set[int]:
+    """What layers that read int8 write, and what a RESHAPE makes of it."""
+    found: set[int] = set()
+    for op in graph.operators:
+        narrow = isinstance(op, Linear) and graph.tensors[op.inputs[0]].dtype is not DType.INT16
+        if narrow or (isinstance(op, Reshape) and op.inputs[0] in found):
+            found.add(op.output)
+    return found
 
 
 def _check_reshapes(graph: Graph) -> None:
@@ -93,7 +105,7 @@ def _away_from_quantize(graph: Graph) -> set[int]:
     }
 
 
-def _check_tensor(tensor: Tensor, *, uint8: bool) -> None:
+def _check_tensor(tensor: Tensor, *, uint8: bool, int16: bool) -> None:
     where = f"tensor {tensor.name!r}"
     if not tensor.name.isprintable():
         raise UnsupportedModelError(f"{where}: a name in a file must be printable")
@@ -105,7 +117,7 @@ def _check_tensor(tensor: Tensor, *, uint8: bool) -> None:
         raise UnsupportedModelError(
             f"{where}: uint8 beside int8 weights runs nowhere; store int8 (value - 128)"
         )
-    if tensor.dtype.is_wide:
+    if tensor.dtype.is_wide and not int16:
         raise UnsupportedModelError(
             f"{where}: {tensor.dtype.value} logits are for graphs built by hand and run in no "
             "runtime beside int8; give the last layer an int8 output"

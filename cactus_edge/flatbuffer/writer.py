@@ -16,7 +16,7 @@ from cactus_edge.flatbuffer import schema, storable
 from cactus_edge.flatbuffer.node import Constant
 from cactus_edge.flatbuffer.operators import encode
 from cactus_edge.flatbuffer.wire import Values, serialize
-from cactus_edge.graph import Graph, Linear, Operator, Tensor
+from cactus_edge.graph import DType, Graph, Linear, Operator, Tensor
 from cactus_edge.operators import WithConstant
 
 
@@ -52,7 +52,7 @@ def model_values(graph: Graph) -> dict[str, object]:
     }
     model: dict[str, object] = {
         "version": schema.VERSION,
-        "operator_codes": [_operator_code(kind) for kind in draft.kinds],
+        "operator_codes": [_operator_code(*code) for code in draft.codes],
         "subgraphs": [subgraph],
         "description": "cactus_edge",
         "buffers": draft.buffers,
@@ -62,10 +62,10 @@ def model_values(graph: Graph) -> dict[str, object]:
     return model
 
 
-def _operator_code(kind: schema.Kind) -> Values:
+def _operator_code(kind: schema.Kind, version: int) -> Values:
     # Readers older than 2020 know the first field only; every code that is written fits it.
     code = {"deprecated_builtin_code": kind.code, "builtin_code": kind.code}
-    return {**code, "version": kind.version}
+    return {**code, "version": version}
 
 
 def _unusual_widths(graph: Graph) -> bytes:
@@ -80,7 +80,7 @@ class _Draft:
 
     tensors: list[Values] = field(default_factory=list)
     operators: list[Values] = field(default_factory=list)
-    kinds: list[schema.Kind] = field(default_factory=list)
+    codes: list[tuple[schema.Kind, int]] = field(default_factory=list)
     buffers: list[Values] = field(default_factory=lambda: [{}])
 
     def add_buffer(self, data: bytes) -> int:
@@ -122,14 +122,16 @@ class _Draft:
     def add_operator(self, graph: Graph, op: Operator) -> None:
         """An operator with its constants."""
         kind = schema.KINDS[op.kind]
-        if kind not in self.kinds:
-            self.kinds.append(kind)
+        wide = any(graph.tensors[i].dtype is DType.INT16 for i in (*op.inputs, op.output))
+        version = schema.INT16_VERSIONS.get(kind.name, kind.version) if wide else kind.version
+        if (kind, version) not in self.codes:
+            self.codes.append((kind, version))
         options, constants = encode(graph, op)
         inputs = [*op.inputs, *map(self.add_constant, constants)]
         if isinstance(op, WithConstant) and op.first:
             inputs.reverse()
         values: dict[str, object] = {
-            "opcode_index": self.kinds.index(kind),
+            "opcode_index": self.codes.index((kind, version)),
             "inputs": np.array(inputs, np.int32),
             "outputs": [op.output],
         }

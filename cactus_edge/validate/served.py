@@ -26,7 +26,9 @@ def serve(source: IO[bytes], target: IO[bytes]) -> None:
     module, mode = importlib.import_module(head["module"]), head["mode"]
     outputs: list[np.ndarray[Any, Any]] = []
     for model, shape, dtype in zip(models, head["shapes"], head["dtypes"], strict=True):
-        batch = np.frombuffer(source.read(int(np.prod(shape))), dtype).reshape(shape)
+        batch = np.frombuffer(
+            source.read(int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype
+        ).reshape(shape)
         call = _LOADERS.get(mode, _stock)(module, mode, model)
         outputs.append(np.stack([call(sample[None]) for sample in batch]))
     shapes, dtypes = zip(*((output.shape, output.dtype.name) for output in outputs), strict=True)

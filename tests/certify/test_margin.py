@@ -460,8 +460,10 @@ def wide_tensor(graph: Graph, index: int, dtype: DType) -> Graph:
 
 def test_wide_tensors_inside_the_network_are_refused() -> None:
     graph = hidden_graph(DType.INT32, 0, 4, 4, 3)
-    with pytest.raises(InvalidGraphError, match="'hidden' is int16"):
+    with pytest.raises(InvalidGraphError, match="Int16 activations have zero point 0"):
         validate(wide_tensor(graph, 1, DType.INT16))
+    with pytest.raises(InvalidGraphError, match="No accumulator can reach"):
+        validate(wide_tensor(graph, 1, DType.INT32))
     with pytest.raises(InvalidGraphError, match="'input' is int32; the input must be int8"):
         validate(wide_tensor(graph, 0, DType.INT32))
 

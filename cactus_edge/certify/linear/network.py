@@ -133,7 +133,9 @@ class Network:
 
 
 def undescribed(graph: Graph) -> Operator | None:
-    """The first operator without a linear form: a table, or a ``Move`` of ``operators``."""
+    """The first operator without a linear form: a table or a ``Move``; any of int16 activations."""
+    if graph.computes_int16:
+        return graph.core[0]
     return next((op for op in graph.core if isinstance(op, (*TABLED, Moved))), None)
 
 
