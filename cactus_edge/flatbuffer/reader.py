@@ -30,7 +30,7 @@ _FIXED_BATCH = (
     "a fixed batch of 1 (keras.Input(shape, batch_size=1)) makes TensorFlow's converter write "
     "convolutions with dilation instead"
 )
-_REMEDIES = dict.fromkeys(("SPACE_TO_BATCH_ND", "BATCH_TO_SPACE_ND"), _FIXED_BATCH)
+_REMEDIES: dict[str, str] = dict.fromkeys(("SPACE_TO_BATCH_ND", "BATCH_TO_SPACE_ND"), _FIXED_BATCH)
 
 
 def read_tflite(data: bytes, name: str = "model") -> Graph:
