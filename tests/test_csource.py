@@ -77,7 +77,7 @@ def requantization(multiplier: tuple[int, int], shift: tuple[int, int], unit: in
     return draw
 
 
-def addition(shift: tuple[int, int]) -> Callable:
+def addition(shift: tuple[int, int], largest: int = 255) -> Callable:
     def draw(rng: np.random.Generator) -> Columns:
         pairs = [
             part
@@ -87,7 +87,8 @@ def addition(shift: tuple[int, int]) -> Callable:
                 rng.integers(shift[0], shift[1] + 1, SAMPLES),
             )
         ]
-        return [integers(rng, -255, 255), integers(rng, -255, 255), *pairs]
+        operands = [integers(rng, -largest, largest) for _ in range(2)]
+        return [*operands, *pairs]
 
     return draw
 
@@ -144,6 +145,7 @@ DOMAINS: dict[tuple[str, Width], Callable[[np.random.Generator], Columns]] = {
     ("add_double_half_away", 64): addition((0, 31)),
     ("add_double_half_away", 32): addition((0, 30)),
     ("add_early_shift", 64): addition((0, 20)),
+    ("add_int16", 64): addition((0, 31), 2**15),
     ("add_single", 64): addition((31, 62)),
     ("add_fixed_point", 64): fixed_point,
     ("average", 64): lambda rng: [integers(rng, -(2**40), 2**40), integers(rng, 1, 2**23)],

@@ -54,7 +54,7 @@ def check_command(text: str) -> None:
         else text.split("<<")[0]
     )
     for command in documents.joined(inner):
-        program, *rest = documents.words(command)
+        program, *rest = documents.words(command.partition(" > ")[0])
         program = program.rpartition("/")[2].removesuffix("3")
         if program == "cactus-edge":
             parse([program, *rest])

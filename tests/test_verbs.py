@@ -183,7 +183,7 @@ def test_mistakes_in_names() -> None:
         (lambda: Session(graph, layout="dence"), "dense"),
         (lambda: peer_named("litert-xnpack"), "litert-xnnpack"),
         (lambda: board_named("cortex-m44"), "cortex-m4"),
-        (lambda: boards.board_named("rp2040"), "RP2040"),
+        (lambda: boards.board_named("rp204o"), "RP2040"),
         (lambda: boards.board_of("cortexm4", None), "cortex-m4"),
         (lambda: method_of("min-max"), "minmax"),
         (lambda: profile_of("tflite_micro"), "tflite-micro"),

@@ -161,12 +161,13 @@ def decode(node: Node) -> Operator | Split:
 
 def with_edge(decoded: Sequence[Operator]) -> list[Operator]:
     """The operators, with a QUANTIZE behind SOFTMAX as the edge that it is."""
-    operators = list(decoded)
-    for before, last in zip(operators[-2:-1], operators[-1:], strict=True):
-        quantizes = isinstance(last, Unary) and last.function is Function.QUANTIZE
-        if quantizes and isinstance(before, Softmax) and last.inputs == (before.output,):
-            operators[-1] = ToUnsigned(name=last.name, inputs=last.inputs, output=last.output)
-    return operators
+    if len(decoded) < 2:
+        return list(decoded)
+    *rest, before, last = decoded
+    quantizes = isinstance(last, Unary) and last.function is Function.QUANTIZE
+    if quantizes and isinstance(before, Softmax) and last.inputs == (before.output,):
+        last = ToUnsigned(name=last.name, inputs=last.inputs, output=last.output)
+    return [*rest, before, last]
 
 
 def _conv_2d(node: Node) -> Operator:

@@ -241,7 +241,7 @@ def test_digits_are_learned_and_certified(tmp_path: Path, name: str) -> None:
     [
         (
             "options = { alfa = 0.5 }",
-            r"r: \[objective\] options: unknown key 'alfa'; known keys: alpha, attack_scale$",
+            r"options: unknown key 'alfa'; did you mean 'alpha'\? known keys: alpha, attack_scale$",
         ),
         (
             "options = { alpha = 1.5 }",

@@ -66,7 +66,8 @@ def test_the_documented_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     """The file and the registry line of the documentation, executed."""
     text = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
     section = text[text.index("## Networks") : text.index("## Data")]
-    program, line = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    (program,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    (line,) = re.findall(r"The line in `NETWORKS` is `(.*?)`", section)
     names: dict[str, object] = {}
     exec(compile(program, "cnn_skip.py", "exec", dont_inherit=True), names)
     added = eval("{" + line + "}", names)

@@ -137,7 +137,9 @@ def test_mistakes_are_named(
     with pytest.raises(UsageError, match=r"\[start\] from: .* is the output directory"):
         train(after(trained), trained, force=True, device="cpu")
     assert load_model(trained)  # which was not removed
-    with pytest.raises(DataError, match=r"\[start\]: unknown key 'form'; known keys: from$"):
+    with pytest.raises(
+        DataError, match=r"\[start\]: unknown key 'form'; did you mean 'from'\? known keys: from$"
+    ):
         after(trained, ("from =", "form ="))
     other = after(trained, ('name = "digits"', 'name = "digits"\nvalidation = 0.2'))
     with caplog.at_level(logging.WARNING):

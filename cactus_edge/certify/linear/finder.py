@@ -41,7 +41,7 @@ def solver_module() -> Any:
     try:
         from ortools.sat.python import cp_model
     except ImportError:
-        raise MissingExtraError("complete search", "ortools", "verify") from None
+        raise MissingExtraError("ortools", "verify", "complete search") from None
     return cp_model
 
 
