@@ -401,7 +401,7 @@ def test_generated_c_folds_before_the_flip(seed: int) -> None:
     faulty = sites.faulty(resolved, Site("weights", place, bit))
     source = generate(resolved, layout=Layout.INT8)
     number = resolved.core.index(op)
-    table = re.compile(rf"static const int8_t weights_{number}\[.*?\}};", re.DOTALL)
+    table = re.compile(rf"TABLE int8_t weights_{number}\[.*?\}};", re.DOTALL)
     other = generate(faulty, layout=Layout.INT8)
     flipped_table = table.search(other.files["cactus_edge.c"])
     text = source.files["cactus_edge.c"]
