@@ -26,6 +26,7 @@ from cactus_edge.train.share import ALONE, Share
 from cactus_edge.train.zoo import Network
 
 RANGE_DECAY = 0.99  # of the moving average of activation ranges, per step
+SIGNED_ZERO = 1e-20  # what a weight that is rounded to 0 stays at, with its sign
 SMALLEST_SCALE = 1e-12  # keeps the scale of an all-zero channel positive
 LIMITS = 16  # fractions of the largest weight that are tried as the limit of clipping
 REFINEMENTS = 2  # of the best of them
@@ -126,6 +127,16 @@ def fake_quantize(
     rounded = round_through(weight, step.detach())
     error = ((rounded - weight) / step).detach()
     return rounded + error * (step - step.detach())
+
+
+def beside_zero(rounded: Tensor, weight: Tensor) -> Tensor:
+    """Rounded weights for training: what is 0 and is not pruned keeps the sign of ``weight``.
+
+    Bounds grow with the magnitude of a weight, which has no slope at 0. Without one nothing pulls a
+    weight back before it is rounded to the next level, many end at that border, and bounds widen at
+    any learning rate.
+    """
+    return rounded + SIGNED_ZERO * (weight.sign() * (rounded == 0)).detach()
 
 
 def perturbation(

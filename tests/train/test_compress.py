@@ -101,6 +101,14 @@ def test_clipping_errs_least_in_the_mean(bits: int, seed: int, shared: bool) -> 
     torch.testing.assert_close(error(step), ((rounded - weight) ** 2).sum(() if shared else 1))
 
 
+def test_weights_rounded_to_zero_are_pulled_to_it() -> None:
+    """The width of a bound grows with the magnitude of every weight that is not pruned."""
+    weight = torch.tensor([[4.0, 0.9, -0.9, 0.0]], requires_grad=True)
+    rounded = compress.beside_zero(compress.fake_quantize(weight, 2), weight)
+    (gradient,) = torch.autograd.grad(rounded.abs().sum(), weight)
+    assert gradient[0, 1:].tolist() == [1.0, -1.0, 0.0]
+
+
 def test_clipped_weights_get_no_gradient() -> None:
     weight = torch.tensor([[1.0] * 60 + [4.0]], requires_grad=True)
     assert bool((weight.abs() > compress.clipping_limit(weight, 3))[0, -1])

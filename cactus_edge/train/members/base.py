@@ -18,6 +18,7 @@ from cactus_edge.train.compress import (
     Clipping,
     Masks,
     Weights,
+    beside_zero,
     fake_quantize,
     perturbation,
 )
@@ -94,7 +95,8 @@ class MemberKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
             return weights
         if training.quantizer == "weight-perturbation":
             return perturbed(weights, bits, 1, training)
-        return rounded(weights, bits, training.clipping)
+        levels = rounded(weights, bits, training.clipping)
+        return {name: beside_zero(levels[name], weight) for name, weight in weights.items()}
 
     def deployed_weights(self, weights: Weights, clipping: Clipping) -> Weights:
         """The weights that are evaluated, from pruned ones: rounded, nothing adversarial."""
