@@ -156,12 +156,21 @@ METHODS = (
             (Phase("rivals/qa-ibp", bits=3),): tuple(cell for cell in GRID if cell.bits <= 3),
         },
     ),
-    _whole("CACTUS, sparsities", "mnist-cactus"),
+    _whole("CACTUS, all sparsities", "mnist-cactus"),
     Method(
-        "CACTUS, widths",
+        "CACTUS, one sparsity",
         {
-            (Phase("mnist-cactus"), Phase("mnist-cactus-bits", bits=bits)): tuple(
-                cell for cell in GRID if cell.bits == bits
+            (Phase("mnist-cactus"), Phase("mnist-cactus-one", sparsity)): tuple(
+                cell for cell in GRID if cell.sparsity == sparsity
+            )
+            for sparsity in (0.95, 0.98)
+        },
+    ),
+    Method(
+        "CACTUS, one width",
+        {
+            (Phase("rivals/pretrain"), Phase("mnist-cactus-bits", bits=bits)): tuple(
+                cell for cell in GRID if cell.sparsity == 0 and cell.bits == bits
             )
             for bits in (4, 3, 2)
         },
