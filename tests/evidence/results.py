@@ -37,9 +37,13 @@ def write(
         json.dumps(record, indent=2, default=str).encode() + b"\n",
         force=True,
     )
+    origin = f"Machine: {machine()}. Reproduce: `{command}`."
+    page = f"# {title}\n\n{text}\n\n{origin}\n\n{table(rows)}\n"
+    files.write(FOLDER / f"{name}.md", page.encode(), force=True)
+
+
+def table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows with the same keys as a table in Markdown."""
     columns = list(rows[0])
-    lines = [f"# {title}", "", text, "", f"Machine: {machine()}. Reproduce: `{command}`.", ""]
-    lines.append("| " + " | ".join(columns) + " |")
-    lines.append("| " + " | ".join("---" for _ in columns) + " |")
-    lines += ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in rows]
-    files.write(FOLDER / f"{name}.md", ("\n".join(lines) + "\n").encode(), force=True)
+    lines = [columns, ["---"] * len(columns), *([str(v) for v in row.values()] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
