@@ -13,11 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-try:
-    import fcntl
-except ImportError:  # Windows has none
-    fcntl = None
-
 from cactus_edge import files
 from cactus_edge.certificate import Head, line_of, sample_of
 from cactus_edge.certificate_stream import TAIL, Writer, read_line
@@ -58,7 +53,7 @@ def resumable(
         stream = os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
     except OSError as error:
         raise OutputError(f"{partial}: cannot write ({error.strerror})") from None
-    if not (_own(stream) and _is_at(stream, partial)):
+    if not (files.own(stream.fileno(), partial) and _is_at(stream, partial)):
         stream.close()
         raise OutputError(f"{partial}: another process is writing it; wait for it, or stop it")
     if not resume:
@@ -81,19 +76,6 @@ def resumable(
         if isinstance(error, OSError):
             raise OutputError(f"{partial}: cannot write ({error.strerror})") from None
         raise
-
-
-def _own(stream: BinaryIO) -> bool:
-    """Take the file for this process, until it is closed; False where another one has it."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:  # a file system without locks, such as some network shares
-        _log.info("%s: cannot be locked (%s)", stream.name, error.strerror)
-    return True
 
 
 def _is_at(stream: BinaryIO, path: Path) -> bool:

@@ -39,7 +39,15 @@ class Source:
 def data_directory(name: str) -> Path:
     """Where the files of the public data set ``name`` are looked up."""
     root = os.environ.get(DATA_VARIABLE)
-    return (Path(root) if root else Path.home() / ".cache" / "cactus_edge") / name
+    if root:
+        return Path(root) / name
+    try:
+        return Path.home() / ".cache" / "cactus_edge" / name
+    except RuntimeError:
+        raise DataError(
+            f"data set '{name}': this user has no home folder; set {DATA_VARIABLE} to the folder "
+            f"that holds {name}/, or HOME"
+        ) from None
 
 
 def order(count: int) -> npt.NDArray[np.int64]:

@@ -20,6 +20,7 @@ import msgspec
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
+from cactus_edge import files
 from cactus_edge.errors import DataError, MissingExtraError, OutputError, UsageError, meant
 from cactus_edge.train import checkpoint, logs
 from cactus_edge.train.recipe import Recipe
@@ -99,8 +100,16 @@ def check(execution: Execution, recipe: Recipe) -> None:
         raise MissingExtraError("tensorboard", "train", "--tensorboard")
 
 
-def claim(output: Path, *, resume: bool, force: bool) -> None:
-    """Make the directory; refuse or remove an earlier run, and what a killed one left half done."""
+@contextmanager
+def claimed(output: Path, *, resume: bool, force: bool) -> Generator[None]:
+    """Make the directory, for this process alone until the block ends.
+
+    An earlier run is refused or removed, and what a killed one left half done is removed.
+
+    Raises:
+        UsageError: ``resume`` and ``force``.
+        OutputError: there is an earlier run, another process is at it, or it cannot be written.
+    """
     if resume and force:
         raise UsageError("give either --resume or --force, not both")
     present = [name for name in checkpoint.FILES if (output / name).exists()]
@@ -109,17 +118,20 @@ def claim(output: Path, *, resume: bool, force: bool) -> None:
             f"{output} holds a run already ({', '.join(present)}); use --resume to go on with it, "
             "--force to replace it, or another directory"
         )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for name in checkpoint.FILES:
-            for temporary in output.glob(f".{name}.*"):
-                temporary.unlink()
-        if force:
-            for name in present:
-                (output / name).unlink()
-            logs.clear(output)
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be used as an output directory: {error}") from error
+    with files.owning(output):
+        try:
+            for name in checkpoint.FILES:
+                for temporary in output.glob(f".{name}.*"):
+                    temporary.unlink()
+            if force:
+                for name in present:
+                    (output / name).unlink()
+                logs.clear(output)
+        except OSError as error:
+            raise OutputError(
+                f"{output}: cannot be used as an output directory: {error}"
+            ) from error
+        yield
 
 
 def fabric_for(execution: Execution) -> lightning_fabric.Fabric:

@@ -91,19 +91,20 @@ def train(
         checkpoint_seconds: time between two checkpoints within an epoch.
 
     Raises:
-        OutputError: ``output`` holds a run, and neither ``resume`` nor ``force`` is given.
+        OutputError: ``output`` holds a run, and neither ``resume`` nor ``force`` is given; or
+            another process trains there, or it cannot be written.
         DataError: data, start or checkpoint do not fit the recipe.
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
     """
     chosen = Execution(device, devices, precision, tensorboard, checkpoint_seconds)
     execution.check(chosen, recipe)
     start.refuse_itself(recipe, output)
-    execution.claim(output, resume=resume, force=force)
-    job = Job(recipe, output, resume, chosen)
-    fabric = execution.fabric_for(chosen)
-    if devices > 1:
-        return processes.launch(fabric, _train, job, progress)
-    return _train(fabric, job, progress, None)
+    with execution.claimed(output, resume=resume, force=force):
+        job = Job(recipe, output, resume, chosen)
+        fabric = execution.fabric_for(chosen)
+        if devices > 1:
+            return processes.launch(fabric, _train, job, progress)
+        return _train(fabric, job, progress, None)
 
 
 def _train(

@@ -56,7 +56,10 @@ def launch(
             start: Any = fabric.launch  # its annotation leaves out the arguments
             result = start(_in_process, work, job, stop, sender, os.getpid())
         except Exception as error:  # Fabric reports a process's error as a text
-            died = ToolError(f"a training process failed: {error}")
+            died = ToolError(
+                f"a training process failed: {error}; after a kill (too little memory?) --resume "
+                "goes on from the last checkpoint"
+            )
         finally:
             for process in set(multiprocessing.active_children()) - others:
                 process.kill()

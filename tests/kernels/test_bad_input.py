@@ -369,3 +369,22 @@ def test_a_cache_that_cannot_be_written(small: Small) -> None:
     assert hits == "(0, 1)"
     assert "not cached" in report
     assert [other.name for other in file.parent.iterdir()] == [file.name], "nothing is left behind"
+
+
+def test_a_cache_that_is_deleted_meanwhile(small: Small) -> None:
+    """Before a function is looked for, and while it is compiled."""
+    printed, report = small.run(
+        f"""
+import shutil
+for early in (True, False):
+    shutil.rmtree({str(small.cache)!r})
+    if early:
+        assert called() == (0, 1)
+    else:
+        function = made(factor)
+        shutil.rmtree({str(small.cache)!r}, ignore_errors=True)
+        assert function(21) == factor * 21
+    print(called())
+"""
+    )
+    assert (printed, report) == ("(1, 0)\n(1, 0)", ""), "it is made again"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from cactus_edge.errors import DataError, MissingExtraError, ToolError, UsageError
 from cactus_edge.train import processes, train
 from cactus_edge.train.checkpoint import HISTORY_FILE, MODEL_FILE
-from cactus_edge.train.execution import Execution, Flag, claim, fabric_for
+from cactus_edge.train.execution import Execution, Flag, fabric_for
 from cactus_edge.train.prepare import Job
 from cactus_edge.train.recipe import Recipe, parse_recipe
 from cactus_edge.train.reports import EpochRow, Progress
@@ -56,7 +56,7 @@ learning_rate = 1e-3
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     recipe, directory = parse_recipe(RECIPE), tmp_path / "two"
     execution = Execution(device="cpu", devices=2)
-    claim(directory, resume=False, force=False)
+    directory.mkdir()
     progress = Interrupting(step=4)  # four steps per epoch
     watchdog = threading.Timer(300.0, kill_children)
     watchdog.start()
