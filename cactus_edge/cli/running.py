@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 ModelArgument = Annotated[Path, typer.Argument(help="A .tflite file.", metavar="MODEL")]
 SamplesOption = Annotated[int, typer.Option("--samples", "-n", help="How many test samples.")]
+_SOURCE_WIDTH = 60
 
 
 def _samples(graph: Graph, data: str, count: int) -> Int64Array:
@@ -290,20 +292,34 @@ def simulate(
             )
         ),
     )
-    rows = [
-        (name.replace("_", " "), value)
-        for name, value in msgspec.structs.asdict(shown).items()
-        if name != "layers" and value is not None
-    ]
-    tables = [table(f"{model.name} as firmware", ("", "value"), rows)]
+    tables = [table(f"{model.name} as firmware", ("", "value"), _firmware_rows(shown))]
     if by_layer:
-        lines = [(n.index, n.kind, n.name, n.instructions) for n in shown.layers]
+        lines = [(n.index, n.kind, n.name, f"{n.instructions:,}") for n in shown.layers]
         tables.append(table("layers", ("", "operator", "name", "instructions"), lines))
     emit(shown, as_json, *tables)
     if shown.mismatches:
         raise RuntimesDisagreeError(
             f"{model}: {shown.mismatches} outputs differ from the reference"
         )
+
+
+def _firmware_rows(shown: SimulateOutput) -> list[tuple[str, object]]:
+    """What ``simulate`` prints, by name; ranges as such, a long source on lines of its own."""
+    rows: list[tuple[str, object]] = []
+    for name, value in msgspec.structs.asdict(shown).items():
+        match value:
+            case int():
+                text = f"{value:,}"
+            case (int() as least, int() as most):
+                text = f"{least:,} to {most:,}"
+            case (float() as least, float() as most):
+                text = f"{least:,.2f} to {most:,.2f}"
+            case str():
+                text = textwrap.fill(value, _SOURCE_WIDTH)
+            case _:  # layers, and what is not known
+                continue
+        rows.append((name.replace("_", " "), text))
+    return rows
 
 
 def demo(
