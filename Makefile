@@ -28,12 +28,13 @@ $(STAMP): pyproject.toml constraints.txt tools/install_torch.py
 	 found `python3 --version 2>&1`. Install it (Debian: python3.11 python3.11-venv) or run\
 	 make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing every extra into .venv, once: about 3 GB, some minutes"
 	$(BIN)/python tools/install_torch.py
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[all]'
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/cactus-edge demo --output build/demo
+	$(BIN)/cactus-edge demo --output build/demo --force
 
 test: $(STAMP)
 	$(BIN)/ruff check .

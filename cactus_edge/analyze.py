@@ -11,6 +11,8 @@ from cactus_edge import universal
 from cactus_edge.constraints import ACCUMULATOR_LIMIT, accumulator_bounds
 from cactus_edge.graph import Conv2D, Graph, Linear, Operator
 
+__all__ = ["Analysis", "LayerAnalysis", "analyze"]
+
 
 class LayerAnalysis(msgspec.Struct, frozen=True):
     """One operator. Fields that only weighted layers have are 0 elsewhere.

@@ -31,6 +31,8 @@ from cactus_edge.certificate import (
 )
 from cactus_edge.errors import DataError, UsageError
 
+__all__ = ["Certificate", "Reader", "Writer", "load", "reading", "write"]
+
 _VERSIONED = re.compile(rb'\{"format":"([^"\\]{1,60})","version":(\d{1,9})[,}]')
 TAIL = b'{"summary":'
 """What a tail begins with, and no sample."""

@@ -28,6 +28,8 @@ from cactus_edge.errors import DataError
 from cactus_edge.flatbuffer import read_tflite
 from cactus_edge.graph import Int64Array
 
+__all__ = ["CheckResult", "Mapper", "check"]
+
 _LINES = 250
 _BYTES = 1 << 22
 """A task is as many lines as this, or as few as hold this many bytes."""

@@ -39,6 +39,8 @@ from cactus_edge.graph import (
 from cactus_edge.operators import Lookup, Move, Pair, WithConstant, arity
 from cactus_edge.semantics import AddRounding, Rounding
 
+__all__ = ["rules_of", "validate"]
+
 ACCUMULATOR_LIMIT = 1 << 27
 WIDE_ACCUMULATOR_LIMIT = 1 << 35
 """With int16 activations, whose accumulators are int64."""

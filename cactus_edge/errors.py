@@ -21,6 +21,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+__all__ = [
+    "CactusEdgeError",
+    "DataError",
+    "DoesNotFitError",
+    "InvalidGraphError",
+    "MalformedModelError",
+    "MissingExtraError",
+    "OutputError",
+    "PropertyNotMetError",
+    "RuntimesDisagreeError",
+    "ToolError",
+    "UnsupportedModelError",
+    "UsageError",
+]
+
 
 class CactusEdgeError(Exception):
     """Root of every error that this package raises on purpose."""

@@ -33,6 +33,8 @@ from cactus_edge.graph import (
 from cactus_edge.operators import Lookup, Move, Pair
 from cactus_edge.semantics import Rounding
 
+__all__ = ["execute", "execute_all"]
+
 
 def execute(graph: Graph, batch: npt.ArrayLike, profile: str = profiles.DEFAULT) -> Int64Array:
     """Logits of a batch of stored integers.

@@ -27,6 +27,8 @@ from cactus_edge import scales
 from cactus_edge.errors import DataError, MalformedModelError, UsageError
 from cactus_edge.graph import BoolArray, Graph, Int64Array
 
+__all__ = ["InputMap", "Perturbation", "box", "boxes", "input_map", "stored"]
+
 METADATA = "cactus_edge.input"
 _HALF = Fraction(1, 2)
 _LARGEST_EXPONENT = 40  # a rational with a billion digits is no radius

@@ -34,6 +34,8 @@ from cactus_edge.operators import TABLED, Lookup, Mean, Pair, Rows
 from cactus_edge.profile_table import DEFAULT, PROFILES, Method, Profile, profile_of
 from cactus_edge.semantics import AddRounding
 
+__all__ = ["DEFAULT", "PROFILES", "Profile", "resolve", "uncovered"]
+
 
 def methods(graph: Graph, op: Linear, profile: Profile) -> tuple[tuple[int, Method], ...]:
     """Runs of output channels with their method: ``(end, method)``, ends ascending.

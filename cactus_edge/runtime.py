@@ -38,6 +38,8 @@ from cactus_edge.kernels.simd.tiers import Tier, choose
 from cactus_edge.kernels.threads import ParallelWorker
 from cactus_edge.kernels.walk import Worker, walker
 
+__all__ = ["Session"]
+
 _log = logging.getLogger(__name__)
 
 IntegerArray = npt.NDArray[np.generic]

@@ -25,6 +25,17 @@ from cactus_edge.certificate_stream import reading
 from cactus_edge.datasets import Dataset
 from cactus_edge.errors import DataError, MissingExtraError, PropertyNotMetError, UsageError
 
+__all__ = [
+    "Evidence",
+    "make_key",
+    "opened",
+    "private_key",
+    "problems",
+    "public_key",
+    "seal",
+    "state",
+]
+
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import (
         Ed25519PrivateKey,

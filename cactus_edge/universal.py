@@ -23,6 +23,8 @@ from cactus_edge.operators import Lookup, Mean, Pair
 from cactus_edge.profiles import Method
 from cactus_edge.semantics import AddRounding, Rounding
 
+__all__ = ["LayerAgreement", "agreement", "is_universal"]
+
 
 @dataclass(frozen=True)
 class LayerAgreement:

@@ -28,6 +28,8 @@ from cactus_edge.operators import Mean
 from cactus_edge.runtime import Session
 from cactus_edge.snap import snap
 
+__all__ = ["MovedLayer", "Universalized", "make_universal", "universalize"]
+
 ScaleBits = npt.NDArray[np.uint32]
 FloatArray = npt.NDArray[np.float64]
 Progress = Callable[[int, int], None]

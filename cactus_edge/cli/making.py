@@ -51,6 +51,7 @@ class _Bar:
             f"validation: standard {percent(row.validation_standard)} %, "
             f"certified {percent(row.validation_certified)} % (interval, float)",
             highlight=False,
+            soft_wrap=True,
         )
 
 
