@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cactus_edge.cli.output import ForceOption, JsonOption, console, emit, percent, table
+from cactus_edge.cli.output import (
+    ForceOption,
+    JsonOption,
+    PortOption,
+    ServeOption,
+    announced,
+    console,
+    emit,
+    percent,
+    table,
+)
 from cactus_edge.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -100,6 +110,8 @@ def train(
             help="Time between checkpoints within an epoch; one is written after every epoch.",
         ),
     ] = 600.0,
+    serve: ServeOption = False,
+    port: PortOption = 0,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -110,10 +122,11 @@ def train(
     require_training("training")
     from cactus_edge.train import load_recipe
     from cactus_edge.train import train as run
+    from cactus_edge.train.tensorboard import serving
 
     wanted = load_recipe(recipe)
     try:
-        with training_bar() as progress:
+        with announced(serving(output, port) if serve else None), training_bar() as progress:
             summary = run(
                 wanted,
                 output,
@@ -123,7 +136,7 @@ def train(
                 device=device,
                 devices=devices,
                 precision=precision,
-                tensorboard=tensorboard,
+                tensorboard=tensorboard or serve,
                 checkpoint_seconds=checkpoint_every,
             )
     except KeyboardInterrupt:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +31,12 @@ stdout = Console(width=None if sys.stdout.isatty() else 160)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+ServeOption = Annotated[
+    bool, typer.Option("--serve", help="Show how far it is in the browser, on this machine alone.")
+]
+PortOption = Annotated[
+    int, typer.Option("--port", help="Port of 127.0.0.1 for --serve; 0 takes a free one.")
+]
 DataOption = Annotated[
     str,
     typer.Option(
@@ -87,6 +93,15 @@ def quieted(quiet: bool) -> Generator[None]:
 def say(text: str) -> None:
     """A line on stdout, as it is."""
     stdout.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def announced(page: AbstractContextManager[str] | None) -> Generator[None]:
+    """Say where ``page`` is served, while it is; None: it is not."""
+    with page or nullcontext("") as address:
+        if address:
+            console.print(f"live view: {address}", highlight=False, markup=False, soft_wrap=True)
+        yield
 
 
 @contextmanager

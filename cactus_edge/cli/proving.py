@@ -46,6 +46,9 @@ from cactus_edge.cli.output import (
     DataOption,
     ForceOption,
     JsonOption,
+    PortOption,
+    ServeOption,
+    announced,
     bar,
     console,
     emit,
@@ -115,6 +118,8 @@ def certify(
         float | None,
         typer.Option("--require", help="Exit 1 if fewer than this fraction is certified."),
     ] = None,
+    serve: ServeOption = False,
+    port: PortOption = 0,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -123,6 +128,7 @@ def certify(
     Of several models, each has to decide right. Example:
     cactus-edge certify model.tflite --data mnist --eps 0.1 -o certificate.jsonl
     """
+    from cactus_edge import live
     from cactus_edge.certify import Request
     from cactus_edge.certify import certify as run
     from cactus_edge.certify.partial import refuse
@@ -148,7 +154,8 @@ def certify(
         jobs=jobs,
         dask=dask,
     )
-    with resumable(output), bar("certify") as progress:
+    page = live.serving(output, port) if serve else None
+    with resumable(output), announced(page), bar("certify") as progress:
         result = run(request, output, resume=resume, force=force, progress=progress)
     title = f"{', '.join(path.name for path in models)} on {data} {split}"
     _show(result.head, result.summary, output, as_json, title)

@@ -8,7 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cactus_edge.cli import run
 from cactus_edge.errors import DataError
-from cactus_edge.train import checkpoint, loop, train
+from cactus_edge.train import checkpoint, loop, tensorboard, train
 from cactus_edge.train.checkpoint import COSTS_FILE, HISTORY_FILE, MODEL_FILE, STATE_FILE
 from cactus_edge.train.cost import read_costs
 from cactus_edge.train.data import Samples
@@ -54,6 +56,30 @@ class InterruptAfterEpoch(Patient):
 
     def epoch(self, row: EpochRow) -> None:
         signal.raise_signal(signal.SIGINT)
+
+
+def test_a_served_run_writes_what_is_shown(
+    tiny_text: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """TensorBoard itself is started in tests/test_live.py."""
+    asked: list[tuple[Path, int]] = []
+
+    @contextmanager
+    def serving(output: Path, port: int) -> Generator[str]:
+        asked.append((output, port))
+        yield "http://127.0.0.1:1/"
+
+    monkeypatch.setattr(tensorboard, "serving", serving)
+    recipe, output = tmp_path / "recipe.toml", tmp_path / "run"
+    recipe.write_text(tiny_text.replace("cnn-tiny", "mlp"))
+    command = ["train", str(recipe), "-o", str(output), "--device", "cpu"]
+    assert run([*command, "--serve", "--port", "1"]) == 0
+    assert "live view: http://127.0.0.1:1/" in capsys.readouterr().err
+    assert asked == [(output, 1)]
+    assert [*(output / DIRECTORY).glob("events.out.tfevents.*")]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
