@@ -32,6 +32,7 @@ LIMITS = 16  # fractions of the largest weight that are tried as the limit of cl
 REFINEMENTS = 2  # of the best of them
 
 Clipping = Literal["none", "mse"]
+Quantizer = Literal["straight-through", "plain-straight-through", "weight-perturbation"]
 
 Weights = Mapping[str, Tensor]  # layer name -> weight [out, ...]
 Masks = Mapping[str, Tensor]  # layer name -> bool, True where a weight survives

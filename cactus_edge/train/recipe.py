@@ -18,7 +18,7 @@ import tomli_w
 
 from cactus_edge.errors import DataError, meant
 from cactus_edge.train import losses
-from cactus_edge.train.compress import Clipping
+from cactus_edge.train.compress import Clipping, Quantizer
 from cactus_edge.train.members import Dense, Member, Perturbed, Pruning
 
 UnitInterval = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
@@ -124,8 +124,9 @@ class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         members: what the loss is averaged over; see ``cactus_edge.train.members``.
         draw: ``all`` members in every step, or ``one`` or several members drawn per step (same
             expectation at the cost of as many networks).
-        quantizer: how quantized members get their weights: rounding with a straight-through
-            gradient, or the adversarial perturbation that bounds any rounding.
+        quantizer: how quantized members get their weights: rounding with a ``straight-through``
+            gradient, the same without slopes at 0 (``plain-straight-through``), or the adversarial
+            perturbation that bounds any rounding.
         clipping: ``none``, or weights are clipped where rounding has the least ``mse``.
         activations: quantized members propagate ``float`` or fake-quantized ``int8`` activations.
         scope: single weights are pruned ``layer`` by layer, or by their ``global`` ranking.
@@ -139,7 +140,7 @@ class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     members: Annotated[tuple[Member, ...], msgspec.Meta(min_length=1)] = (Dense(),)
     draw: Literal["all", "one"] | PositiveCount = "all"
-    quantizer: Literal["straight-through", "weight-perturbation"] = "straight-through"
+    quantizer: Quantizer = "straight-through"
     clipping: Clipping = "none"
     activations: Literal["float", "int8"] = "float"
     scope: Literal["layer", "global"] = "layer"

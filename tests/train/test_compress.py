@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -173,9 +173,9 @@ def test_pruned_weights_get_no_gradient_from_the_pruned_copy() -> None:
         assert bool((view.weights[name][~masks[name]] == 0).all())
 
 
-@pytest.mark.parametrize("quantizer", ["straight-through", "weight-perturbation"])
+@pytest.mark.parametrize("quantizer", get_args(compress.Quantizer))
 def test_quantizer_decides_how_members_are_realised(
-    quantizer: Literal["straight-through", "weight-perturbation"],
+    quantizer: compress.Quantizer,
 ) -> None:
     made = network()
     calls: list[View] = []
@@ -187,6 +187,8 @@ def test_quantizer_decides_how_members_are_realised(
     choice = Compression(quantizer=quantizer)
     view = views.training_view(made, PrunedQuantized(0.0, 4), choice, {}, {}, loss)
     assert len(calls) == (quantizer == "weight-perturbation")
+    zeros = any(bool((weight == 0).any()) for weight in view.weights.values())
+    assert zeros == (quantizer == "plain-straight-through")
     perturbed = views.training_view(made, Perturbed(4, steps=3), choice, {}, {}, loss)
     assert len(calls) == 3 + (quantizer == "weight-perturbation")
     for name, layer in made.weighted():

@@ -17,6 +17,7 @@ from torch import Tensor
 from cactus_edge.train.compress import (
     Clipping,
     Masks,
+    Quantizer,
     Weights,
     beside_zero,
     fake_quantize,
@@ -68,7 +69,7 @@ class Training:
         loss: the certified loss [] of weights, which perturbations raise.
     """
 
-    quantizer: Literal["straight-through", "weight-perturbation"]
+    quantizer: Quantizer
     clipping: Clipping
     loss: Callable[[Weights], Tensor]
 
@@ -96,6 +97,8 @@ class MemberKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
         if training.quantizer == "weight-perturbation":
             return perturbed(weights, bits, 1, training)
         levels = rounded(weights, bits, training.clipping)
+        if training.quantizer == "plain-straight-through":
+            return levels
         return {name: beside_zero(levels[name], weight) for name, weight in weights.items()}
 
     def deployed_weights(self, weights: Weights, clipping: Clipping) -> Weights:
