@@ -6,6 +6,7 @@
 
 BIN := .venv/bin
 STAMP := .venv/installed
+MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # Each writes sections of docs/results/trust.md.
 TRUST := tests/evidence/test_trust.py
@@ -50,6 +51,7 @@ check: $(STAMP)
 	@mkdir -p build
 	$(BIN)/cactus-edge supported-ops --write build/operators.md
 	diff -u docs/operators.md build/operators.md
+	$(MKDOCS)
 
 evidence: $(STAMP)
 	$(BIN)/pytest -m evidence -s --ignore tests/evidence/test_training.py \
@@ -79,8 +81,12 @@ lock sbom: $(STAMP)
 screenshots: $(STAMP)
 	$(BIN)/pytest -m evidence -s tests/evidence/test_report.py
 
+# The documentation as a site in build/site; no page of it needs a network.
 docs: $(STAMP)
 	$(BIN)/cactus-edge supported-ops --write docs/operators.md
+	$(BIN)/python tools/picture.py
+	$(MKDOCS)
+	@echo "python3 -m http.server --bind 127.0.0.1 --directory build/site   shows it"
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
