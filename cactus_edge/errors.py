@@ -50,6 +50,12 @@ def meant(name: str, known: Iterable[str]) -> str:
     return f"; did you mean '{folded[near[0]]}'?" if near else ";"
 
 
+def shortened(text: object, most: int = 300) -> str:
+    """What a stranger's file makes a message say, on one line of at most ``most`` characters."""
+    line = " ".join(str(text)[: 2 * most].split())
+    return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
 class PropertyNotMetError(CactusEdgeError):
     """A property was checked and does not hold."""
 

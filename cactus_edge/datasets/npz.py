@@ -22,7 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from cactus_edge.datasets.common import Arrays, Images, Part, Source, checked
-from cactus_edge.errors import DataError
+from cactus_edge.errors import DataError, shortened
+
+_LARGEST_FACTOR = 100  # packed images of one colour reach it, and little else
+_SPARE = 1 << 25  # bytes
+_SHOWN = 20
+_ROWS = 4096
 
 Array = npt.NDArray[np.generic]
 Ranges = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
@@ -100,16 +105,27 @@ def _members(path: Path, keys: tuple[str, ...], *, optional: bool = False) -> tu
             if missing:
                 raise DataError(
                     f"{path}: missing {' and '.join(missing)}; the file holds "
-                    f"{', '.join(sorted(names)) or 'nothing'}"
+                    f"{shortened(', '.join(sorted(names[:_SHOWN]))) or 'nothing'}"
                 )
+            _check_unpacked(path, file.zip, keys)
             return tuple(np.asarray(file[key]) for key in keys)
     except DataError:
         raise
     except _DAMAGED as error:
         raise DataError(
-            f"{path}: not a readable .npz file of plain arrays: {error}; "
+            f"{path}: not a readable .npz file of plain arrays: {shortened(error)}; "
             "write it with numpy.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)"
         ) from error
+
+
+def _check_unpacked(path: Path, archive: zipfile.ZipFile, keys: tuple[str, ...]) -> None:
+    """Refuse what a small file unpacks to without end; whatever is read is at most that large."""
+    total = sum(archive.getinfo(f"{key}.npy").file_size for key in keys)
+    most = _LARGEST_FACTOR * path.stat().st_size + _SPARE
+    if total > most:
+        raise DataError(
+            f"{path}: unpacks to {total} bytes, over {most}; write it with numpy.savez, unpacked"
+        )
 
 
 def _ranges(path: Path) -> Ranges | None:
@@ -151,15 +167,18 @@ def _scaled(where: str, x: Array, ranges: Ranges) -> npt.NDArray[np.float32]:
             f"{where} has shape {x.shape}, over whose samples lower and upper {lower.shape} do not "
             "spread; give one number, or one for each feature"
         )
-    values = x.astype(np.float64)
-    outside = ~((values >= lower) & (values <= upper))  # True for NaN too
-    if bool(outside.any()):
-        first = tuple(int(i) for i in np.argwhere(outside)[0])
-        raise DataError(
-            f"{where} holds {values[first]:g} at {list(first)}, outside lower..upper; widen the "
-            "range, or clip the data"
-        )
-    return ((values - lower) / (upper - lower)).astype(np.float32)
+    scaled = np.empty(x.shape, np.float32)
+    for start in range(0, len(x), _ROWS):  # float64 takes eight times the room of pixels
+        values = x[start : start + _ROWS].astype(np.float64)
+        outside = ~((values >= lower) & (values <= upper))  # True for NaN too
+        if bool(outside.any()):
+            first = tuple(int(i) for i in np.argwhere(outside)[0])
+            raise DataError(
+                f"{where} holds {values[first]:g} at {[start + first[0], *first[1:]]}, outside "
+                "lower..upper; widen the range, or clip the data"
+            )
+        scaled[start : start + _ROWS] = (values - lower) / (upper - lower)
+    return scaled
 
 
 def _numeric(values: Array) -> bool:

@@ -6,15 +6,12 @@ once and checked by MD5.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import http.client
-import io
 import logging
+import math
 import os
-import tarfile
 import urllib.request
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -33,6 +30,7 @@ from cactus_edge.datasets.common import (
     data_directory,
 )
 from cactus_edge.datasets.npz import arrays
+from cactus_edge.datasets.packed import members, unpacked
 from cactus_edge.errors import DataError, MissingExtraError, OutputError
 
 logger = logging.getLogger(__name__)
@@ -121,14 +119,18 @@ def _read_idx(name: str, file: str, dimensions: int) -> npt.NDArray[np.uint8]:
     """Read one gzipped IDX file of unsigned bytes: magic 0x0800 + dimensions, sizes, bytes."""
     where = data_directory(name) / file
     try:
-        content = gzip.decompress(_file(name, file))
-    except (OSError, EOFError, zlib.error) as error:  # BadGzipFile is an OSError
+        content = unpacked(_file(name, file))
+    except ValueError as error:
         raise DataError(f"data set '{name}': {where} is not a gzip file: {error}") from error
     header = 4 * (dimensions + 1)
     sizes = (
         [int(v) for v in np.frombuffer(content[:header], ">u4")] if len(content) >= header else []
     )
-    if not sizes or sizes[0] != 0x0800 + dimensions or len(content) != header + np.prod(sizes[1:]):
+    if (
+        not sizes
+        or sizes[0] != 0x0800 + dimensions
+        or len(content) != header + math.prod(sizes[1:])
+    ):
         raise DataError(f"data set '{name}': {where} is not an IDX file of {dimensions} dimensions")
     return np.frombuffer(content, np.uint8, offset=header).reshape(sizes[1:])
 
@@ -161,14 +163,11 @@ def _cifar10(part: Part) -> Arrays:
 def _cifar10_archive(batches: list[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """Records of 1 label byte and 3072 pixel bytes (channels R, G, B) from the binary archive."""
     path = data_directory("cifar10") / _CIFAR_ARCHIVE
-    records: list[bytes] = []
+    names = [f"cifar-10-batches-bin/{batch}.bin" for batch in batches]
     try:
-        with tarfile.open(fileobj=io.BytesIO(_file("cifar10", _CIFAR_ARCHIVE))) as archive:
-            for batch in batches:
-                member = archive.extractfile(f"cifar-10-batches-bin/{batch}.bin")
-                records.append(member.read() if member else b"")
-        table = np.frombuffer(b"".join(records), np.uint8).reshape(-1, 3073)
-    except (tarfile.TarError, zlib.error, OSError, EOFError, KeyError, ValueError) as error:
+        found = members(unpacked(_file("cifar10", _CIFAR_ARCHIVE)), names)
+        table = np.frombuffer(b"".join(found[name] for name in names), np.uint8).reshape(-1, 3073)
+    except ValueError as error:
         raise DataError(
             f"data set 'cifar10': {path} is damaged: {error}; delete it and run again"
         ) from error

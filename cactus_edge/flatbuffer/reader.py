@@ -142,6 +142,7 @@ class _Entry:
 
 def _tensor(table: Table, buffers: Sequence[npt.NDArray[np.uint8]]) -> _Entry:
     name = table.text("name")
+    table.file.keep(3 * len(name), table.place)
     place = table.place.at(f"{table.place.where} '{name}'")
     _refuse(table, "sparsity", "variant_tensors")
     if table.integer("is_variable") or table.integer("external_buffer"):
@@ -373,6 +374,7 @@ class _Lookup:
         constants = [self._constant(i, place, count + k) for k, i in enumerate(inputs[count:])]
         for constant in filter(None, constants):
             table.file.spend(len(constant.data), place)
+            table.file.keep(len(constant.data), place)
         return decode(
             Node(
                 place=place,
@@ -411,6 +413,7 @@ def _metadata(
         if index >= len(buffers):
             raise table.place.malformed(f"buffer {index} does not exist, there are {len(buffers)}")
         table.file.spend(buffers[index].size, table.place)
+        table.file.keep(buffers[index].size, table.place)
         entries.append((table.text("name"), buffers[index].tobytes()))
     return tuple(entries)
 

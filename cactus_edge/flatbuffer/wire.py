@@ -45,7 +45,13 @@ _DTYPES = {
     "float32": np.dtype("<u4"),
     "int64": np.dtype("<i8"),
 }
-_BUDGET_FACTOR = 64
+# Of a file's size. Converters' files need 3; a table costs more than its bytes, as an object does.
+_BUDGET_FACTOR = 16
+_TABLE_COST = 64
+_KEPT_FACTOR, _KEPT_BYTES = 2, 4 << 20
+_MOST_TABLES = 1 << 15
+_MOST_INTEGERS = 1 << 16
+_LONGEST_TEXT = 1 << 14
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -135,15 +141,17 @@ class Place:
 
 @dataclass
 class File:
-    """The bytes of a file, and how many more of them may be looked at."""
+    """The bytes of a file, how many more of them may be looked at, and how many more copied."""
 
     data: bytes
     name: str
     budget: int = field(init=False)
+    kept: int = field(init=False)
 
     def __post_init__(self) -> None:
-        """Allow each byte to be looked at a fixed number of times on average."""
-        self.budget = _BUDGET_FACTOR * len(self.data) + (1 << 16)
+        """Allow each byte to be looked at and to be copied a fixed number of times on average."""
+        self.budget = _BUDGET_FACTOR * len(self.data) + (1 << 18)
+        self.kept = _KEPT_FACTOR * len(self.data) + _KEPT_BYTES
 
     def spend(self, count: int, place: Place) -> None:
         """Pay for looking at ``count`` bytes.
@@ -154,6 +162,18 @@ class File:
         self.budget -= count
         if self.budget < 0:
             raise place.malformed("refers to the same bytes over and over")
+
+    def keep(self, count: int, place: Place) -> None:
+        """Pay for a copy of ``count`` bytes that the graph will hold.
+
+        Raises:
+            UnsupportedModelError: constants or texts are used far too often.
+        """
+        self.kept -= count
+        if self.kept < 0:
+            raise place.unsupported(
+                "uses the same constants over and over, which takes more memory than such a file may"
+            )
 
     def scalar(self, kind: str, position: int, place: Place) -> int:
         """The aligned scalar at ``position``."""
@@ -213,7 +233,7 @@ class Table:
         vtable = position - file.scalar("int32", position, place)
         header = self._header(vtable)
         slots = header[2:]
-        file.spend(2 * len(header) + header[1], place)
+        file.spend(2 * len(header) + header[1] + _TABLE_COST, place)
         self._size = header[1]
         if any(0 < offset < 4 or offset >= self._size for offset in slots if offset):
             raise place.malformed(f"a field of its {kind} table lies outside the table")
@@ -284,8 +304,17 @@ class Table:
         return np.frombuffer(self.file.data, dtype, found[1], found[0])
 
     def integers(self, name: str) -> tuple[int, ...]:
-        """A vector of scalars as Python integers."""
-        return tuple(self.array(name).tolist())
+        """A vector of scalars as Python integers.
+
+        Raises:
+            UnsupportedModelError: more than any list of tensors or extents has.
+        """
+        array = self.array(name)
+        if len(array) > _MOST_INTEGERS:
+            raise self.place.unsupported(
+                f"'{name}' has {len(array)} elements; up to {_MOST_INTEGERS} are supported"
+            )
+        return tuple(array.tolist())
 
     def text(self, name: str) -> str:
         """A string of printable characters; empty where it is absent."""
@@ -293,6 +322,10 @@ class Table:
         if found is None:
             return ""
         start, count = found
+        if count > _LONGEST_TEXT:
+            raise self.place.unsupported(
+                f"'{name}' has {count} bytes; up to {_LONGEST_TEXT} are supported"
+            )
         raw = self.file.data[start : start + count]
         if self.file.data[start + count : start + count + 1] != b"\0":
             raise self.place.malformed(f"'{name}' does not end with a zero byte")
@@ -336,6 +369,10 @@ class Table:
         found = self._vector(name, 4)
         if found is None:
             return []
+        if found[1] > _MOST_TABLES:
+            raise self.place.unsupported(
+                f"{found[1]} of '{name}'; up to {_MOST_TABLES} are supported"
+            )
         kind = self._fields[name].item
         elements: list[Table] = []
         for index in range(found[1]):

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import torch
@@ -24,9 +26,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cactus_edge import files
-from cactus_edge.errors import CactusEdgeError, DataError
+from cactus_edge.errors import CactusEdgeError, DataError, shortened
 from cactus_edge.train.compress import Masks
-from cactus_edge.train.recipe import Recipe, format_recipe, parse_recipe
+from cactus_edge.train.recipe import Positive, PositiveCount, Recipe, format_recipe, parse_recipe
 from cactus_edge.train.zoo import Network, build
 
 MODEL_FILE = "model.safetensors"
@@ -39,6 +41,10 @@ FILES = (MODEL_FILE, STATE_FILE, RECIPE_FILE, HISTORY_FILE, COSTS_FILE, METRICS_
 
 _MODEL_FORMAT = "cactus_edge model 1"
 _STATE_FORMAT = "cactus_edge training state 1"
+_TYPES = (
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+    torch.int16, torch.int8, torch.uint8, torch.bool,
+)  # fmt: skip
 _RANGE = "range/"
 _MASK = "mask/"
 
@@ -55,9 +61,9 @@ class ModelMetadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     architecture: str
-    width: float
-    input_shape: tuple[int, ...]
-    classes: int
+    width: Positive
+    input_shape: Annotated[tuple[PositiveCount, ...], msgspec.Meta(min_length=1)]
+    classes: PositiveCount
     data_sha256: str
 
 
@@ -119,23 +125,51 @@ def load_model(path: Path) -> Model:
     try:
         described = msgspec.json.decode(metadata["model"], type=ModelMetadata)
         recipe = parse_recipe(metadata["recipe"], f"{file}: recipe")
-        network = build(
-            described.architecture, described.input_shape, described.classes, described.width
-        )
-        state = {
-            name: value for name, value in tensors.items() if not name.startswith((_RANGE, _MASK))
+        network = _filled(described, tensors)
+        ranges = {
+            name.removeprefix(_RANGE): float(value)
+            for name, value in tensors.items()
+            if name.startswith(_RANGE)
         }
-        network.load_state_dict(state)
     except KeyError as error:
         raise DataError(f"{file}: the header lacks {error}; train the network again") from error
-    except (msgspec.ValidationError, msgspec.DecodeError, RuntimeError, CactusEdgeError) as error:
-        raise DataError(f"{file}: damaged: {error}; train the network again") from error
-    ranges = {
-        name.removeprefix(_RANGE): float(value)
-        for name, value in tensors.items()
-        if name.startswith(_RANGE)
-    }
+    except (
+        msgspec.DecodeError,
+        RuntimeError,  # RecursionError too
+        TypeError,  # torch's, for sizes beyond 64 bits
+        ValueError,
+        CactusEdgeError,
+    ) as error:
+        text = shortened(error)
+        raise DataError(f"{file}: damaged: {text}; train the network again") from error
     return Model(network, recipe, ranges, described, stored_masks(tensors))
+
+
+def _filled(described: ModelMetadata, tensors: Mapping[str, Tensor]) -> Network:
+    """The network with its stored state.
+
+    Raises:
+        DataError: the stored tensors are not those of such a network.
+    """
+    state = {name: value for name, value in tensors.items() if not name.startswith((_RANGE, _MASK))}
+    make = partial(
+        build, described.architecture, described.input_shape, described.classes, described.width
+    )
+    with torch.device("meta"):  # takes no memory, whatever sizes the header asks for
+        wanted = {name: value.shape for name, value in make().state_dict().items()}
+    for name in sorted(wanted.keys() | state.keys()):
+        stored = state[name].shape if name in state else None
+        if wanted.get(name) != stored:
+            raise DataError(
+                f"'{name}' is {_shown(stored)}, in the described network {_shown(wanted.get(name))}"
+            )
+    network = make()
+    network.load_state_dict(state)
+    return network
+
+
+def _shown(shape: torch.Size | None) -> str:
+    return "missing" if shape is None else str(list(shape))
 
 
 def named_masks(masks: Mapping[str, Masks]) -> dict[str, Tensor]:
@@ -189,12 +223,16 @@ def read_tensors(path: Path, expected: str) -> tuple[dict[str, Tensor], dict[str
             metadata: dict[str, str] = file.metadata() or {}
             tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: not a readable safetensors file: {error}") from error
+        text = shortened(error)
+        raise DataError(f"{path}: not a readable safetensors file: {text}") from error
     if metadata.get("format") != expected:
         raise DataError(
             f"{path}: expected a '{expected}' file, the header says "
-            f"'{metadata.get('format', 'nothing')}'"
+            f"'{shortened(metadata.get('format', 'nothing'))}'"
         )
+    for name, value in tensors.items():
+        if value.dtype not in _TYPES:
+            raise DataError(f"{path}: {shortened(name)!r} holds {value.dtype}; no run writes it")
     if any(not bool(torch.isfinite(value).all()) for value in tensors.values()):
         raise DataError(f"{path}: holds values that are not finite; train the network again")
     return tensors, metadata

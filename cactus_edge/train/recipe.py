@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import msgspec
 import tomli_w
 
-from cactus_edge.errors import DataError, meant
+from cactus_edge.errors import DataError, meant, shortened
 from cactus_edge.train import losses
 from cactus_edge.train.compress import Clipping, Quantizer
 from cactus_edge.train.members import Dense, Member, Perturbed, Pruning
@@ -25,9 +25,14 @@ UnitInterval = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 PositiveUnit = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
 NonNegative = Annotated[float, msgspec.Meta(ge=0.0, le=1e6)]  # limits keep infinity out
 Positive = Annotated[float, msgspec.Meta(gt=0.0, le=1e3)]
-Count = Annotated[int, msgspec.Meta(ge=0)]
-PositiveCount = Annotated[int, msgspec.Meta(ge=1)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]  # torch's seeds and sizes
+PositiveCount = Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
 Option = bool | int | float | str
+_LONGEST, _DEEPEST = 1 << 16, 8
+# The parser of TOML takes quadratic time and room for keys of many parts.
+_DEEP_KEY = re.compile(
+    r"""(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){%d}""" % _DEEPEST  # noqa: UP031
+)
 
 
 class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -261,13 +266,22 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def parse_recipe(text: str, where: str = "recipe") -> Recipe:
-    """Check the text of a recipe; ``where`` is the name that errors carry."""
+    """Check the text of a recipe; ``where`` is the name that errors carry.
+
+    Raises:
+        DataError: see ``load_recipe``.
+    """
+    if len(text) > _LONGEST or _DEEP_KEY.search(text):
+        raise DataError(
+            f"{where}: no recipe has more than {_LONGEST} characters or keys of more than "
+            f"{_DEEPEST} parts"
+        )
     try:
         return msgspec.toml.decode(text.encode(), type=Recipe)
     except msgspec.ValidationError as error:
-        raise DataError(f"{where}: {_explain(str(error))}") from error
-    except msgspec.DecodeError as error:
-        raise DataError(f"{where}: not a TOML file: {error}") from error
+        raise DataError(f"{where}: {shortened(_explain(str(error)), 900)}") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits; deep nesting
+        raise DataError(f"{where}: not a TOML file: {shortened(error)}") from error
 
 
 def parse_member(text: str) -> Member:
@@ -281,8 +295,8 @@ def parse_member(text: str) -> Member:
     except msgspec.ValidationError as error:
         what = str(error).split(" - at `")[0]
         raise DataError(f"{what}{_remedy(Member, fields=False)}") from error
-    except msgspec.DecodeError as error:
-        raise DataError(f"not a table of TOML: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not a table of TOML: {shortened(error)}") from error
 
 
 def format_recipe(recipe: Recipe) -> str:
