@@ -45,7 +45,7 @@ def agreement(graph: Graph) -> list[LayerAgreement]:
             bad = () if op.requantization else disagreeing_channels(graph, op)
             entries.append(LayerAgreement(op.name, op.channels, bad))
         elif isinstance(op, Add):
-            bad = () if op.requantization or _add_agrees(graph, op) else (0,)
+            bad = () if op.requantization or sum_agrees(graph, op) else (0,)
             entries.append(LayerAgreement(op.name, 1, bad))
     return entries
 
@@ -172,7 +172,8 @@ def _alike(graph: Graph, op: Lookup | Pair | Mean) -> bool:
     return len(found) < 2
 
 
-def _add_agrees(graph: Graph, op: Add) -> bool:
+def sum_agrees(graph: Graph, op: Add) -> bool:
+    """Whether every profile adds all pairs of storable integers alike."""
     if graph.tensors[op.output].dtype is DType.INT16:
         return True  # one arithmetic in every profile that covers it
     (low_a, high_a), (low_b, high_b) = (stored_range(graph, i) for i in op.inputs)

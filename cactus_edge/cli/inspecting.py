@@ -86,6 +86,10 @@ def universalize(
         str | None,
         typer.Option("--data", metavar="NAME", help="Compare both models on its test samples."),
     ] = None,
+    even_pools: Annotated[
+        bool,
+        typer.Option("--even-pools", help="Averages over even windows, too: for ONNX Runtime."),
+    ] = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -97,7 +101,9 @@ def universalize(
 
     samples = None if data is None else datasets.load(data, "test")
     with bar("universalize", "operators") as progress:
-        report = make_universal(model, output, samples, force=force, progress=progress)
+        report = make_universal(
+            model, output, samples, even_pools=even_pools, force=force, progress=progress
+        )
     rows = [
         (
             layer.name,
@@ -106,6 +112,9 @@ def universalize(
             f"{100 * layer.median_change:.3f}",
             f"{100 * layer.largest_change:.3f}",
             percent(layer.weights_changed),
+            layer.added or "-",
+            _lost(layer.lost_alone, layer.samples_alone),
+            layer.decisions_changed_alone if layer.samples_alone else "-",
             layer.remaining or "-",
         )
         for layer in report.layers
@@ -117,6 +126,9 @@ def universalize(
         "median scale change %",
         "largest %",
         "weights changed %",
+        "added layers",
+        "accuracy lost alone, points",
+        "decisions changed alone",
         "still disagreeing",
     )
     title = f"{output}: {report.bytes:,} bytes, {'' if report.universal else 'NOT '}universal"
@@ -131,6 +143,11 @@ def universalize(
     if not report.universal:
         names = ", ".join(layer.name for layer in report.layers if layer.remaining)
         raise PropertyNotMetError(f"{output}: profiles still disagree in {names}")
+
+
+def _lost(samples: int, of: int) -> str:
+    """Points of accuracy."""
+    return f"{100 * samples / of:+.2f}" if of else "-"
 
 
 def supported_ops(
