@@ -43,7 +43,9 @@ class Profile:
     """One runtime's arithmetic. Pairs are (per-tensor, per-channel).
 
     ``depthwise_vector``: the first ``8 * floor(channels / 8)`` channels of a depthwise layer.
-    ``vector``: FULLY_CONNECTED at batch 1 with at least 4 outputs and 16 inputs.
+    ``vector``: FULLY_CONNECTED of one row, with at least 4 outputs and 8 inputs.
+    ``convolution_vector``: convolutions whose output is one pixel, with at least 4 channels of at
+    least 8 weights: the same product of a matrix and a vector.
     ``one_channel``: convolutions with a single output channel.
     ``packed``: the profile that applies to int4 weights, where a delegate leaves them alone.
     ``packed_fully_connected``: except that the delegate takes int4 FULLY_CONNECTED with an even
@@ -67,7 +69,8 @@ class Profile:
     depthwise: Method
     add: AddRounding = AddRounding.DOUBLE_HALF_AWAY
     depthwise_vector: Method | None = None
-    vector: Method | None = None
+    vector: tuple[Method, Method] | None = None
+    convolution_vector: Method | None = None
     one_channel: Method | None = None
     packed: str | None = None
     packed_fully_connected: bool = False
@@ -118,7 +121,8 @@ _TABLE = (
         (_DOUBLE, _DOUBLE),
         _DOUBLE,
         depthwise_vector=_NEON,
-        vector=_NEON,
+        vector=(_NEON_PRODUCT, _NEON),
+        convolution_vector=_NEON,
     ),
     Profile(
         "tflite-xnnpack-x86",
@@ -140,6 +144,7 @@ _TABLE = (
         (_RNDNU, _FLOAT32_REASSOCIATED),
         _FLOAT32_REASSOCIATED,
         add=AddRounding.FIXED_POINT,
+        vector=(_RNDNU, _NEON),
         one_channel=_RNDNU,
         needs_covering_windows=True,
         packed="tflite-arm",
@@ -174,7 +179,8 @@ _TABLE = (
         (_SINGLE, _SINGLE),
         _DOUBLE,
         depthwise_vector=_NEON,
-        vector=_NEON,
+        vector=(_NEON_PRODUCT, _NEON),
+        convolution_vector=_NEON,
         add_early_shift=True,
     ),
     Profile(

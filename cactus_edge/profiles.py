@@ -51,12 +51,13 @@ def methods(graph: Graph, op: Linear, profile: Profile) -> tuple[tuple[int, Meth
         return ((channels, profile.int16[place]),)
     packed = op.weights.bits <= 4
     fallback = PROFILES[profile.packed] if profile.packed else None
+    depth = op.weights.values[0].size
+    vector = graph.tensors[op.output].size == channels >= 4 and depth >= 8
     if isinstance(op, (FullyConnected, Rows)):
-        depth = op.weights.values.shape[-1]
         if fallback and packed and (depth % 2 or not profile.packed_fully_connected):
             return methods(graph, op, fallback)
-        if isinstance(op, FullyConnected) and profile.vector and channels >= 4 and depth >= 16:
-            return ((channels, profile.vector),)
+        if profile.vector and vector:
+            return ((channels, profile.vector[per_channel]),)
         return ((channels, profile.fully_connected[per_channel]),)
     if fallback and packed:
         return methods(graph, op, fallback)
@@ -67,6 +68,8 @@ def methods(graph: Graph, op: Linear, profile: Profile) -> tuple[tuple[int, Meth
         if profile.depthwise_vector and vector_end:
             return ((vector_end, profile.depthwise_vector), (channels, profile.depthwise))
         return ((channels, profile.depthwise),)
+    if profile.convolution_vector and vector:
+        return ((channels, profile.convolution_vector),)
     return ((channels, profile.convolution[per_channel]),)
 
 

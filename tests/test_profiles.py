@@ -42,6 +42,7 @@ from cactus_edge.graph import (
 from cactus_edge.scales import ScaleArithmetic
 from cactus_edge.semantics import AddRounding, Rounding
 from cactus_edge.validate import Peer, peers
+from cactus_edge.validate.probes import linear as probe_maker
 from cactus_edge.validate.runtimes import runner
 from tests.graphs import random_graph, random_inputs, scaled
 
@@ -524,6 +525,33 @@ def test_same_padding(peer: Peer) -> None:
     assert 0 < wrong < len(graphs) / 4 if profile.needs_covering_windows else wrong == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "channels", "depth", "side", "rounding"),
+    [
+        (FullyConnected, 4, 8, 1, Rounding.DOUBLE_HALF_UP),
+        (FullyConnected, 3, 8, 1, Rounding.DOUBLE_HALF_AWAY),
+        (FullyConnected, 4, 7, 1, Rounding.DOUBLE_HALF_AWAY),
+        (Conv2D, 4, 8, 1, Rounding.DOUBLE_HALF_UP),
+        (Conv2D, 3, 8, 1, Rounding.DOUBLE_HALF_AWAY),
+        (Conv2D, 4, 7, 1, Rounding.DOUBLE_HALF_AWAY),
+        (Conv2D, 4, 8, 2, Rounding.DOUBLE_HALF_AWAY),
+    ],
+)
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_arm_has_a_kernel_of_its_own_for_one_vector(
+    kind: type[Linear], channels: int, depth: int, side: int, rounding: Rounding, per_channel: bool
+) -> None:
+    """The limits that were measured on emulated aarch64; see ``docs/results/runtimes.md``."""
+    make = probe_maker(kind, channels=channels, depth=depth, side=side, per_channel=per_channel)
+    graph, _ = make(np.random.default_rng(0))
+    op = graph.core[0]
+    assert isinstance(op, Linear)
+    [(end, method)] = profiles.methods(graph, op, profiles.PROFILES["tflite-arm"])
+    product = kind is FullyConnected and not per_channel
+    assert (end, method.rounding) == (channels, rounding)
+    assert (method.scale is ScaleArithmetic.FLOAT32_PRODUCT) is product
+
+
 # ---------------------------------------------------------------------- the manual
 ROUNDING_NAMES = dict(zip(Rounding, ("away", "up", "single", "float32", "float64"), strict=True))
 SCALE_NAMES = {
@@ -544,7 +572,10 @@ def exceptions(profile: profiles.Profile) -> str:
     if profile.depthwise_vector:
         notes.append(f"first 8n depthwise channels {label(profile.depthwise_vector)}")
     if profile.vector:
-        notes.append(f"FULLY_CONNECTED from 4 outputs and 16 inputs {label(profile.vector)}")
+        notes.append(f"FULLY_CONNECTED from 4 outputs and 8 inputs {label(*profile.vector)}")
+    if profile.convolution_vector:
+        method = label(profile.convolution_vector)
+        notes.append(f"convolutions to one pixel from 4 channels of 8 weights {method}")
     if profile.one_channel:
         notes.append(f"convolutions to one channel {label(profile.one_channel)}")
     if profile.packed:

@@ -57,13 +57,13 @@ def probes() -> Iterator[Probe]:
 Maker = Callable[[np.random.Generator], tuple[Graph, Int64Array]]
 
 
-def _linear(kind: type[Linear], *, bits: int = 8, channels: int = _CHANNELS, depth: int = 16,
-            per_channel: bool = True) -> Maker:  # fmt: skip
-    """Maker of a model with one layer of weights."""
+def linear(kind: type[Linear], *, bits: int = 8, channels: int = _CHANNELS, depth: int = 16,
+            per_channel: bool = True, side: int = 2) -> Maker:  # fmt: skip
+    """Maker of a model with one layer of weights; images have ``side`` x ``side`` pixels."""
 
     def make(rng: np.random.Generator) -> tuple[Graph, Int64Array]:
         inputs = channels if kind is DepthwiseConv2D else depth
-        spatial = () if kind is FullyConnected else (2, 2)
+        spatial = () if kind is FullyConnected else (side, side)
         source = Tensor("input", (1, *spatial, inputs), quantization=_quantization(rng, 0.05))
         target = Tensor("output", (1, *spatial, channels), quantization=_quantization(rng, 0.1))
         limit = 2 ** (bits - 1) - 1
@@ -175,17 +175,19 @@ def _quantization(rng: np.random.Generator, scale: float) -> Quantization:
 
 
 _MAKERS: dict[str, Maker] = {
-    "FULLY_CONNECTED, one scale": _linear(FullyConnected, per_channel=False),
-    "FULLY_CONNECTED, one scale, 8 inputs": _linear(FullyConnected, per_channel=False, depth=8),
-    "FULLY_CONNECTED, channel scales": _linear(FullyConnected),
-    "FULLY_CONNECTED, channel scales, 8 inputs": _linear(FullyConnected, depth=8),
-    "FULLY_CONNECTED, int4": _linear(FullyConnected, bits=4, per_channel=False),
-    "FULLY_CONNECTED, int4, odd": _linear(FullyConnected, bits=4, per_channel=False, depth=17),
-    "CONV_2D, one scale": _linear(Conv2D, per_channel=False),
-    "CONV_2D, channel scales": _linear(Conv2D),
-    "CONV_2D, one channel": _linear(Conv2D, channels=1),
-    "CONV_2D, int4": _linear(Conv2D, bits=4),
-    "DEPTHWISE_CONV_2D": _linear(DepthwiseConv2D),
-    "DEPTHWISE_CONV_2D, 4 channels": _linear(DepthwiseConv2D, channels=4),
+    "FULLY_CONNECTED, one scale": linear(FullyConnected, per_channel=False),
+    "FULLY_CONNECTED, one scale, 8 inputs": linear(FullyConnected, per_channel=False, depth=8),
+    "FULLY_CONNECTED, channel scales": linear(FullyConnected),
+    "FULLY_CONNECTED, channel scales, 8 inputs": linear(FullyConnected, depth=8),
+    "FULLY_CONNECTED, int4": linear(FullyConnected, bits=4, per_channel=False),
+    "FULLY_CONNECTED, int4, odd": linear(FullyConnected, bits=4, per_channel=False, depth=17),
+    "CONV_2D, one scale": linear(Conv2D, per_channel=False),
+    "CONV_2D, channel scales": linear(Conv2D),
+    "CONV_2D, one channel": linear(Conv2D, channels=1),
+    "CONV_2D, int4": linear(Conv2D, bits=4),
+    "DEPTHWISE_CONV_2D": linear(DepthwiseConv2D),
+    "DEPTHWISE_CONV_2D, 4 channels": linear(DepthwiseConv2D, channels=4),
     "ADD": _add,
+    "CONV_2D, one pixel": linear(Conv2D, side=1),
+    "CONV_2D, one pixel, one scale": linear(Conv2D, per_channel=False, side=1),
 }

@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 from cactus_edge import files
+from cactus_edge.validate import Python
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "aarch64"
@@ -65,6 +66,23 @@ def run(tier: str, arguments: list[str], seconds: int) -> str:
     )
     assert result.returncode == 0, f"status {result.returncode}\n{result.stderr}"
     return result.stdout
+
+
+def python(cpu: str, *folders: Path, seconds: float = 3600) -> Python:
+    """The arm64 Python on an emulated CPU; ``folders`` come before its packages."""
+    paths = [*folders, FOLDER / "site", ROOT]
+    environment = {
+        **_environment(next(tier for tier, name in CPUS.items() if name == cpu)),
+        "PYTHONPATH": ":".join(map(str, paths)),
+    }
+    command = (str(_qemu()), "-cpu", cpu, "-L", str(_guest()), str(_python()))
+    return Python(command, environment, seconds)
+
+
+def haswell(seconds: float = 3600) -> Python:
+    """This environment's Python on an emulated processor with AVX2 and nothing newer."""
+    emulator = _qemu().with_name("qemu-x86_64-static")
+    return Python((str(emulator), "-cpu", "Haswell", sys.executable), None, seconds)
 
 
 def cycles(tier: str, assembly: str, iterations: int = 200) -> float:
