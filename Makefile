@@ -1,7 +1,7 @@
 # Every target builds .venv first if it is missing or older than what defines it.
 
-.PHONY: install demo test check evidence evidence-training evidence-trust bench zoo screenshots \
-	docs lock sbom clean
+.PHONY: install demo test check evidence evidence-training evidence-trust evidence-runtimes pi-check \
+	bench zoo screenshots docs lock sbom clean
 .DEFAULT_GOAL := test
 
 BIN := .venv/bin
@@ -55,7 +55,8 @@ check: $(STAMP)
 
 evidence: $(STAMP)
 	$(BIN)/pytest -m evidence -s --ignore tests/evidence/test_training.py \
-		$(addprefix --ignore ,$(TRUST))
+		$(addprefix --ignore ,$(TRUST)) \
+		--ignore tests/evidence/test_runtimes.py
 
 # Hours; CACTUS_EDGE_SEEDS=0 trains one seed of three.
 evidence-training: $(STAMP)
@@ -64,6 +65,14 @@ evidence-training: $(STAMP)
 # Kills, faults, changed bytes, same bytes; about an hour.
 evidence-trust: $(STAMP)
 	$(BIN)/pytest -m evidence -s $(TRUST)
+
+# Models, versions of runtimes, modes and emulated processors; half an hour.
+evidence-runtimes: $(STAMP)
+	$(BIN)/pytest -m evidence -s tests/evidence/test_runtimes.py
+
+# The models of the repository on emulated CPUs of Raspberry Pis, bit for bit; minutes.
+pi-check: $(STAMP)
+	$(BIN)/pytest -m evidence -s tests/evidence/test_raspberry_pi.py
 
 bench: $(STAMP)
 	$(BIN)/pytest -m evidence -s tests/evidence/test_performance.py

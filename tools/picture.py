@@ -1,7 +1,7 @@
 """Draws the picture of the README from the measured results: `python tools/picture.py`.
 
 Above, what 12 executors compute from the same images, one colour for each distinct output
-(docs/results/runtimes.json); below, what is proved and refuted of the test images by each method
+(docs/results/mnist-runtimes.json); below, what is proved and refuted of the test images by each method
 (docs/results/certification.json). The same results are the same file.
 """
 
@@ -41,7 +41,7 @@ def rows_of(name: str) -> list[Row]:
 def outputs() -> dict[str, dict[str, str]]:
     """For each model, the digest of the logits that each executor computed."""
     found: dict[str, dict[str, str]] = {}
-    for row in rows_of("runtimes"):
+    for row in rows_of("mnist-runtimes"):
         if row["runtime"] != "between runtimes":
             found.setdefault(row["model"], {})[row["runtime"]] = row["output"]
     return found

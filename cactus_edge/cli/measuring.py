@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from cactus_edge.bench import Benchmark
     from cactus_edge.bench.ceilings import Ceilings
+    from cactus_edge.bench.machine import State
     from cactus_edge.bench.roofline import Roof
 
 _COLUMNS = (
@@ -244,8 +245,20 @@ def _table(path: Path, result: Benchmark) -> Table:
         f"{path.name} on {result.machine}, {result.threads} threads: "
         f"{work.multiplications / 1e6:.2f} million products, "
         f"{100 * work.sparsity:.0f} % of weights zero; batches of {result.batch}{energy}"
+        f"{_conditions(result.before, result.after)}"
     )
     return table(title, _COLUMNS, rows)
+
+
+def _conditions(before: State, after: State) -> str:
+    """Clock, heat and what a Raspberry Pi's firmware complains of, where they are reported."""
+    parts: list[str] = []
+    if before.governor is not None:
+        parts.append(f"governor {before.governor}")
+    if before.celsius is not None and after.celsius is not None:
+        parts.append(f"{before.celsius:.0f} to {after.celsius:.0f} degrees")
+    parts += after.throttling or ()
+    return "".join(f"; {part}" for part in parts)
 
 
 def _roof_cells(roof: Roof) -> tuple[object, ...]:

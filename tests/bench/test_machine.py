@@ -18,6 +18,7 @@ from cactus_edge.bench.machine import State
 from cactus_edge.bench.roofline import roof
 from cactus_edge.bench.run import Benchmark, Figures
 from cactus_edge.bench.work import Work
+from cactus_edge.cli.measuring import _table
 from cactus_edge.errors import ToolError, UsageError
 from cactus_edge.kernels.simd.tiers import Tier
 
@@ -97,6 +98,19 @@ def test_files_of_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert state.celsius == 61.5
     assert state.throttling == ("throttled",)
     assert machine.energy_microjoules() == 1024
+
+
+def test_bench_shows_clock_heat_and_complaints() -> None:
+    quiet = result(1.0, 1.0)
+    assert str(_table(Path("m.tflite"), quiet).title).endswith(
+        "; governor performance; 45 to 45 degrees"
+    )
+    hot = replace(GOOD, celsius=81.6, throttling=("throttled",))
+    title = str(_table(Path("m.tflite"), replace(quiet, after=hot)).title)
+    assert title.endswith("; governor performance; 45 to 82 degrees; throttled")
+    silent = State(governor=None, megahertz=None, celsius=None, throttling=None, load=None)
+    title = str(_table(Path("m.tflite"), replace(quiet, before=silent, after=silent)).title)
+    assert title.endswith("batches of 32")
 
 
 # ---------------------------------------------------------------------- ceilings and roofs

@@ -140,7 +140,7 @@ def test_every_runtime_computes_the_same(
             }
         )
     results.write(
-        "runtimes",
+        "mnist-runtimes",
         "Every installed runtime against its profile",
         "1,000 MNIST images through every runtime, in this environment. `mismatches` are against "
         "the reference executor under the runtime's own profile; in the rows 'between runtimes' "

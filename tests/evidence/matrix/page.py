@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,30 +12,43 @@ import numpy as np
 
 from cactus_edge import files
 from tests.evidence import results
-from tests.evidence.matrix.places import NATIVE, Place
+from tests.evidence.matrix.places import Place
 from tests.evidence.matrix.running import Answer, Outcome
-from tests.evidence.matrix.subjects import EVERYWHERE, Subject
+from tests.evidence.matrix.subjects import EVERYWHERE, LAYERS, NATIVE, Subject
 
 Row = dict[str, object]
 COMMAND = "make evidence-runtimes"
 _TEXT = f"""Each place is a runtime in one mode on one machine. Its profile is the documented one,
 confirmed by probing (`validate --learn-profile`: models of one operator whose accumulators lie
-where methods differ), or what probing found. Stock runtimes are given the very files; every layer
-is looked at by changing the four bytes that name the output. `elements` are stored integers, of
+where methods differ), or what probing found. Stock runtimes are given the very files; layers are
+looked at by changing the four bytes that name the output. `elements` are stored integers, of
 layers and logits, compared with the reference executor under the profile; a profile does not
-describe every model, and then nothing is claimed. Arm and Haswell are emulated by qemu-user with
-the wheels that PyPI has for them, so this is about arithmetic, not about speed. Outputs are hashed
-over {EVERYWHERE} samples of each model. A model that is not universal shows why this tool exists:
-one file, several outputs, sometimes several decisions."""
+describe every model, and then nothing is claimed (`without a profile`). Here {NATIVE} samples are
+run, {LAYERS} of them layer by layer; in generated C, on emulated processors and with files above
+200 kB {EVERYWHERE}, over which outputs are hashed.
+
+Cortex-A72, Cortex-A76 (Raspberry Pi 4 and 5) and Haswell are emulated by qemu-user with the wheels
+that PyPI has for them, so this is about arithmetic, not about speed. Kernels that are the same code
+on every processor of a family, such as the reference ones, run on one of them. In the table of
+models, `profiles may differ in` names operators for which no proof says that all profiles agree;
+without any, there must be one output, and there is. `universalize` moves the scales of layers whose
+outputs begin at the lowest integer; it leaves linear layers before TANH, ADD or another layer, ADD
+of two scales, MEAN and products of activations, so a universalized model may keep some. The rows of
+files as they are show why this tool exists: one file, several outputs, sometimes several decisions
+(the greatest output)."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A model over all places. ``flips``: samples that two places decide differently."""
+    """A model over all places.
+
+    ``disagreeing``: kinds of operators on which profiles may differ; ``flips``: samples that two
+    places decide differently.
+    """
 
     model: str
     origin: str
-    universal: bool
+    disagreeing: tuple[str, ...]
     places: int
     outputs: int
     hash: str
@@ -49,15 +63,14 @@ def summary(subject: Subject, found: Sequence[tuple[Place, Outcome]]) -> Summary
     """What all places say about a model."""
     ran = [(place, outcome) for place, outcome in found if outcome.logits is not None]
     few = np.stack([outcome.logits[:EVERYWHERE] for _, outcome in ran])
-    here = [o.logits for place, o in ran if place.machine == NATIVE]
-    most = np.stack(here)
-    decisions = most.argmax(axis=2)
+    most = max(len(outcome.logits) for _, outcome in ran)
+    decisions = np.stack([o.logits.argmax(axis=1) for _, o in ran if len(o.logits) == most])
     hashes = Counter(outcome.output for _, outcome in ran)
     usual, _ = hashes.most_common(1)[0]
     return Summary(
         model=subject.name,
         origin=subject.origin,
-        universal=subject.universal,
+        disagreeing=subject.disagreeing,
         places=len(ran),
         outputs=len(hashes),
         hash=usual[:12],
@@ -93,7 +106,7 @@ def model_row(found: Summary) -> Row:
     """A line of the second table."""
     return {
         "model": found.model,
-        "universal": "yes" if found.universal else "no",
+        "profiles may differ in": ", ".join(found.disagreeing),
         "places": found.places,
         "distinct outputs": found.outputs,
         "SHA-256": found.hash if found.outputs == 1 else "",
@@ -115,9 +128,14 @@ def absent_rows(places: Sequence[Place], answers: Sequence[tuple[Place, Answer]]
                 name = f"{place.peer.name} {place.peer.version}"
                 rows.setdefault((place.machine, name, outcome.message), []).append(outcome.subject)
     return [
-        {"machine": machine, "runtime": name, "models": ", ".join(models), "why": why[:200]}
+        {"machine": machine, "runtime": name, "models": ", ".join(models), "why": _short(why)}
         for (machine, name, why), models in rows.items()
     ]
+
+
+def _short(message: str) -> str:
+    """Without what the converter appends to the names of fused operators."""
+    return re.sub(r";[^' ]*'", "'", message)[:200]
 
 
 def write(
@@ -136,18 +154,12 @@ def write(
     lines += [f"Machine: {machine}. Reproduce: `{COMMAND}`, half an hour on two idle cores.", ""]
     for title, rows in tables.items():
         if rows:
-            lines += [f"## {title}", "", *results.table(rows), ""]
-    outcomes = [
-        {
-            "machine": place.machine,
-            "runtime": place.peer.name,
-            "version": place.peer.version,
-            **{k: v for k, v in asdict(outcome).items() if k != "logits"},
-            "output": outcome.output,
-        }
+            lines += [f"## {title}", "", results.table(rows), ""]
+    fields = ("subject", "status", "elements", "mismatches", "output")
+    outcomes = {
+        place.key: [[getattr(outcome, name) for name in fields] for outcome in answer.outcomes]
         for place, answer in answers
-        for outcome in answer.outcomes
-    ]
+    }
     record = {
         "title": lines[0].removeprefix("# "),
         "machine": machine,
@@ -155,10 +167,11 @@ def write(
         "places": tables["Places"],
         "models": [asdict(found) for found in summaries],
         "absent": tables["What could not be run"],
+        "fields": fields,
         "outcomes": outcomes,
     }
     folder = results.FOLDER
-    content = json.dumps(record, indent=1, default=str).encode() + b"\n"
+    content = re.sub(r"\n {4,}|\n {3}(?=\])", " ", json.dumps(record, indent=1)).encode() + b"\n"
     files.write(folder / "runtimes.json", content, force=True)
     text = "\n".join(lines).rstrip("\n") + "\n"
     files.write(folder / "runtimes.md", text.encode(), force=True)

@@ -1,7 +1,8 @@
 """Where the matrix runs what: this machine, other versions of runtimes, emulated processors.
 
 Other versions are PyPI's wheels, unpacked below ``build/runtimes`` and put in front of the path;
-nothing is installed. Wheels for arm64 run in the emulated Python of ``emulator``.
+nothing is installed. Wheels for arm64 run in the emulated Python of ``emulator``. Kernels that are
+the same code on every processor of a family, the reference ones and TFLite Micro's, run on one.
 """
 
 from __future__ import annotations
@@ -74,13 +75,19 @@ def places() -> Iterator[Place]:
     for version in LITERT:
         for peer in _peers("LiteRT", "ai-edge-litert", version, _LITERT_MODES, "x86"):
             yield _fetched(NATIVE, peer, "x86_64")
+    yield from _arm("Cortex-A72", "cortex-a72")
+    yield from (place for place in _arm("Cortex-A76", "cortex-a76") if _dispatched(place.peer))
     yield from _haswell()
-    for name, cpu in (("Cortex-A72", "cortex-a72"), ("Cortex-A76", "cortex-a76")):
-        yield from _arm(name, cpu)
+
+
+def _dispatched(peer: Peer) -> bool:
+    """Whether its kernels are chosen by the processor, and no newer release is run there."""
+    return not (peer.mode == "BUILTIN_REF" or peer.package == "tflite-micro"
+                or peer.installed in LITERT[1:])  # fmt: skip
 
 
 def _haswell() -> Iterator[Place]:
-    stock = [p for p in peers() if p.extra == "runtimes"]
+    stock = [peer for peer in peers() if peer.extra == "runtimes" and _dispatched(peer)]
     try:
         emulator.prepare()
     except emulator.Unavailable as error:

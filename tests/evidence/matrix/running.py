@@ -26,6 +26,10 @@ _WINDOWS = "litert-xnnpack-arm"
 """A profile that leaves out the windows that older XNNPACKs compute wrongly."""
 
 
+Pair = tuple[Subject, list[tuple[str, int]]]
+Outputs = list[Int64Array] | str
+
+
 @dataclass
 class Outcome:
     """A model at a place.
@@ -81,19 +85,30 @@ class Answer:
     outcomes: list[Outcome] = field(default_factory=list)
 
 
-def answer(place: Place, subjects: list[Subject]) -> Answer:
-    """Probe the runtime, and run every model."""
+def answer(place: Place, subjects: list[Subject], suspects: set[str]) -> Answer:
+    """Probe the runtime, and run every model; those in ``suspects`` by themselves."""
     claim = _claim(place)
     chosen = [(subject, _wanted(place, subject)) for subject in subjects]
-    try:
-        found = _run(place, chosen)
-    except CactusEdgeError:
-        found = [_alone(place, pair) for pair in chosen]
-    outcomes = [
-        _outcome(place, claim, subject, names, outputs)
-        for (subject, names), outputs in zip(chosen, found, strict=True)
-    ]
+    alone = [pair[0].name in suspects for pair in chosen]
+    together = iter(
+        _each(place, [p for p, single in zip(chosen, alone, strict=True) if not single])
+    )
+    outcomes: list[Outcome] = []
+    for pair, single in zip(chosen, alone, strict=True):
+        outputs = _alone(place, pair) if single else next(together)
+        outcomes.append(_outcome(place, claim, *pair, outputs))
     return Answer(claim, outcomes)
+
+
+def _each(place: Place, chosen: list[Pair]) -> list[Outputs]:
+    """The outputs of all models; halves of them where a runtime refuses or crashes."""
+    if len(chosen) < 2:
+        return [_alone(place, pair) for pair in chosen]
+    try:
+        return _run(place, chosen)
+    except CactusEdgeError:
+        middle = len(chosen) // 2
+        return _each(place, chosen[:middle]) + _each(place, chosen[middle:])
 
 
 def _claim(place: Place) -> Claim:
@@ -123,7 +138,8 @@ def _fitting(learned: Learned) -> Claim:
 
 
 def _samples(place: Place, subject: Subject) -> int:
-    return EVERYWHERE if place.emulated or subject.large else len(subject.inputs)
+    few = place.emulated or subject.large or place.peer.extra == "sim"
+    return EVERYWHERE if few else len(subject.inputs)
 
 
 def _wanted(place: Place, subject: Subject) -> list[tuple[str, int]]:
@@ -136,10 +152,6 @@ def _wanted(place: Place, subject: Subject) -> list[tuple[str, int]]:
         return [logits, *((name, LAYERS) for name in subject.model.layers)]
     small = len(subject.model.content) <= _EMULATED_BYTES and subject.origin == "stock"
     return [logits, *((name, 1) for name in subject.model.layers if small)]
-
-
-Pair = tuple[Subject, list[tuple[str, int]]]
-Outputs = list[Int64Array] | str
 
 
 def _run(place: Place, chosen: list[Pair]) -> list[Outputs]:
