@@ -52,7 +52,7 @@ def test_soundness_and_runtimes_are_measured() -> None:
     assert (
         f"{counts['boxes']} small boxes enumerated, [{counts['violations']} violations]" in README
     )
-    executors = rows("runtimes")
+    executors = rows("mnist-runtimes")
     between = {row["model"]: row for row in executors if row["runtime"] == "between runtimes"}
     plain = between["int8, 50 % sparse, plain"]
     names = {row["runtime"] for row in executors} - {"between runtimes"}

@@ -1,8 +1,8 @@
 """Draws the picture of the README from the measured results: `python tools/picture.py`.
 
 Above, what 12 executors compute from the same images, one colour for each distinct output
-(docs/results/mnist-runtimes.json); below, what is proved and refuted of the test images by each method
-(docs/results/certification.json). The same results are the same file.
+(docs/results/mnist-runtimes.json); below, what is proved and refuted of the test images by each
+method (docs/results/certification.json). The same results are the same file.
 """
 
 from __future__ import annotations
