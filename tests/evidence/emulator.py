@@ -26,7 +26,10 @@ _MODELS = {"neon": "cortex-a72", "neon-dotprod": "neoverse-n1"}
 """LLVM's scheduling models; Neoverse N1 is a Cortex-A76 for servers and has one of its own."""
 _GUEST = ("python3-minimal", "libpython3-stdlib", "libstdc++6")
 _HOST = ("qemu-user-static", "llvm-19", "libllvm19")
-_WHEELS = ("numba", "llvmlite", "numpy", "msgspec", "flatbuffers", "tflite", "hypothesis")
+_WHEELS = (
+    *("numba", "llvmlite", "numpy", "msgspec", "flatbuffers", "tflite", "hypothesis"),
+    *("onnx", "onnxruntime"),
+)
 _PLATFORMS = ("manylinux_2_28_aarch64", "manylinux2014_aarch64")
 
 
@@ -40,8 +43,8 @@ def prepare() -> None:
     Raises:
         Unavailable: no apt-get, or a package or wheel that cannot be had.
     """
-    done = FOLDER / "ready"
-    if done.exists():
+    done, wanted = FOLDER / "ready", "\n".join(_WHEELS).encode()
+    if done.exists() and done.read_bytes() == wanted:
         return
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
@@ -50,7 +53,7 @@ def prepare() -> None:
     _unpack_host()
     _unpack_guest()
     _unpack_wheels()
-    files.write(done, b"", force=True)
+    files.write(done, wanted, force=True)
 
 
 def run(tier: str, arguments: list[str], seconds: int) -> str:
