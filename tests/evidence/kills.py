@@ -128,6 +128,8 @@ def forked(words: list[str], watch: Watch, log: Path, after: float | None) -> tu
 def campaign(command: Command, folder: Path, draw: random.Random) -> dict[str, object]:
     """Kill a command again and again; a row of the page."""
     log, undisturbed = folder / "log", folder / "undisturbed" / command.name
+    if not command.done:  # forks need not load modules and kernels again
+        assert run([*command.words, str(folder / "loading" / command.name)]) == 0
     words = [*command.words, str(undisturbed)]
     code, seconds = forked(words, Watch(undisturbed.parent, 0), log, None)
     assert code == 0, log.read_text()
