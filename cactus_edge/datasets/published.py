@@ -126,11 +126,8 @@ def _read_idx(name: str, file: str, dimensions: int) -> npt.NDArray[np.uint8]:
     sizes = (
         [int(v) for v in np.frombuffer(content[:header], ">u4")] if len(content) >= header else []
     )
-    if (
-        not sizes
-        or sizes[0] != 0x0800 + dimensions
-        or len(content) != header + math.prod(sizes[1:])
-    ):
+    whole = header + math.prod(sizes[1:])
+    if not sizes or sizes[0] != 0x0800 + dimensions or len(content) != whole:
         raise DataError(f"data set '{name}': {where} is not an IDX file of {dimensions} dimensions")
     return np.frombuffer(content, np.uint8, offset=header).reshape(sizes[1:])
 

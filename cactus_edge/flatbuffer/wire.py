@@ -172,7 +172,7 @@ class File:
         self.kept -= count
         if self.kept < 0:
             raise place.unsupported(
-                "uses the same constants over and over, which takes more memory than a file may"
+                "uses the same constants over and over; repeat them in the file"
             )
 
     def scalar(self, kind: str, position: int, place: Place) -> int:

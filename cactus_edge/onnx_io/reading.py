@@ -6,6 +6,7 @@ by one, the input's shape is known, and what follows from it is evaluated here (
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cactus_edge.errors import MalformedModelError, MissingExtraError, UnsupportedModelError
+from cactus_edge.errors import (
+    MalformedModelError,
+    MissingExtraError,
+    UnsupportedModelError,
+    shortened,
+)
 
 try:
     import onnx
@@ -24,6 +30,23 @@ except ImportError:
     raise MissingExtraError("onnx", "onnx", "reading ONNX files") from None
 
 Array = npt.NDArray[Any]
+
+# What exporters leave behind; none of them takes much more time than its outputs have elements.
+_FOLDED = frozenset(
+    (
+        "Abs", "Add", "And", "BatchNormalization", "Cast", "Ceil", "Clip", "Concat",
+        "Constant", "ConstantOfShape", "DequantizeLinear", "Div", "Equal", "Exp", "Expand",
+        "Flatten", "Floor", "Gather", "Gemm", "Greater", "GreaterOrEqual", "Identity", "Less",
+        "LessOrEqual", "Log", "MatMul", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pad",
+        "Pow", "QuantizeLinear", "Range", "Reciprocal", "ReduceMax", "ReduceMean",
+        "ReduceMin", "ReduceProd", "ReduceSum", "Relu", "Reshape", "Round", "Shape",
+        "Sigmoid", "Sign", "Size", "Slice", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tanh",
+        "Tile", "Transpose", "Trilu", "Unsqueeze", "Where",
+    )
+)  # fmt: skip
+_MOST_NODES = 1 << 12
+_SMALL = 1 << 20  # elements
+_GROWTH = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,27 +102,26 @@ def read(content: bytes) -> File:
     try:
         model = onnx.load_model_from_string(content)
     except Exception as error:  # protobuf's classes of errors have no public root
-        raise MalformedModelError(f"not an ONNX file: {error}") from None
+        raise MalformedModelError(f"not an ONNX file: {shortened(error)}") from None
     graph = model.graph
-    for tensor in graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            raise UnsupportedModelError(
-                f"tensor '{tensor.name}' lies in another file; save the model with its data inside"
-            )
+    _refuse_other_files(graph)
+    if len(graph.node) > _MOST_NODES:
+        raise UnsupportedModelError(
+            f"{len(graph.node)} nodes; files of up to {_MOST_NODES} are supported"
+        )
     if not graph.node:
         raise MalformedModelError("not an ONNX model: it has no nodes")
     try:
         onnx.checker.check_model(model)
     except Exception as error:
-        text = str(error).strip().splitlines()
-        raise MalformedModelError(f"not a valid ONNX model: {text[0] if text else ''}") from None
+        raise MalformedModelError(f"not a valid ONNX model: {shortened(error)}") from None
     if foreign := sorted({n.domain for n in graph.node} - {"", "ai.onnx"}):
         node = next(n for n in graph.node if n.domain == foreign[0])
         raise UnsupportedModelError(
             f"node '{node.name or node.output[0]}' ({node.op_type}): domain '{node.domain}' is not "
             "ONNX's own; export without custom operators"
         )
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    constants = {tensor.name: _values(tensor) for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in constants]
     if len(inputs) != 1 or len(graph.output) != 1:
         names = ", ".join(value.name for value in (*inputs, *graph.output))
@@ -110,6 +132,46 @@ def read(content: bytes) -> File:
     output = graph.output[0].name
     shape, batch = _input_shape(inputs[0])
     return File(inputs[0].name, output, shape, batch, _needed(graph, output), constants, model)
+
+
+def _refuse_other_files(graph: onnx.GraphProto) -> None:
+    """Tensors in other files are read by nobody here, wherever in the graph they hide."""
+    tensors = [*graph.initializer]
+    for sparse in graph.sparse_initializer:
+        tensors += [sparse.values, sparse.indices]
+    for node in graph.node:
+        for item in node.attribute:
+            tensors += [
+                item.t,
+                *item.tensors,
+                item.sparse_tensor.values,
+                item.sparse_tensor.indices,
+            ]
+            if item.HasField("g") or item.graphs:
+                raise UnsupportedModelError(
+                    f"node '{node.name}' ({node.op_type}): graphs inside of nodes are not read; "
+                    "export without control flow"
+                )
+    for tensor in tensors:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+            raise UnsupportedModelError(
+                f"tensor '{shortened(tensor.name)}' lies in another file; save the model with its "
+                "data inside"
+            )
+
+
+def _values(tensor: onnx.TensorProto) -> Array:
+    """The values of a tensor.
+
+    Raises:
+        MalformedModelError: there are more or fewer of them than its shape says.
+    """
+    try:
+        return numpy_helper.to_array(tensor)
+    except Exception as error:  # whatever NumPy or onnx raise on the way
+        raise MalformedModelError(
+            f"tensor '{shortened(tensor.name)}': {shortened(error)}"
+        ) from None
 
 
 def _input_shape(value: onnx.ValueInfoProto) -> tuple[tuple[int, ...], int]:
@@ -151,7 +213,7 @@ def _attribute(item: onnx.AttributeProto) -> Any:
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, onnx.TensorProto):
-        return numpy_helper.to_array(value)
+        return _values(value)
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -159,8 +221,10 @@ def fold(file: File, node: Node, constants: Mapping[str, Array]) -> list[Array]:
     """The outputs of a node all of whose inputs are constants.
 
     Raises:
-        UnsupportedModelError: the node cannot be evaluated.
+        UnsupportedModelError: the node cannot be evaluated, or gives far more than it is given.
     """
+    if node.kind not in _FOLDED:
+        raise node.error("of constants only simple operators are evaluated", "export it folded")
     names = [name for name in dict.fromkeys(node.inputs) if name]
     graph = onnx.helper.make_graph(
         [node.proto],
@@ -172,7 +236,32 @@ def fold(file: File, node: Node, constants: Mapping[str, Array]) -> list[Array]:
         graph, opset_imports=file.proto.opset_import, ir_version=file.proto.ir_version
     )
     try:
+        _check_sizes(model, {name: constants[name] for name in names})
         values = ReferenceEvaluator(model).run(None, {name: constants[name] for name in names})
     except Exception as error:  # whatever the operator's reference raises
-        raise node.error(f"its constants cannot be evaluated: {error}") from None
+        raise node.error(f"its constants cannot be evaluated: {shortened(error)}") from None
     return [np.asarray(value) for value in values]
+
+
+def _check_sizes(model: onnx.ModelProto, values: Mapping[str, Array]) -> None:
+    """Raise ValueError where the outputs would be far larger than the inputs, or it is not known.
+
+    A few bytes can ask for any amount of memory: a shape that is filled, a product of a row and a
+    column.
+    """
+    known = onnx.ModelProto()
+    known.CopyFrom(model)
+    del known.graph.input[:]
+    for name, value in values.items():
+        if value.size <= 64:
+            known.graph.initializer.append(numpy_helper.from_array(value, name))
+        else:
+            kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+            known.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, value.shape))
+    inferred = onnx.shape_inference.infer_shapes(known, strict_mode=True, data_prop=True)
+    most = max(_SMALL, _GROWTH * max((value.size for value in values.values()), default=0))
+    for output in inferred.graph.output:
+        dims = output.type.tensor_type.shape.dim
+        extents = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in dims]
+        if min(extents, default=1) < 0 or math.prod(extents) > most:
+            raise ValueError(f"its output {extents} is not known, or too large")

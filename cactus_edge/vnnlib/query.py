@@ -234,7 +234,8 @@ class _Document:
             return next(tensor for known, tensor in self.tensors.values() if known == kind)
         indices = [index for known, index in self.flat.values() if known == kind]
         if not indices or len(indices) != max(indices) + 1:
-            missing = next(i for i in range(len(indices) + 1) if i not in set(indices))
+            known = set(indices)
+            missing = next(i for i in range(len(indices) + 1) if i not in known)
             raise DataError(f"{self.source.file}: '{kind}_{missing}' is not declared")
         return Tensor(len(indices), None, "real")
 

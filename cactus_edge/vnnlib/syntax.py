@@ -8,6 +8,7 @@ recurses; time and memory are linear in the size of the file.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -15,6 +16,8 @@ from cactus_edge.errors import DataError
 
 MOST_BYTES = 1 << 26
 DEEPEST = 64
+MOST_NODES = 1 << 19
+"""Of one list at the top; each takes a hundred bytes."""
 _LONGEST = 100
 _LARGEST_EXPONENT = 60
 _MOST_INDICES = 16
@@ -64,8 +67,8 @@ class Source:
         return DataError(f"{self.file}:{line}: {message}")
 
 
-def read(content: bytes, source: Source) -> list[Node]:
-    """The lists at the top of a file.
+def read(content: bytes, source: Source) -> Iterator[Node]:
+    """The lists at the top of a file, one by one: no more than one is held here.
 
     Raises:
         DataError: too large, not text, or not balanced lists of tokens.
@@ -77,7 +80,7 @@ def read(content: bytes, source: Source) -> list[Node]:
     except UnicodeDecodeError as error:
         line = 1 + content[: error.start].count(b"\n")
         raise source.error(line, "not UTF-8 text") from None
-    position = 0
+    position = nodes = 0
     line = 1
     open_lists: list[tuple[int, list[Node]]] = [(0, [])]
     while position < len(text):
@@ -87,6 +90,9 @@ def read(content: bytes, source: Source) -> list[Node]:
             raise source.error(line, f"unexpected {shown!r}")
         kind, token = match.lastgroup, match.group()
         position = match.end()
+        nodes += kind != "skip"
+        if nodes > MOST_NODES:
+            raise source.error(line, f"a list of more than {MOST_NODES} parts; write several")
         if kind == "open":
             if len(open_lists) > DEEPEST:
                 raise source.error(line, f"lists nested deeper than {DEEPEST}")
@@ -95,7 +101,12 @@ def read(content: bytes, source: Source) -> list[Node]:
             if len(open_lists) == 1:
                 raise source.error(line, "a ')' without its '('")
             begin, children = open_lists.pop()
-            open_lists[-1][1].append(Node(begin, children=tuple(children)))
+            node = Node(begin, children=tuple(children))
+            if len(open_lists) == 1:
+                yield node
+                nodes = 0
+            else:
+                open_lists[-1][1].append(node)
         elif kind == "index":
             _attach(open_lists[-1][1], token, line, source)
         elif kind != "skip":
@@ -107,7 +118,6 @@ def read(content: bytes, source: Source) -> list[Node]:
         line += token.count("\n")
     if len(open_lists) > 1:
         raise source.error(open_lists[-1][0], "a '(' without its ')'")
-    return open_lists[0][1]
 
 
 def _attach(children: list[Node], token: str, line: int, source: Source) -> None:
