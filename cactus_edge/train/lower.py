@@ -31,6 +31,8 @@ from cactus_edge.train.ranges import calibrate
 from cactus_edge.train.recipe import Recipe, parse_member
 from cactus_edge.train.removal import without_unread
 
+__all__ = ["Settings", "convert", "lower"]
+
 CALIBRATION_SAMPLES = 2000
 _SHADOW_SAMPLES = 16
 _WIDEST = 8
