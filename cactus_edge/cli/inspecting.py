@@ -126,9 +126,9 @@ def universalize(
         "median scale change %",
         "largest %",
         "weights changed %",
-        "added layers",
-        "accuracy lost alone, points",
-        "decisions changed alone",
+        "added",
+        "points lost alone",
+        "decisions alone",
         "still disagreeing",
     )
     title = f"{output}: {report.bytes:,} bytes, {'' if report.universal else 'NOT '}universal"
@@ -147,7 +147,7 @@ def universalize(
 
 def _lost(samples: int, of: int) -> str:
     """Points of accuracy."""
-    return f"{100 * samples / of:+.2f}" if of else "-"
+    return f"{100 * samples / of:.2f}" if of else "-"
 
 
 def supported_ops(

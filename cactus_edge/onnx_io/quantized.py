@@ -1,14 +1,15 @@
-"""QDQ ONNX files as integer graphs, where ONNX Runtime's integers are known.
+"""QDQ and QLinear ONNX files as integer graphs, where ONNX Runtime's integers are known.
 
 ONNX Runtime fuses DequantizeLinear, an operator and QuantizeLinear. Its fused convolutions and
 linear layers compute ``FLOAT32`` with a factor formed from left to right, as the profiles
-``litert-xnnpack-*`` do; maxima and what moves elements round nothing. Those are read, everything
-else is refused by name. Unsigned activations become signed ones by 128, which changes no product.
+``litert-xnnpack-*`` do; maxima and what moves elements round nothing. Sums are rounded in float32,
+which is known where no sum comes near a half. Those are read, everything else is refused by name.
+Unsigned activations become signed ones by 128, which changes no product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from cactus_edge.graph import (
     Activation,
+    Add,
     Conv2D,
     DepthwiseConv2D,
     FullyConnected,
@@ -33,6 +35,7 @@ from cactus_edge.graph import (
 )
 from cactus_edge.lowering.stages import NO_PADS, Pads
 from cactus_edge.onnx_io.reading import Array, File, Node, fold
+from cactus_edge.onnx_io.spelled import spelled_out
 from cactus_edge.onnx_io.windows import windows
 
 
@@ -58,11 +61,12 @@ class _Constant:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """What a QuantizeLinear will make an operator of."""
+    """What a QuantizeLinear will make an operator of; ``other`` is the second operand of a sum."""
 
     node: Node
     source: _Stored
     relu: bool = False
+    other: _Stored | None = None
 
 
 def is_quantized(file: File) -> bool:
@@ -76,10 +80,29 @@ def translate(file: File) -> Graph:
     Raises:
         UnsupportedModelError: something whose integers are not known; named, with what to do.
     """
+    file = spelled_out(file)
     reader = _Reader(file)
     for node in file.nodes:
         reader.node(node)
     return reader.finish()
+
+
+def near_halves(tensors: Sequence[Tensor]) -> int:
+    """How many of all pairs of two operands have a sum that float32 arithmetic could round wrongly.
+
+    ``tensors`` are both operands and the sum. Scale ratios, products and sums are rounded a few
+    times each; eight units of the largest intermediate are more than that.
+    """
+    one, two, total = (tensor.quantization for tensor in tensors)
+    assert one and two and total
+    ratios = [float(end.scale) / float(total.scale) for end in (one, two)]
+    levels = np.arange(-128, 128)
+    terms = [r * (levels - end.zero_point) for r, end in zip(ratios, (one, two), strict=True)]
+    sums = terms[0][:, None] + terms[1][None, :]
+    largest = 255 * sum(ratios) * 2 + 256
+    distance = np.abs(sums - np.floor(sums) - 0.5)
+    inside = (sums + total.zero_point > -130) & (sums + total.zero_point < 129)
+    return int((inside & (distance < 8 * largest * 2.0**-24)).sum())
 
 
 class _Reader:
@@ -106,6 +129,12 @@ class _Reader:
             if not isinstance(source, _Stored):
                 raise node.error("its input is not dequantized", "quantize every activation")
             self._real[node.output] = _Layer(node, source)
+        elif node.kind == "Add":
+            pair = [self._real.get(name) for name in node.inputs]
+            one, two = pair
+            if not isinstance(one, _Stored) or not isinstance(two, _Stored):
+                raise node.error("only sums of two quantized activations are read")
+            self._real[node.output] = _Layer(node, one, other=two)
         elif node.kind == "Relu" and isinstance(layer := self._real.get(first), _Layer):
             self._real[node.output] = replace(layer, relu=True)
         elif node.kind in ("MaxPool", "Flatten", "Reshape"):
@@ -118,8 +147,9 @@ class _Reader:
         else:
             raise node.error(
                 "no profile describes how ONNX Runtime computes it in integers",
-                "known are Conv, Gemm, MatMul, Relu, MaxPool, Flatten and Reshape between "
-                "DequantizeLinear and QuantizeLinear; import the float original",
+                "known are Conv, Gemm, MatMul, Add, Relu, MaxPool, Flatten and Reshape between "
+                "DequantizeLinear and QuantizeLinear, QLinearConv, QLinearMatMul, QGemm and "
+                "QLinearAdd; import the float original",
             )
 
     def finish(self) -> Graph:
@@ -180,7 +210,8 @@ class _Reader:
                 Tensor("input", shape, quantization=quantization)
             )
         elif isinstance(made, _Layer):
-            self._stored[node.output] = self._linear(made, node, quantization)
+            make = self._linear if made.other is None else self._sum
+            self._stored[node.output] = make(made, node, quantization)
         elif isinstance(made, _Stored):
             if self._tensors[made.tensor].quantization != quantization:
                 raise node.error("it changes the scale, which rounds", "keep the scale there")
@@ -225,6 +256,30 @@ class _Reader:
         operator, shape = made(layer, values, bits, common)
         self._operators.append(operator)
         return self._append(Tensor(target.output, shape, quantization=quantization))
+
+    def _sum(self, layer: _Layer, target: Node, quantization: Quantization) -> _Stored:
+        """ADD, where ONNX Runtime's float32 sums and the profile's round every pair alike."""
+        assert layer.other is not None
+        ends = [layer.source.tensor, layer.other.tensor]
+        shapes = {self._tensors[index].shape for index in ends}
+        if len(shapes) > 1 or layer.source.order is not None or layer.other.order is not None:
+            raise layer.node.error("its operands are not of one shape, channels last")
+        activation = Activation.RELU if layer.relu else Activation.NONE
+        operator = Add(
+            name=layer.node.name, inputs=(ends[0], ends[1]), output=len(self._tensors),
+            activation=activation,
+        )  # fmt: skip
+        made = self._append(Tensor(target.output, shapes.pop(), quantization=quantization))
+        self._operators.append(operator)
+        tensors = [self._tensors[index] for index in (*ends, made.tensor)]
+        if near := near_halves(tensors):
+            raise layer.node.error(
+                f"{near} of 65,536 sums come so close to a half that ONNX Runtime's float "
+                "arithmetic decides",
+                "give both operands one scale and the sum an odd multiple of it, or import the "
+                "float original",
+            )
+        return made
 
     def _bias(self, layer: _Layer, weights: _Constant, channels: int) -> Int64Array:
         node = layer.node

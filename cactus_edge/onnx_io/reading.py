@@ -30,6 +30,9 @@ except ImportError:
     raise MissingExtraError("onnx", "onnx", "reading ONNX files") from None
 
 Array = npt.NDArray[Any]
+RUNTIME_DOMAIN = "com.microsoft"
+RUNTIME_KINDS = frozenset({"QGemm", "QLinearAdd"})
+"""ONNX Runtime's own operators that are read."""
 
 # What exporters leave behind; none of them takes much more time than its outputs have elements.
 _FOLDED = frozenset(
@@ -115,8 +118,11 @@ def read(content: bytes) -> File:
         onnx.checker.check_model(model)
     except Exception as error:
         raise MalformedModelError(f"not a valid ONNX model: {shortened(error)}") from None
-    if foreign := sorted({n.domain for n in graph.node} - {"", "ai.onnx"}):
-        node = next(n for n in graph.node if n.domain == foreign[0])
+    known = {(RUNTIME_DOMAIN, kind) for kind in RUNTIME_KINDS}
+    foreign = [n for n in graph.node if n.domain not in ("", "ai.onnx")]
+    foreign = [n for n in foreign if (n.domain, n.op_type) not in known]
+    if foreign:
+        node = foreign[0]
         raise UnsupportedModelError(
             f"node '{node.name or node.output[0]}' ({node.op_type}): domain '{node.domain}' is not "
             "ONNX's own; export without custom operators"

@@ -133,3 +133,69 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert cli(call) == 0
     graph, _ = load(output)
     assert graph.tensors[graph.logits].size == 3
+
+
+def operators(path: Path, *, per_channel: bool, activation: QuantType) -> bytes:
+    """The same network with QLinear operators, as the tool writes them on request."""
+    stock(path, per_channel=per_channel)
+    quantize_static(
+        path / "float.onnx",
+        path / "operators.onnx",
+        Reader(),
+        quant_format=QuantFormat.QOperator,
+        per_channel=per_channel,
+        activation_type=activation,
+        weight_type=QuantType.QInt8,
+    )
+    return (path / "operators.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_qlinear_operators_are_equal(per_channel: bool, tmp_path: Path) -> None:
+    content = operators(tmp_path, per_channel=per_channel, activation=QuantType.QUInt8)
+    kinds = {node.op_type for node in onnx.load_model_from_string(content).graph.node}
+    assert kinds >= {"QLinearConv", "QGemm"} and "Conv" not in kinds
+    graph, report = import_quantized(content)
+    assert report.elements == 128 * 3
+    assert {op.kind for op in graph.core} >= {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"}
+
+
+def test_kernels_that_the_runtime_lacks_are_named(tmp_path: Path) -> None:
+    content = operators(tmp_path, per_channel=False, activation=QuantType.QInt8)
+    with pytest.raises(UnsupportedModelError, match="QGemm.*quantize activations as uint8"):
+        import_quantized(content)
+
+
+def small(factor: float, *, product: bool = False) -> bytes:
+    """QuantizeLinear, then QLinearMatMul or QLinearAdd of x and x; ``factor`` of the scales."""
+    maker = Maker((1, 6))
+    zero = maker.constant(125, np.uint8) if product else maker.constant(-3, np.int8)
+    scale, wide = maker.constant(0.03), maker.constant(0.03 * factor)
+    at = maker.add("QuantizeLinear", scale, zero)
+    if product:
+        rows = maker.constant(RNG.integers(-127, 128, (6, 4)), np.int8)
+        columns = [maker.constant(RNG.uniform(1e-3, 4e-3, 4)), maker.constant(np.zeros(4), np.int8)]
+        maker.add("QLinearMatMul", scale, zero, rows, *columns, wide, zero)
+    else:
+        maker.add("QLinearAdd", scale, zero, at, scale, zero, wide, zero)
+        maker.nodes[-1].domain = "com.microsoft"
+    maker.add("DequantizeLinear", wide, zero)
+    model = onnx.load_model_from_string(maker.content())
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return model.SerializeToString()
+
+
+def test_matrices_with_a_scale_for_each_column() -> None:
+    graph, report = import_quantized(small(1.7, product=True))
+    assert report.elements == 128 * 4 and graph.core[0].kind == "FULLY_CONNECTED"
+
+
+@pytest.mark.parametrize("factor", [1.0, 5 / 3, 7 / 5])
+def test_sums_without_halves_are_equal(factor: float) -> None:
+    graph, report = import_quantized(small(factor))
+    assert report.elements == 128 * 6 and graph.core[0].kind == "ADD"
+
+
+def test_sums_that_come_near_a_half_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="of 65,536 sums come so close to a half"):
+        import_quantized(small(4.0))
