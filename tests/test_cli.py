@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -284,6 +285,8 @@ def test_simulate_counts_layer_by_layer(model: Path, capsys: pytest.CaptureFixtu
     assert 0 < shown["instructions_median"] - sum(counts) < 50
     code, out, _ = call(capsys, *simulate)
     assert code == 0 and "FULLY_CONNECTED" in out
+    assert re.search(r"cycles estimate +│ [\d,]+ to [\d,]+ ", out)
+    assert max(map(len, out.splitlines())) < 100
     energy = ["--microamp-per-mhz", 100, "--volts", 2]
     code, out, _ = call(capsys, *simulate, *energy, "--json")
     result = json.loads(out)
