@@ -1,4 +1,4 @@
-"""Converts and certifies on whatever machine this is: `python -m tests.evidence.remade FOLDER`.
+"""Converts and certifies on this machine: `python -m tests.evidence.remade FOLDER METHOD...`.
 
 The folder holds ``model.onnx``, a float network, ``data.npz``, and ``trained.tflite``. Prints the
 SHA-256 of each file that was made, as a JSON object; nothing is kept.
@@ -10,20 +10,22 @@ import hashlib
 import io
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from cactus_edge import datasets, files, flatbuffer
+from cactus_edge.certificate import Method
 from cactus_edge.certify.run import Request, certify
 from cactus_edge.inputs import Perturbation
 from cactus_edge.onnx_io import convert, samples
 
 BITS = (8, 4)
 SAMPLES = 20
-METHODS = ("interval", "linear")
+METHODS: dict[str, Method] = {"interval": "interval", "linear": "linear"}
 
 
-def made(folder: Path) -> dict[str, str]:
-    """SHA-256 of all that is made from the folder's files."""
+def made(folder: Path, methods: Sequence[Method]) -> dict[str, str]:
+    """SHA-256 of the models and of a certificate of each by each method."""
     source = files.read(folder / "model.onnx", "network")
     calibration = samples.load(str(folder / "data.npz"), convert.Settings.samples)
     data = datasets.load(folder / "data.npz", "test")
@@ -33,7 +35,7 @@ def made(folder: Path) -> dict[str, str]:
         models[f"converted, int{bits}"] = flatbuffer.write_tflite(graph)
     found = {f"{name}: model": digest(content) for name, content in models.items()}
     for name, content in models.items():
-        for method in METHODS:
+        for method in methods:
             stream = io.BytesIO()
             request = Request(
                 data=data,
@@ -54,4 +56,4 @@ def digest(content: bytes) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(made(Path(sys.argv[1]))))
+    print(json.dumps(made(Path(sys.argv[1]), [METHODS[name] for name in sys.argv[2:]])))

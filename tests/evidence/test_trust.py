@@ -26,7 +26,7 @@ from cactus_edge.cli import run
 from cactus_edge.errors import CactusEdgeError
 from cactus_edge.inputs import Perturbation
 from cactus_edge.signing import Evidence
-from tests.evidence import emulator, kills, trust
+from tests.evidence import emulator, kills, remade, trust
 from tests.test_signing import flips, key_of, made  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -292,12 +292,13 @@ def test_the_same_bytes(tmp_path: Path) -> None:
     arrays = {f"x_{name}": part.images for name, part in parts.items()}
     arrays |= {f"y_{name}": np.asarray(part.labels) for name, part in parts.items()}
     np.savez(tmp_path / "data.npz", **arrays)
-    first, second = (printed("tests.evidence.remade", tmp_path) for _ in range(2))
+    command = ("tests.evidence.remade", str(tmp_path), *remade.METHODS)
+    first, second = printed(*command), printed(*command)
     try:
         emulator.prepare()
     except emulator.Unavailable as error:
         pytest.skip(str(error))
-    arm = json.loads(emulator.run(TIER, ["-m", "tests.evidence.remade", str(tmp_path)], 4 * 3600))
+    arm = json.loads(emulator.run(TIER, ["-m", *command], 4 * 3600))
     rows = [
         {
             "made": name,
