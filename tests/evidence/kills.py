@@ -162,7 +162,7 @@ def campaign(command: Command, folder: Path, draw: random.Random) -> dict[str, o
         for path, expected in _pairs(output, undisturbed):
             tally.different += path.read_bytes() != expected.read_bytes()
     return {
-        "command": command.name,
+        "command": f"{command.words[0]}: {command.name}",
         "kills": tally.kills,
         "before an operation on files": tally.at_files,
         "commands that were gone on with": tally.resumed,

@@ -33,12 +33,12 @@ ROOT = Path(__file__).resolve().parents[2]
 TIER = "neon-dotprod"
 KILLED = """\
 SIGKILL to `train`, `convert`, `certify` (by intervals and by linear bounds) and `report` on
-digits, {} times: one half of the kills after a drawn share of the processor time that the
-undisturbed command took, the other half right before a drawn one of its operations on files. Each
-command was killed up to six times and then gone on with, `train` and `certify` by `--resume`. A
-file that was not whole would be one under its final name that cannot be read, or that differs
-from the undisturbed one; of a run's files, the history has to be a beginning of the undisturbed
-one, and so has the `.partial` of a certificate."""
+digits, {} times, each after a drawn share of the processor time that the undisturbed command
+took, or right before a drawn one of its operations on files: opening, renaming, linking,
+removing. Each command was killed up to six times and then gone on with, `train` and `certify` by
+`--resume`. A file that was not whole would be one under its final name that cannot be read, or
+that differs from the undisturbed one; of a run's files, the history has to be a beginning of the
+undisturbed one, and so has the `.partial` of a certificate."""
 DISTURBED = """\
 What happens around a command, and the tests that make it happen; `cases` are what they were run
 with, such as each verb that writes a file."""

@@ -18,9 +18,8 @@ COMMAND = "make evidence-trust"
 _HEAD = """\
 # What was done to break it
 
-Each section is what one test measured, and its figures are those of
-[one JSON file](trust/). What an attacker or an accident may reach, and what not, is in
-[SECURITY.md](../../SECURITY.md).
+Each section is what one test measured, and its figures are those of a JSON file in `trust/`. What
+an attacker or an accident may reach, and what not, is in [SECURITY.md](../../SECURITY.md).
 """
 
 
