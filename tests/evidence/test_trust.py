@@ -121,11 +121,6 @@ FAULTS = {
         "tests/certify/test_parallel.py",
         ("test_a_killed_dask_worker_costs_nothing",),
     ),
-    "training process killed, one of two": (
-        "exit code 5, says --resume, which ends in the same bytes",
-        "tests/train/test_processes.py",
-        ("test_a_killed_process_loses_no_checkpoint",),
-    ),
     "power cut at any byte of a certificate": (
         "--resume ends in the same bytes",
         "tests/certify/test_parallel.py",

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 
 from cactus_edge.errors import DataError, MissingExtraError, ToolError, UsageError
 from cactus_edge.train import processes, train
-from cactus_edge.train.checkpoint import HISTORY_FILE, MODEL_FILE, STATE_FILE
+from cactus_edge.train.checkpoint import HISTORY_FILE, MODEL_FILE
 from cactus_edge.train.execution import Execution, Flag, fabric_for
 from cactus_edge.train.prepare import Job
 from cactus_edge.train.recipe import Recipe, parse_recipe
-from cactus_edge.train.reports import EpochRow, Progress, StepReport
+from cactus_edge.train.reports import EpochRow, Progress
 from tests.train.two_processes import Interrupting, work
 
 RECIPE = """
@@ -100,29 +100,6 @@ def rows(history: Path) -> torch.Tensor:
 def kill_children() -> None:
     for process in multiprocessing.active_children():
         process.kill()
-
-
-class Killing(Interrupting):
-    """Kills a process from the given step on, as a system does that is short of memory."""
-
-    def step(self, report: StepReport) -> None:
-        if report.step >= self.at:
-            multiprocessing.active_children()[-1].kill()
-
-
-@pytest.mark.evidence
-def test_a_killed_process_loses_no_checkpoint(tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    longer = RECIPE.replace("cnn-small-bn", "mlp").replace("epochs = 2", "epochs = 20")
-    recipe = parse_recipe(longer)
-    train(recipe, whole, device="cpu", devices=2)
-    with pytest.raises(ToolError, match="--resume goes on from the last checkpoint"):
-        train(recipe, parts, device="cpu", devices=2, progress=Killing(2), checkpoint_seconds=0)
-    assert multiprocessing.active_children() == []
-    assert not (parts / MODEL_FILE).exists()
-    train(recipe, parts, device="cpu", devices=2, resume=True)
-    for name in (MODEL_FILE, STATE_FILE, HISTORY_FILE):
-        assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
 
 
 class Nothing(msgspec.Struct):
