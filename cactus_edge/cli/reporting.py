@@ -22,17 +22,20 @@ _MOST_SAMPLES = 1000
 class ReportOutput(msgspec.Struct, frozen=True):
     """What ``report --json`` prints.
 
+    ``page`` is missing, and ``bytes`` 0, where ``--card`` or ``--bom`` alone were asked for.
     ``explored`` counts the samples of the explorer, ``radii`` those of its slider; ``notes`` say
     what is missing on the page, and why.
     """
 
-    page: str
+    page: str | None
     bytes: int
     certificates: tuple[str, ...]
     results: dict[str, int]
     explored: int
     radii: tuple[str, ...]
     notes: tuple[str, ...]
+    card: str | None = None
+    bom: str | None = None
 
 
 def report(
@@ -44,7 +47,17 @@ def report(
             metavar="FILE|FOLDER...",
         ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The .html file to write.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The .html file to write.")
+    ] = None,
+    card: Annotated[
+        Path | None,
+        typer.Option("--card", help="A model card to write: Markdown as the Hugging Face Hub has."),
+    ] = None,
+    bom: Annotated[
+        Path | None,
+        typer.Option("--bom", help="A bill of materials to write: CycloneDX 1.6, as JSON."),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -63,24 +76,43 @@ def report(
 ) -> None:
     """Write one self-contained HTML page: verdicts, curves, layers, runtimes and an explorer.
 
+    A model card and a bill of materials are written beside it, or without it.
+
     Example: cactus-edge report certificate.jsonl model.tflite -o report.html
 
     Example: cactus-edge report searches/digits --data digits -o report.html
+
+    Example: cactus-edge report certificate.jsonl model.tflite --card README.md --bom bom.json
     """
     from cactus_edge import report as reporting
 
-    files.refuse_existing(output, force)
+    outputs = [path for path in (output, card, bom) if path is not None]
+    if not outputs:
+        raise UsageError("nothing to write: give -o PAGE.html, --card FILE.md or --bom FILE.json")
+    if len(set(outputs)) < len(outputs):
+        raise UsageError("-o, --card and --bom need files of their own")
+    for path in outputs:
+        files.refuse_existing(path, force)
     if not 0 <= samples <= _MOST_SAMPLES:
         raise UsageError(f"--samples {samples}: the explorer holds from 0 to {_MOST_SAMPLES}")
     read = reporting.read(sources, samples)
     notes: list[str] = []
-    explorer, widths = _measured(read, data, samples, notes)
-    heading = title or f"Report on {read.main.head.models[0].file}"
-    page = reporting.render(reporting.Page(heading, read, explorer, widths, tuple(notes)))
-    files.write(output, page, force=force)
+    explorer = None
+    made: list[tuple[Path, bytes]] = []
+    if output is not None:
+        explorer, widths = _measured(read, data, samples, notes)
+        heading = title or f"Report on {read.main.head.models[0].file}"
+        page = reporting.Page(heading, read, explorer, widths, tuple(notes))
+        made.append((output, reporting.render(page)))
+    if card is not None:
+        made.append((card, reporting.card(read)))
+    if bom is not None:
+        made.append((bom, reporting.bill_of_materials(read)))
+    for path, content in made:
+        files.write(path, content, force=force)
     shown = ReportOutput(
-        page=str(output),
-        bytes=len(page),
+        page=None if output is None else str(output),
+        bytes=0 if output is None else len(made[0][1]),
         certificates=tuple(str(claim.path) for claim in read.claims),
         results={
             "sweep": len(read.curves),
@@ -91,6 +123,8 @@ def report(
         explored=0 if explorer is None else len(explorer.samples),
         radii=() if explorer is None else tuple(step.exact for step in explorer.radii),
         notes=tuple(notes),
+        card=None if card is None else str(card),
+        bom=None if bom is None else str(bom),
     )
     for note in notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
@@ -101,7 +135,7 @@ def report(
         ("radii", ", ".join(shown.radii) or "-"),
         ("bytes", shown.bytes),
     ]
-    emit(shown, as_json, table(str(output), ("", "value"), rows))
+    emit(shown, as_json, table(str(outputs[0]), ("", "value"), rows))
 
 
 def _measured(

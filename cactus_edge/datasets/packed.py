@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Collection
 
 _GZIP = 31  # of zlib: a gzip header and the largest window
-_SPARE = 1 << 25  # bytes
+_SPARE = 30 << 20  # bytes
 _BLOCK = 512
 _MOST_MEMBERS = 64
 _REGULAR = (b"0", b"\0")
@@ -23,7 +23,7 @@ def unpacked(content: bytes) -> bytes:
 
     Raises:
         ValueError: damaged, cut off, followed by something, or larger than twice its file and
-            32 MiB, which no published data set is.
+            30 MiB, which no published data set is.
     """
     limit = 2 * len(content) + _SPARE
     machine = zlib.decompressobj(_GZIP)

@@ -7,6 +7,8 @@ charts    curves as coordinates
 page      all of it in one HTML file: template.html, style.css and page.js stand beside it
 """
 
+from cactus_edge.report.bom import bill_of_materials
+from cactus_edge.report.card import card
 from cactus_edge.report.explorer import Explorer, explore, opened
 from cactus_edge.report.layers import Widths, widths
 from cactus_edge.report.page import Page, render
@@ -17,6 +19,8 @@ __all__ = [
     "Page",
     "Sources",
     "Widths",
+    "bill_of_materials",
+    "card",
     "explore",
     "opened",
     "read",

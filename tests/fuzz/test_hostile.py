@@ -31,8 +31,8 @@ def _model(
 
 
 def one_table_many_times() -> bytes:
-    """A list of 100,000 tensors that all are the same table."""
-    count, data = 100_000, bytearray(_model([{"shape": (1, 4), "type": 9, "name": "t"}], []))
+    """A list of 40,000 tensors that all are the same table."""
+    count, data = 40_000, bytearray(_model([{"shape": (1, 4), "type": 9, "name": "t"}], []))
     subgraph = open_root(bytes(data), "model").tables("subgraphs", "subgraph")[0]
     data += bytes(-len(data) % 4)
     start, table = len(data), len(data) + 4 + 4 * count + 4
@@ -63,25 +63,24 @@ def one_constant_many_times() -> bytes:
 
 
 def a_missing_declaration() -> bytes:
-    """The last of 50,000 variables is called otherwise."""
-    names = (b"(declare-const X_%d Real)" % i for i in (*range(50_000), 60_000))
+    """The last of 20,000 variables is called otherwise."""
+    names = (b"(declare-const X_%d Real)" % i for i in (*range(20_000), 30_000))
     return b"".join(names) + b"(declare-const Y_0 Real)(assert (<= X_0 1))"
 
 
 def empty_lists() -> bytes:
-    """A formula of a million empty lists."""
-    return _DECLARED + b"(assert (and " + b"()" * 1_000_000 + b"))"
+    """A formula of 600,000 empty lists."""
+    return _DECLARED + b"(assert (and " + b"()" * 600_000 + b"))"
 
 
 def many_nodes() -> bytes:
-    """20,000 ReLUs."""
+    """5,000 ReLUs."""
     import onnx
     from onnx import TensorProto, helper
 
-    nodes = [helper.make_node("Relu", [f"r{i}"], [f"r{i + 1}"]) for i in range(20_000)]
+    nodes = [helper.make_node("Relu", [f"r{i}"], [f"r{i + 1}"]) for i in range(5_000)]
     ends = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4])
-        for name in ("r0", "r20000")
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in ("r0", "r5000")
     ]
     graph = helper.make_graph(nodes, "main", ends[:1], ends[1:])
     model: onnx.ModelProto = helper.make_model(graph)
@@ -91,7 +90,7 @@ def many_nodes() -> bytes:
 def packed_zeros() -> bytes:
     """An archive of arrays a thousand times its size."""
     stream = io.BytesIO()
-    labels, zeros = np.arange(2), np.zeros((2, 1 << 26), np.uint8)
+    labels, zeros = np.arange(2), np.zeros((2, 1 << 25), np.uint8)
     np.savez_compressed(stream, x_train=zeros, y_train=labels, x_test=zeros, y_test=labels)
     return stream.getvalue()
 

@@ -1,0 +1,30 @@
+"""``make fuzz``: each target in turn, ``CACTUS_EDGE_FUZZ_SECONDS`` seconds (60 without it)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.fuzz.targets import TARGETS
+
+FOLDER = Path("build/fuzz")
+
+
+def main() -> int:
+    seconds = os.environ.get("CACTUS_EDGE_FUZZ_SECONDS", "60")
+    failed = 0
+    for name in TARGETS:
+        command = [sys.executable, "-m", "tests.fuzz.search", name, "--seconds", seconds]
+        done = subprocess.run([*command, "--folder", str(FOLDER)], check=False)
+        found = sorted((FOLDER / name / "findings").glob("*.bin"))
+        failed += bool(done.returncode or found)
+        print(f"{name}: exit code {done.returncode}, {len(found)} findings", flush=True)
+        for path in found:
+            print(f"  {path}: {path.with_suffix('.txt').read_text().splitlines()[-1]}")
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,75 @@
+"""The model card and the bill of materials say what the files say, in the same bytes each time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+from report.conftest import Made
+
+from cactus_edge import report
+from cactus_edge.cli import run
+
+
+@pytest.fixture(scope="module")
+def sources(made: Made) -> report.Sources:
+    return report.read([made.certificate, made.model], 10)
+
+
+def test_the_card(sources: report.Sources, made: Made) -> None:
+    text = report.card(sources).decode()
+    _, head, body = text.split("---\n", 2)
+    values = yaml.safe_load(head)
+    result = values["model-index"][0]["results"][0]
+    summary = made.claim.tail.summary
+    assert [metric["value"] for metric in result["metrics"]] == [
+        summary.standard_accuracy,
+        summary.certified_accuracy,
+    ]
+    assert values["datasets"] == ["digits"]
+    for fact in (made.claim.head.models[0].sha256, sources.main.sha256):
+        assert fact in body
+    assert report.card(report.read([made.certificate, made.model], 10)) == text.encode()
+
+
+def test_names_are_no_markup(sources: report.Sources) -> None:
+    import msgspec
+
+    claim = sources.main
+    model = msgspec.structs.replace(claim.head.models[0], file="<b>|x`\n---\n# y")
+    head = msgspec.structs.replace(claim.head, models=(model,))
+    from dataclasses import replace
+
+    text = report.card(replace(sources, claims=(replace(claim, head=head),))).decode()
+    assert "\n# y" not in text
+    assert "<b>" not in text.split("---\n", 2)[2]
+    assert yaml.safe_load(text.split("---\n", 2)[1])["model-index"][0]["name"] == model.file
+
+
+def test_the_bill_is_valid(sources: report.Sources, made: Made) -> None:
+    content = report.bill_of_materials(sources)
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(content.decode()) is None
+    document = json.loads(content)
+    by_kind = {entry["type"]: entry for entry in document["components"]}
+    model = by_kind["machine-learning-model"]
+    assert model["hashes"] == [{"alg": "SHA-256", "content": made.claim.head.models[0].sha256}]
+    metrics = model["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+    assert float(metrics[1]["value"]) == made.claim.tail.summary.certified_accuracy
+    assert report.bill_of_materials(report.read([made.certificate, made.model], 10)) == content
+
+
+def test_the_command_line(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    card, bom = tmp_path / "README.md", tmp_path / "bom.json"
+    given = ["report", str(made.certificate), str(made.model), "--card", str(card)]
+    assert run([*given, "--bom", str(bom), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["page"], shown["card"], shown["bom"]) == (None, str(card), str(bom))
+    assert card.read_bytes().startswith(b"---\n")
+    assert run(given) == 2
+    assert "use --force" in capsys.readouterr().err
+    assert run(["report", str(made.certificate)]) == 2
+    assert "nothing to write" in capsys.readouterr().err
