@@ -1,7 +1,7 @@
 # Every target builds .venv first if it is missing or older than what defines it.
 
 .PHONY: install demo test check evidence evidence-training evidence-trust evidence-runtimes pi-check \
-	bench zoo screenshots docs lock sbom clean
+	bench zoo screenshots fuzz docs lock sbom clean
 .DEFAULT_GOAL := test
 
 BIN := .venv/bin
@@ -89,6 +89,11 @@ lock sbom: $(STAMP)
 # The pictures of docs/report.md; needs a Chromium (Debian: apt-get install chromium).
 screenshots: $(STAMP)
 	$(BIN)/pytest -m evidence -s tests/evidence/test_report.py
+
+# Coverage-guided; CACTUS_EDGE_FUZZ_SECONDS for each target.
+fuzz: $(STAMP)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz
 
 # The documentation as a site in build/site; no page of it needs a network.
 docs: $(STAMP)

@@ -23,9 +23,6 @@ def card(sources: Sources) -> bytes:
     claim = sources.main
     names = ", ".join(model.file for model in claim.head.models)
     parts = [
-        "---",
-        *_yaml(_head(sources)),
-        "---",
         f"# {_plain(names)}",
         "An integer model in TensorFlow Lite's format, with a certificate: for each sample that is "
         "counted as certified the decision is proved for every input of the stated set, in the "
@@ -40,10 +37,8 @@ def card(sources: Sources) -> bytes:
         f"Written by cactus-edge {cactus_edge.__version__} from the files above; it states nothing "
         "else.",
     ]
-    text = (
-        "\n\n".join(parts).replace("---\n\n", "---\n", 1).replace("\n\n---\n\n# ", "\n---\n\n# ", 1)
-    )
-    return (text + "\n").encode()
+    body = "\n\n".join(parts)
+    return f"---\n{_yaml(_head(sources))}\n---\n\n{body}\n".encode()
 
 
 def _head(sources: Sources) -> dict[str, object]:
@@ -67,9 +62,9 @@ def _head(sources: Sources) -> dict[str, object]:
     return {**head, "datasets": [data.name], "model-index": [model]}
 
 
-def _yaml(values: dict[str, object]) -> Iterator[str]:
+def _yaml(values: dict[str, object]) -> str:
     """JSON is YAML; a key a line, with every character outside ASCII escaped."""
-    yield "\n".join(f"{key}: {json.dumps(value)}" for key, value in values.items())
+    return "\n".join(f"{key}: {json.dumps(value)}" for key, value in values.items())
 
 
 def _claimed(claim: Claim) -> Iterator[str]:

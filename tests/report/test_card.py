@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import yaml
 from cyclonedx.schema import SchemaVersion
@@ -37,13 +39,9 @@ def test_the_card(sources: report.Sources, made: Made) -> None:
 
 
 def test_names_are_no_markup(sources: report.Sources) -> None:
-    import msgspec
-
     claim = sources.main
     model = msgspec.structs.replace(claim.head.models[0], file="<b>|x`\n---\n# y")
     head = msgspec.structs.replace(claim.head, models=(model,))
-    from dataclasses import replace
-
     text = report.card(replace(sources, claims=(replace(claim, head=head),))).decode()
     assert "\n# y" not in text
     assert "<b>" not in text.split("---\n", 2)[2]
