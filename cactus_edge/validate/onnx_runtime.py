@@ -2,8 +2,9 @@
 
 Its fused kernels of convolutions and linear layers requantize by a float32 product whose factor is
 formed from left to right: the arithmetic of the profiles ``litert-xnnpack-*`` for int8 weights.
-Sums and averages it computes in ways that no profile describes, so that models with them are not
-covered. Fusing int8 convolutions has to be allowed in the session (``served`` does).
+Sums it rounds in float32, which is the same where none comes near a half. Averages, and other
+sums, it computes in ways that no profile describes, so that models with them are not covered.
+Fusing int8 convolutions has to be allowed in the session (``served`` does).
 """
 
 from __future__ import annotations
@@ -14,7 +15,17 @@ import numpy as np
 
 from cactus_edge import universal
 from cactus_edge.errors import CactusEdgeError
-from cactus_edge.graph import DType, Graph, Int64Array, Linear, MaxPool2D, Operator, Pad, Reshape
+from cactus_edge.graph import (
+    Add,
+    DType,
+    Graph,
+    Int64Array,
+    Linear,
+    MaxPool2D,
+    Operator,
+    Pad,
+    Reshape,
+)
 from cactus_edge.validate.child import Part, Worker
 
 MODE = "onnx"
@@ -29,6 +40,9 @@ def outside(graph: Graph) -> str:
         if isinstance(op, Linear):
             if op.weights.bits <= 4 and not universal.is_universal(graph):
                 return f"{where}: no profile has int4 weights as ONNX Runtime rounds them"
+        elif isinstance(op, Add) and universal.sum_agrees(graph, op):
+            if _near_halves(graph, op):
+                return f"{where}: sums come so near to halves that float arithmetic decides"
         elif not isinstance(op, MaxPool2D | Pad | Reshape):
             return f"{where}: no profile describes how ONNX Runtime computes it"
     try:
@@ -36,6 +50,12 @@ def outside(graph: Graph) -> str:
     except CactusEdgeError as error:
         return str(error)
     return ""
+
+
+def _near_halves(graph: Graph, op: Add) -> int:
+    from cactus_edge.onnx_io.quantized import near_halves
+
+    return near_halves([graph.tensors[index] for index in (*op.inputs, op.output)])
 
 
 def _content(graph: Graph) -> bytes:

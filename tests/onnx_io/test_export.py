@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cactus_edge import flatbuffer, flow, inputs, vnnlib
 from cactus_edge.cli import run as cli
 from cactus_edge.errors import DataError, ToolError, UnsupportedModelError
+from cactus_edge.execute import execute
 from cactus_edge.graph import Conv2D, DepthwiseConv2D, Graph
 from cactus_edge.inputs import Perturbation
 from cactus_edge.lowering.calibration import Calibration
@@ -23,9 +24,11 @@ from cactus_edge.onnx_io.convert import Settings, import_onnx
 from cactus_edge.onnx_io.reading import read
 from cactus_edge.onnx_io.samples import Samples, real
 from cactus_edge.onnx_io.translate import translate
+from cactus_edge.universalize import universalize
+from cactus_edge.validate.onnx_runtime import OnnxWorker
 from cactus_edge.vnnlib.writing import robustness
 from tests.graphs import random_graph
-from tests.onnx_io.models import RandomModel
+from tests.onnx_io.models import Maker, RandomModel
 
 EXACT = ("CONV_2D", "DEPTHWISE_CONV_2D", "MAX_POOL_2D", "PAD", "RESHAPE", "FULLY_CONNECTED")
 
@@ -68,6 +71,36 @@ def test_ties_of_averages_are_counted() -> None:
         found.append(export.compare(graph, export.to_qdq(graph), nothing(graph)))
     assert any(min(report.differences.values()) for report in found)
     assert max(report.largest for report in found) <= 8
+
+
+def averaging(seed: int) -> Graph:
+    """A sum behind a linear layer, then an average over 2x2, in universal form."""
+    rng = np.random.default_rng(seed)
+    maker = Maker(("n", 2, 6, 6))
+    maker.add("Conv", maker.constant(rng.normal(0, 0.3, (4, 2, 3, 3))), pads=[1, 1, 1, 1])
+    before = maker.add("Relu")
+    maker.add("Conv", maker.constant(rng.normal(0, 0.3, (4, 4, 3, 3))), pads=[1, 1, 1, 1])
+    maker.add("Add", before)
+    maker.add("AveragePool", kernel_shape=[2, 2], strides=[2, 2])
+    maker.add("Flatten")
+    maker.add("Gemm", maker.constant(rng.normal(0, 0.3, (36, 5))))
+    samples = Samples("random", rng.integers(0, 256, (32, 6, 6, 2), np.uint8), "")
+    return import_onnx(maker.content(), samples, Settings())[0]
+
+
+def test_averages_that_have_become_layers_are_equal() -> None:
+    """With signed kernels, ties of averages over even windows are all that differs."""
+    parts: list[tuple[Graph, np.ndarray]] = []
+    for seed in range(3):
+        graph = averaging(seed)
+        moved, layers = universalize(graph, even_pools=True)
+        assert [(layer.kind, layer.remaining) for layer in layers] == [("AVERAGE_POOL_2D", 0)]
+        stored = np.random.default_rng(seed).integers(-128, 128, (100, 6, 6, 2))
+        parts += [(graph, stored), (moved, stored)]
+    wanted = [execute(graph, stored) for graph, stored in parts]
+    pairs = zip(wanted, OnnxWorker().run(parts), strict=True)
+    wrong = [int((a.ravel() != b.ravel()).sum()) for a, b in pairs]
+    assert all(wrong[::2]) and not any(wrong[1::2]), wrong
 
 
 def test_another_weight_is_counted() -> None:
