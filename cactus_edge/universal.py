@@ -18,7 +18,15 @@ import numpy.typing as npt
 from cactus_edge import profiles, semantics
 from cactus_edge.constraints import accumulator_bounds, stored_range
 from cactus_edge.errors import InvalidGraphError
-from cactus_edge.graph import Add, DType, Graph, Int64Array, Linear, Requantization
+from cactus_edge.graph import (
+    Add,
+    DepthwiseConv2D,
+    DType,
+    Graph,
+    Int64Array,
+    Linear,
+    Requantization,
+)
 from cactus_edge.operators import Lookup, Mean, Pair
 from cactus_edge.profiles import Method
 from cactus_edge.semantics import AddRounding, Rounding
@@ -95,12 +103,18 @@ def disagreeing_channels(graph: Graph, op: Linear) -> tuple[int, ...]:
 
 
 def _all_accumulators(graph: Graph, op: Linear) -> Int64Array | None:
-    """Int64 [stored integers, channels] where a channel reads one element, else None."""
-    if op.weights.values.size != op.channels:
+    """Int64 [values, channels] where a channel reads one element, or none, else None.
+
+    Weights of 0 read nothing. Padding reads as the zero point, so that 0 is among the values.
+    """
+    values = op.weights.values
+    values = np.moveaxis(values, 3, 0) if isinstance(op, DepthwiseConv2D) else values
+    rows = values.reshape(op.channels, -1)
+    if (np.count_nonzero(rows, axis=1) > 1).any():
         return None
     lower, upper = stored_range(graph, op.inputs[0])
     levels = np.arange(lower, upper + 1, dtype=np.int64) - graph.tensors[op.inputs[0]].zero_point
-    return levels[:, None] * op.weights.values.reshape(1, -1).astype(np.int64) + op.bias
+    return np.append(levels, 0)[:, None] * rows.sum(1, dtype=np.int64) + op.bias
 
 
 def step_points(

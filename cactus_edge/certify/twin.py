@@ -36,7 +36,7 @@ from cactus_edge.graph import (
     Tensor,
     Weights,
 )
-from cactus_edge.operators import Mean, Rows
+from cactus_edge.operators import Lookup, Mean, Rows, Unary
 from cactus_edge.profiles import is_resolved
 from cactus_edge.semantics import Rounding
 
@@ -71,12 +71,17 @@ class Twin:
         return flat[:, low], flat[:, high]
 
 
-def twin(graph: Graph) -> Twin:
+def twin(graph: Graph, *, tables: bool = False) -> Twin:
     """The twin of a graph, from its integer input to its logits; resolved if the graph is.
+
+    Args:
+        graph: with scales, or resolved.
+        tables: take functions of one value, too, where they do not fall anywhere. Without scales
+            that is seen in the table; with them, ``twin_model`` looks at each profile's.
 
     Raises:
         UnsupportedModelError: a RESHAPE splits the channels of a large tensor that a convolution, a
-            pool or an ADD then reads; or an operator is a table or moves elements.
+            pool or an ADD then reads; or an operator is a table that falls or moves elements.
     """
     tensors = [_doubled(tensor) for tensor in graph.tensors]
     halves = {graph.core_input: _stacked(graph.tensors[graph.core_input])}
@@ -86,7 +91,10 @@ def twin(graph: Graph) -> Twin:
         halves[op.output] = (
             sources[0] if isinstance(op, Reshape) else _stacked(graph.tensors[op.output])
         )
-        doubled = _rewrite(graph, op, sources[0])
+        if tables and isinstance(op, Lookup):
+            doubled = _table(op)
+        else:
+            doubled = _rewrite(graph, op, sources[0])
         if not (isinstance(op, Reshape) or _reads_any_order(graph, op)):
             inputs = tuple(
                 _stack_again(graph, tensors, operators, index, source)
@@ -186,6 +194,15 @@ def _rewrite(graph: Graph, op: Operator, source: tuple[Int64Array, Int64Array]) 
             raise UnsupportedModelError(
                 f"{op.kind} '{op.name}' has no twin: bounds of it are propagated another way"
             )
+
+
+def _table(op: Lookup) -> Operator:
+    if isinstance(op, Unary) and (op.table is None or not (np.diff(op.table) < 0).any()):
+        return op
+    raise UnsupportedModelError(
+        f"{op.kind} '{op.name}' has no twin: of functions, only those of one value that fall "
+        "nowhere apply to both bounds"
+    )
 
 
 def _linear(graph: Graph, op: Linear, source: tuple[Int64Array, Int64Array]) -> Linear:

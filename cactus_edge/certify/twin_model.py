@@ -22,6 +22,7 @@ from cactus_edge.certify.twin import Twin, twin
 from cactus_edge.constraints import validate
 from cactus_edge.errors import InvalidGraphError, UnsupportedModelError
 from cactus_edge.graph import Add, Graph, Linear, Requantization
+from cactus_edge.operators import Lookup
 
 METADATA = "cactus_edge.twin"
 LAYOUT = "last axis: lower ends, then upper ends"
@@ -74,7 +75,7 @@ def twin_model(graph: Graph) -> TwinModel:
             "file, before `resolve`"
         )
     core = Graph(graph.tensors, graph.core, graph.core_input, graph.logits)
-    double = twin(core)
+    double = twin(core, tables=True)
     entries = ((METADATA, json.dumps({"layout": LAYOUT}).encode()),)
     double = replace(double, graph=replace(double.graph, metadata=entries))
     validate(double.graph)
@@ -122,10 +123,10 @@ def make_twin(model: Path, output: Path, *, force: bool = False) -> TwinReport:
 def _difference(core: Graph, double: Graph, name: str) -> str:
     """Where the integers of the twin's layers are not those of the model's; empty if nowhere."""
     try:
-        wanted = twin(profiles.resolve(core, name)).graph
+        wanted = twin(profiles.resolve(core, name), tables=True).graph
         found = profiles.resolve(double, name)
         validate(found)
-    except InvalidGraphError as error:
+    except (InvalidGraphError, UnsupportedModelError) as error:
         return str(error)
     own = {op.output for op in core.operators}
     for old, new in zip(wanted.operators, found.operators, strict=True):
@@ -136,6 +137,9 @@ def _difference(core: Graph, double: Graph, name: str) -> str:
             equal = _equal(old.requantization, new.requantization)
         elif isinstance(old, Add) and isinstance(new, Add):
             equal = old.requantization == new.requantization
+        elif isinstance(old, Lookup) and isinstance(new, Lookup):
+            assert old.table is not None and new.table is not None  # resolved
+            equal = np.array_equal(old.table, new.table)
         else:
             equal = True  # pools, PAD and RESHAPE have one arithmetic
         if not equal:

@@ -10,13 +10,18 @@ import numpy as np
 import pytest
 
 from cactus_edge import cli, flatbuffer, profiles, universal
+from cactus_edge.certify.intervals import IntervalSession
 from cactus_edge.certify.twin import twin
 from cactus_edge.certify.twin_model import TwinModel, make_twin, twin_model
 from cactus_edge.errors import UnsupportedModelError
 from cactus_edge.execute import execute
-from cactus_edge.graph import Graph, Int64Array
+from cactus_edge.graph import Graph, Int64Array, Quantization, Tensor
+from cactus_edge.operators import Function, Unary
 from cactus_edge.profiles import PROFILES, resolve
-from cactus_edge.validate.runtimes import Peer, peers, runner
+from cactus_edge.universalize import universalize
+from cactus_edge.validate.onnx_runtime import outside
+from cactus_edge.validate.runtimes import Peer, onnx_peer, peers, runner
+from tests import stock
 from tests.graphs import CORE_OPERATORS, random_box, random_graph
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +88,10 @@ def test_runtimes_compute_the_bounds(peer: Peer) -> None:
     """The file's bytes, on every runtime under its own profile."""
     parts: list[tuple[Graph, Int64Array]] = []
     expected: list[Int64Array] = []
+    graph, model = tabled("lenet")
+    lower, upper = boxes(graph, 0, 4, 9)
+    parts.append((model.twin.graph, model.twin.stack(lower, upper)))
+    expected.append(np.hstack(model.twin.split(graph.logits, execute(*parts[0]))))
     for seed in range(24):
         pair = made(seed)
         if pair is None or peer.profile not in pair[1].profiles:
@@ -91,10 +100,66 @@ def test_runtimes_compute_the_bounds(peer: Peer) -> None:
         lower, upper = boxes(graph, seed, 4, 20)
         parts.append((model.twin.graph, model.twin.stack(lower, upper)))
         expected.append(np.hstack(bounds(graph, lower, upper, peer.profile)))
-    assert len(parts) > 2
+    assert len(parts) > 3
     for (graph, _), found, wanted in zip(parts, runner(peer)(parts), expected, strict=True):
         double = found.reshape(len(found), -1)
         assert np.array_equal(double, wanted), graph.operators[-1].name
+
+
+def test_onnx_runtime_computes_the_bounds() -> None:
+    """Its signed kernels of layers, in the QDQ form of the twin."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    peer = onnx_peer()
+    kinds = ("CONV_2D", "DEPTHWISE_CONV_2D", "MAX_POOL_2D", "PAD", "RESHAPE", "FULLY_CONNECTED")
+    parts: list[tuple[Graph, Int64Array]] = []
+    expected: list[Int64Array] = []
+    universals = 0
+    for seed in range(16):
+        rng = np.random.default_rng(seed)
+        graph = random_graph(rng, operators=kinds, bits=(8,), universal=seed % 2 == 0)
+        try:
+            model = twin_model(graph)
+        except UnsupportedModelError:
+            continue
+        if outside(model.twin.graph) or peer.profile not in model.profiles:
+            continue
+        universals += model.universal
+        lower, upper = boxes(graph, seed, 10, 20)
+        parts.append((model.twin.graph, model.twin.stack(lower, upper)))
+        expected.append(np.hstack(bounds(graph, lower, upper, peer.profile)))
+    assert len(parts) > 4 and 0 < universals < len(parts)
+    for found, wanted in zip(runner(peer)(parts), expected, strict=True):
+        assert np.array_equal(found.reshape(len(found), -1), wanted)
+
+
+TABLED = ("lenet", "sine")
+
+
+@functools.cache
+def tabled(name: str) -> tuple[Graph, TwinModel]:
+    """A file of another converter in universal form: lenet has a TANH and a LOGISTIC."""
+    graph, _ = universalize(stock.model(name).graph)
+    return graph, twin_model(graph)
+
+
+@pytest.mark.parametrize("name", TABLED)
+def test_functions_of_one_value_that_fall_nowhere_have_a_twin(name: str) -> None:
+    graph, model = tabled(name)
+    lower, upper = boxes(graph, 1, 20, 9)
+    again = flatbuffer.read_tflite(flatbuffer.write_tflite(model.twin.graph))
+    assert model.universal and "tflite-micro" in model.profiles
+    (wanted,) = IntervalSession(resolve(graph)).run(lower, upper).values()
+    for profile in model.profiles:
+        values = execute(again, model.twin.stack(lower, upper), profile)
+        found = model.twin.split(graph.logits, values)
+        assert all(map(np.array_equal, found, wanted)), profile
+
+
+def test_functions_that_fall_have_none() -> None:
+    tensors = [Tensor(n, (1, 4), quantization=Quantization.of(0.03, -9)) for n in ("x", "y")]
+    op = Unary(name="gate", inputs=(0,), output=1, function=Function.HARD_SWISH)
+    with pytest.raises(UnsupportedModelError, match="HARD_SWISH 'gate' has no twin"):
+        twin_model(Graph(tuple(tensors), (op,), 0, 1))
 
 
 def test_a_model_of_the_repository(tmp_path: Path) -> None:
