@@ -19,7 +19,7 @@ from tests import stock
 from tests.evidence.matrix.places import Place
 from tests.evidence.matrix.subjects import EVERYWHERE, LAYERS, Subject
 
-_PACKED = {"FULLY_CONNECTED, int4", "FULLY_CONNECTED, int4, odd"}
+_PACKED = {"FULLY_CONNECTED, int4"}
 _EMULATED_BYTES = 16_000
 """Stock files up to which an emulated processor computes each layer, on one sample."""
 _WINDOWS = "litert-xnnpack-arm"
