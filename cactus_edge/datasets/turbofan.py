@@ -124,12 +124,11 @@ def _table(file: str) -> tuple[Path, Table]:
             content = stream.read(_LARGEST_FILE + 1)
         if path.suffix == ".gz":
             content = unpacked(content)
-        if not content.strip() or len(content) > _LARGEST_FILE:
+        decoded = content.decode("ascii")
+        if not decoded.strip() or len(content) > _LARGEST_FILE:
             raise ValueError("empty, or far too long")
-        text = io.StringIO(content.decode("ascii"))
+        text = io.StringIO(decoded)
         table = np.loadtxt(text, dtype=np.float64, comments=None, ndmin=2)
-        if not table.size:
-            raise ValueError("no numbers")
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path}: not a table of numbers: {error}; use the original file"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.fuzz.record import record
 from tests.fuzz.targets import TARGETS
 
 FOLDER = Path("build/fuzz")
@@ -23,6 +24,7 @@ def main() -> int:
         print(f"{name}: exit code {done.returncode}, {len(found)} findings", flush=True)
         for path in found:
             print(f"  {path}: {path.with_suffix('.txt').read_text().splitlines()[-1]}")
+    record(FOLDER)
     return min(failed, 1)
 
 

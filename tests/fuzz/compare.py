@@ -101,7 +101,9 @@ def main() -> int:
         compare(made[start : start + _BATCH], tally, wrong)
     for number, one in enumerate(wrong):
         (given.folder.parent / f"different-{number}.tflite").write_bytes(one.data)
-    print(json.dumps(tally))
+    text = json.dumps(tally)
+    (given.folder.parent / "compare.json").write_text(text)
+    print(text)
     return 1 if wrong else 0
 
 
