@@ -16,9 +16,10 @@ to the reader in process. A finding is an error that is not one of the named one
 more than a thousand characters, {SECONDS:.0f} s of processor time, or memory of more than 64 MiB
 and four times the file's size. Targets with a second word set checksums, lengths or digests right
 behind the change, so that what lies behind them is reached. What was found, and what reading
-the code suggested, is fixed and stored in `tests/fuzz/corpus/` and `tests/fuzz/test_hostile.py`, which
-`make test` replays; *left* are findings that the present readers still have. Executions are those
-that were counted, at most 500 a run fewer than were made, by readers that were being repaired.
+the code suggested, is fixed and stored in `tests/fuzz/corpus/` and `tests/fuzz/test_hostile.py`,
+which `make test` replays; *left* are findings that the present readers still have. Executions
+are those that were counted, at most 500 a run fewer than were made, by readers that were being
+repaired.
 """
 
 
