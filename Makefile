@@ -92,7 +92,7 @@ screenshots: $(STAMP)
 
 # Coverage-guided; CACTUS_EDGE_FUZZ_SECONDS for each target.
 fuzz: $(STAMP)
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[fuzz]'
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python -m tests.fuzz
 
 # The documentation as a site in build/site; no page of it needs a network.

@@ -133,7 +133,7 @@ def test_existing_run_is_neither_lost_nor_mixed(few_text: str, copied: Path) -> 
 
 def test_other_mistakes_are_named(tiny: Recipe, tiny_text: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be used as an output directory"):
+    with pytest.raises(OutputError, match="cannot be used as a folder"):
         train(tiny, tmp_path / "file", device="cpu")
     with pytest.raises(UsageError, match="unknown device 'tpu'"):
         train(tiny, tmp_path / "run", device="tpu")
@@ -175,7 +175,7 @@ def test_damaged_files_are_named(few_text: str, copied: Path, tmp_path: Path) ->
     with pytest.raises(DataError, match="damaged: Object missing required field"):
         load_network(run)
     checkpoint.write_tensors(model, {"fc1.weight": torch.zeros(2, 2)}, metadata)
-    with pytest.raises(DataError, match=r"(?s)damaged: .*Missing key"):
+    with pytest.raises(DataError, match=r"damaged: .* is missing, in the described network"):
         load_network(run)
     tensors["fc1.bias"].fill_(torch.nan)
     checkpoint.write_tensors(model, tensors, metadata)
