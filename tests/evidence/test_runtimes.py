@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
 
+from cactus_edge import files
 from tests.evidence.matrix import page
 from tests.evidence.matrix.places import Place, places
-from tests.evidence.matrix.running import Answer, answer
+from tests.evidence.matrix.running import Answer, Claim, Outcome, answer
 from tests.evidence.matrix.subjects import Subject, subjects
 
 BUILD = Path(__file__).resolve().parents[2] / "build" / "evidence" / "runtimes"
@@ -29,15 +31,38 @@ def kept(place: Place, chosen: list[Subject], suspects: set[str]) -> Answer:
     digest = hashlib.sha256()
     for subject in chosen:
         digest.update(subject.model.content + subject.inputs.tobytes())
-    path = BUILD / f"{place.key}-{digest.hexdigest()[:12]}.pickle"
+    path = BUILD / f"{place.key}-{digest.hexdigest()[:12]}.json"
     if path.exists():
-        return pickle.loads(path.read_bytes())
+        return restored(path.read_bytes())
     found = answer(place, chosen, suspects)
     BUILD.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(pickle.dumps(found))
-    partial.rename(path)
+    files.write(path, stored(found), force=True)
     return found
+
+
+def stored(found: Answer) -> bytes:
+    """An answer as JSON."""
+    return msgspec.json.encode(found, enc_hook=lambda logits: logits.tolist())
+
+
+def restored(data: bytes) -> Answer:
+    """What ``stored`` made of an answer."""
+
+    def hook(_kind: type, value: object) -> object:
+        return np.array(value, np.int64)
+
+    return msgspec.json.decode(data, type=Answer, dec_hook=hook)
+
+
+def test_answers_are_kept_as_they_are() -> None:
+    logits = np.arange(-6, 6).reshape(4, 3)
+    outcomes = [Outcome("a", "equal", "tflite-micro", "", 12, 0, logits), Outcome("b", "refused")]
+    found = Answer(Claim("tflite-micro", 7, 0, ("ADD",)), outcomes)
+    again = restored(stored(found))
+    assert again.claim == found.claim and again.outcomes[1] == outcomes[1]
+    kept_logits = again.outcomes[0].logits
+    assert kept_logits is not None and np.array_equal(kept_logits, logits)
+    assert again.outcomes[0].output == outcomes[0].output != ""
 
 
 def asked_for(place: Place) -> Place:
