@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -89,6 +90,35 @@ def test_a_comparison_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(training_, "sweep", None)  # nothing is certified again
     compare("digits", methods, (0, 1), 2, tmp_path / "build")
     assert (tmp_path / "training-digits.md").read_text() == page
+
+
+SHOWN = {"dense": "0 % sparse", "95 % sparse": "95 % sparse", "98 % sparse": "98 % sparse"}
+CACTUS = "CACTUS, all sparsities"
+ALONE = ("CACTUS, one sparsity", "CACTUS, one width")
+
+
+def test_the_guide_quotes_what_was_measured() -> None:
+    """The table of docs/training.md, cell by cell, and its best rivals by name."""
+    measured: dict[str, dict[str, float]] = {}
+    for row in json.loads((results.FOLDER / "training.json").read_bytes())["rows"]:
+        mean = float(row["certified, interval %"].split()[0])
+        measured.setdefault(row["compression"], {})[row["method"]] = mean
+    guide = (results.FOLDER.parent / "training.md").read_text(encoding="utf-8")
+    part = guide[guide.index("| deployed | one-shot from IBP") :]
+    lines = part[: part.index("\n\n")].splitlines()[2:]
+    assert len(lines) == 6
+    for line in lines:
+        title, plain, rival, whole, alone = (cell.strip() for cell in line.strip("|").split("|"))
+        width, sparsity = title.split(", ")
+        bits = {"int8": "8 bit"}.get(width, width)
+        cells = measured[f"{SHOWN[sparsity]}, {bits}"]
+        rivals = {name: mean for name, mean in cells.items() if not name.startswith("CACTUS")}
+        best = max(rivals.values())
+        names = rival[rival.index("(") + 1 : -1]
+        assert plain == f"{cells['IBP']:.2f}" and whole == f"{cells[CACTUS]:.2f}", title
+        assert rival.startswith(f"{best:.2f} (") and names in rivals, title
+        assert rivals[names] == best, title
+        assert alone == next((f"{cells[name]:.2f}" for name in ALONE if name in cells), ""), title
 
 
 def compare(
