@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cactus_edge.flatbuffer import schema
-from tests.foreign import CHANNELS, HEIGHT, INPUT, WIDTH, File, Scale, Shape
+from tests.foreign_file import CHANNELS, HEIGHT, INPUT, WIDTH, File, Scale, Shape
 
 # What the reference converter writes.
 VERSIONS = {

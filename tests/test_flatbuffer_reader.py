@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import struct
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import pytest
-import tflite
 from graphs import random_graph
 
 from cactus_edge.errors import (
@@ -18,161 +12,28 @@ from cactus_edge.errors import (
     UnsupportedModelError,
 )
 from cactus_edge.execute import execute
-from cactus_edge.flatbuffer import read_tflite, schema, storable, wire, write_tflite
+from cactus_edge.flatbuffer import read_tflite, storable, wire, write_tflite
 from cactus_edge.flatbuffer.writer import model_values
-from cactus_edge.graph import (
-    Activation,
-    Add,
-    AveragePool2D,
-    Conv2D,
-    DepthwiseConv2D,
-    DType,
-    FullyConnected,
-    Graph,
-    Pad,
-    Padding,
-    Quantization,
-    Reshape,
-    Softmax,
-    Tensor,
-    Weights,
+from tests.flatbuffer_edits import (
+    Edit,
+    behind,
+    check,
+    code,
+    data_of,
+    drop,
+    edited,
+    float_bits,
+    index_of,
+    model,
+    operator,
+    options,
+    put,
+    quantized,
+    sample,
+    subgraph,
+    tensor,
+    thaw,
 )
-
-# A table of the file, as nested dictionaries and lists.
-Tree = Any
-Edit = Callable[[Tree], None]
-
-
-def float_bits(*values: float) -> np.ndarray:
-    return np.array(values, np.float32).view(np.uint32)
-
-
-def sample() -> Graph:
-    """Every kind of operator that has options or constants, in a fixed order."""
-    scale = Quantization.of(0.05, -7)
-    shapes = (
-        (1, 4, 4, 2),  # 0 input
-        (1, 6, 5, 2),  # 1 pad
-        (1, 4, 3, 2),  # 2 convolution
-        (1, 4, 3, 4),  # 3 depthwise
-        (1, 4, 3, 4),  # 4 sum
-        (1, 2, 1, 4),  # 5 pool
-        (1, 8),  # 6 flat
-        (1, 3),  # 7 logits
-    )
-    names = ("input", "pad", "convolution", "depthwise", "sum", "pool", "flat", "logits")
-    tensors = [Tensor(n, s, DType.INT8, scale) for n, s in zip(names, shapes, strict=True)]
-    tensors.append(Tensor("softmax", (1, 3), DType.INT8, Quantization.of(1 / 256, -128)))
-    rng = np.random.default_rng(0)
-    operators = (
-        Pad(name="pad", inputs=(0,), output=1, paddings=((0, 0), (1, 1), (0, 1), (0, 0))),
-        Conv2D(
-            name="convolution",
-            inputs=(1,),
-            output=2,
-            weights=Weights(rng.integers(-9, 9, (2, 3, 3, 2)), 8, float_bits(0.01, 0.02)),
-            bias=np.array([3, -4]),
-            activation=Activation.RELU,
-        ),
-        DepthwiseConv2D(
-            name="depthwise",
-            inputs=(2,),
-            output=3,
-            weights=Weights(rng.integers(-7, 8, (1, 3, 1, 4)), 4, float_bits(0.1, 0.2, 0.1, 0.3)),
-            bias=np.array([3, -4, 1, 0]),
-            padding=Padding.SAME,
-        ),
-        Add(name="sum", inputs=(3, 3), output=4),
-        AveragePool2D(name="pool", inputs=(4,), output=5, window=(2, 2), stride=(2, 2)),
-        Reshape(name="flat", inputs=(5,), output=6),
-        FullyConnected(
-            name="logits",
-            inputs=(6,),
-            output=7,
-            weights=Weights(rng.integers(-9, 9, (3, 8)), 8, float_bits(0.01)),
-            bias=np.array([3, -4, 5]),
-        ),
-        Softmax(name="softmax", inputs=(7,), output=8),
-    )
-    return Graph(tuple(tensors), operators, 0, 8, (("note", b"text"),))
-
-
-def thaw(value: Tree) -> Tree:
-    """A deep copy in which every table and every list can be changed."""
-    if isinstance(value, dict):
-        return {key: thaw(item) for key, item in value.items()}
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
-        return (value[0], thaw(value[1]))
-    return [thaw(v) for v in value] if isinstance(value, (list, tuple)) else copy.copy(value)
-
-
-def edited(edit: Edit) -> bytes:
-    tree = thaw(model_values(sample()))
-    edit(tree)
-    return wire.serialize(tree)
-
-
-def behind(offset: int) -> Edit:
-    """Say that a buffer's data lie at an offset of the file."""
-
-    def edit(tree: Tree) -> None:
-        buffer = tree["buffers"][2]
-        buffer.update(size=len(buffer.pop("data")), offset=offset)
-
-    return edit
-
-
-def tensor(name: str) -> Callable[[Tree], Tree]:
-    return lambda tree: next(t for t in tree["subgraphs"][0]["tensors"] if t["name"] == name)
-
-
-def operator(index: int) -> Callable[[Tree], Tree]:
-    return lambda tree: tree["subgraphs"][0]["operators"][index]
-
-
-def options(index: int) -> Callable[[Tree], Tree]:
-    return lambda tree: operator(index)(tree)["builtin_options"][1]
-
-
-def put(where: Callable[[Tree], Tree], **values: object) -> Edit:
-    return lambda tree: where(tree).update(values)
-
-
-def quantized(name: str, **values: object) -> Edit:
-    return lambda tree: tensor(name)(tree)["quantization"].update(values)
-
-
-def drop(where: Callable[[Tree], Tree], *names: str) -> Edit:
-    def edit(tree: Tree) -> None:
-        for name in names:
-            del where(tree)[name]
-
-    return edit
-
-
-def data_of(name: str, data: bytes) -> Edit:
-    def edit(tree: Tree) -> None:
-        tree["buffers"][tensor(name)(tree)["buffer"]]["data"] = data
-
-    return edit
-
-
-def model(tree: Tree) -> Tree:
-    return tree
-
-
-def subgraph(tree: Tree) -> Tree:
-    return tree["subgraphs"][0]
-
-
-def code(index: int) -> Callable[[Tree], Tree]:
-    return lambda tree: tree["operator_codes"][index]
-
-
-def index_of(name: str) -> int:
-    tensors = model_values(sample())["subgraphs"][0]["tensors"]  # type: ignore
-    return [t["name"] for t in tensors].index(name)
-
 
 INPUTS = {
     "no activation": ([-1, index_of("pad/paddings")], "operator 0 (PAD): tensor -1 does not exist"),
@@ -424,16 +285,6 @@ INVALID: dict[str, tuple[Edit, str]] = {
 }
 
 
-def check(data: bytes, error: type[UnsupportedModelError], text: str) -> None:
-    with pytest.raises(UnsupportedModelError) as caught:
-        read_tflite(data, "m")
-    message = str(caught.value)
-    assert text in message
-    assert type(caught.value) is error, message
-    assert message.startswith("m: ")
-    assert "\n" not in message
-
-
 @pytest.mark.parametrize("case", MALFORMED)
 def test_malformed(case: str) -> None:
     edit, text = MALFORMED[case]
@@ -554,107 +405,3 @@ def test_what_is_read_computes_what_was_written() -> None:
     graph = read_tflite(write_tflite(sample()))
     batch = np.random.default_rng(3).integers(-128, 128, (50, 4, 4, 2))
     assert np.array_equal(execute(graph, batch), execute(sample(), batch))
-
-
-# ----------------------------------------------------------------- the flatbuffer itself
-@pytest.mark.parametrize("data", [b"", b"TFL3", b"\x1c\0\0\0TFL2" + bytes(40), b"PK\3\4" * 20])
-def test_not_a_model(data: bytes) -> None:
-    check(data, MalformedModelError, "not a .tflite file")
-
-
-def test_root_outside_the_file() -> None:
-    for root in (0, 4, 5, 48, 2**31, 2**32 - 1):
-        data = struct.pack("<I", root) + b"TFL3" + bytes(40)
-        with pytest.raises(MalformedModelError, match="^m: "):
-            read_tflite(data, "m")
-
-
-def test_fields_of_a_newer_schema_are_refused() -> None:
-    """Slots behind the known ones may change what a runtime does."""
-    table = schema.TABLES["SoftmaxOptions"]
-    table["future"] = schema.Field(1, "future", "int32")
-    try:
-        data = edited(put(options(7), future=1))
-    finally:
-        del table["future"]
-    with pytest.raises(UnsupportedModelError, match=r"field 1 of its SoftmaxOptions table"):
-        read_tflite(data)
-
-
-@pytest.mark.parametrize(
-    ("table", "field"),
-    [
-        ("Tensor", "sparsity"),
-        ("Tensor", "variant_tensors"),
-        ("Operator", "builtin_options_2"),
-        ("Model", "external_buffers"),
-        ("FullyConnectedOptions", "quant_spec"),
-    ],
-)
-def test_opaque_fields_are_refused(table: str, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sparse tensors above all, which stock runtimes silently read as if they were dense."""
-    known = schema.TABLES[table][field]
-    places = {
-        "Tensor": tensor("logits/weight"),
-        "Operator": operator(1),
-        "Model": model,
-        "FullyConnectedOptions": options(6),
-    }
-    stand_in = schema.Field(known.slot, field, "[int32]")
-    with monkeypatch.context() as patch:
-        patch.setitem(schema.TABLES[table], field, stand_in)
-        data = edited(put(places[table], **{field: [1]}))
-    with pytest.raises(UnsupportedModelError, match="not supported|quant_spec"):
-        read_tflite(data)
-
-
-def test_a_vector_longer_than_the_file() -> None:
-    data = bytearray(write_tflite(sample()))
-    subgraph = tflite.Model.GetRootAs(data).Subgraphs(0)
-    start = subgraph._tab.Vector(subgraph._tab.Offset(4)) - 4
-    for length in (1 << 20, (1 << 32) - 1):
-        struct.pack_into("<I", data, start, length)
-        with pytest.raises(MalformedModelError, match=f"'tensors' of {length} elements is longer"):
-            read_tflite(bytes(data))
-
-
-def test_work_is_bounded_by_the_size_of_the_file() -> None:
-    """Entries that all refer to one long name would cost the product of their sizes."""
-    tree = thaw(model_values(sample()))
-    tree["operator_codes"][0]["custom_code"] = "x" * 16_000
-    tree["metadata"] += [{"name": "n"} for _ in range(3000)]
-    data = bytearray(wire.serialize(tree))
-    assert len(read_tflite(bytes(data)).metadata) == 3001
-    model = tflite.Model.GetRootAs(data)
-    table = model.OperatorCodes(0)._tab
-    target = table.Vector(table.Offset(6)) - 4
-    for index in range(1, model.MetadataLength()):
-        table = model.Metadata(index)._tab
-        at = table.Pos + table.Offset(4)
-        struct.pack_into("<I", data, at, target - at)
-    with pytest.raises(MalformedModelError, match="refers to the same bytes over and over"):
-        read_tflite(bytes(data))
-
-
-def test_too_many_operators() -> None:
-    tree = thaw(model_values(sample()))
-    operators = tree["subgraphs"][0]["operators"]
-    tree["subgraphs"][0]["operators"] = operators * (storable.MOST_OPERATORS // 4)
-    with pytest.raises(UnsupportedModelError, match="operators; up to 4096 are supported"):
-        read_tflite(wire.serialize(tree))
-
-
-def test_long_chains_do_not_exhaust_the_stack() -> None:
-    scale = Quantization.of(0.05, 0)
-    count = 1500
-    tensors = tuple(Tensor(f"t{i}", (1, 3), DType.INT8, scale) for i in range(count + 2))
-    chain = [Reshape(name=f"r{i}", inputs=(i,), output=i + 1) for i in range(count)]
-    dense = FullyConnected(
-        name="dense",
-        inputs=(count,),
-        output=count + 1,
-        weights=Weights(np.eye(3), 8, float_bits(0.5)),
-        bias=np.zeros(3),
-    )
-    graph = Graph(tensors, (*chain, dense), 0, count + 1)
-    assert read_tflite(write_tflite(graph)).fingerprint() == graph.fingerprint()

@@ -56,7 +56,8 @@ from cactus_edge.validate import Peer, peers, prefix
 from cactus_edge.validate.child import Worker
 from firmware_sim import run_host
 from tests.certificates import certified, checked, encoded
-from tests.foreign import CHANNELS, FAMILY, INPUT, File, made, pattern
+from tests.foreign import FAMILY, made
+from tests.foreign_file import CHANNELS, INPUT, File, pattern
 
 # What some runtimes do not load or run at all.
 NO_BIAS, WIDE_INDEX, SHAPED = "convolution_without_bias", "arg_max_int64", "flattened_by_its_shape"

@@ -31,7 +31,7 @@ from cactus_edge.runtime import Session
 from cactus_edge.validate import Peer, peers, prefix
 from cactus_edge.validate.child import Worker
 from tests.certificates import certified, checked, encoded
-from tests.foreign import INPUT
+from tests.foreign_file import INPUT
 from tests.foreign_int16 import FAMILY, Wide, made
 
 RUNTIMES = tuple(peer for peer in peers() if peer.extra == "runtimes")
