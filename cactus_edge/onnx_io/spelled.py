@@ -64,9 +64,12 @@ class _Writer:
         bias: int | None,
     ) -> None:
         inputs = [self._real(node, (0, 1, 2)), self._real(node, weights, axis)]
-        if bias is not None and bias < len(node.inputs) and node.inputs[bias]:
+        if bias is not None and _given(node, bias):
+            source = self._constant(node, 1)
+            if source.size != 1:
+                raise node.error("activations have one scale")
             # Nothing says so, but a bias is stored at input scale times weight scale.
-            scale = self._constant(node, 1) * self._constant(node, weights[1])
+            scale = source * self._constant(node, weights[1])
             name, zero = f"{node.output}/bias_scale", f"{node.output}/bias_zero"
             self.constants[name] = scale.astype(np.float32).reshape(-1)
             self.constants[zero] = np.zeros(scale.size, np.int32)
@@ -75,10 +78,13 @@ class _Writer:
         self._quantized(node, self._made(node, kind, inputs, attributes), target)
 
     def _constant(self, node: Node, position: int) -> Array:
-        name = node.inputs[position]
+        name = node.inputs[position] if _given(node, position) else ""
         if name not in self.constants:
             raise node.error("scale and zero point must be constants, both given")
-        return self.constants[name]
+        values = self.constants[name]
+        if values.dtype.name not in ("float32", "int8", "uint8"):
+            raise node.error(f"its scale or zero point is {values.dtype}")
+        return values
 
     def _real(self, node: Node, positions: tuple[int, int, int], axis: int = 1) -> str:
         scale, zero = (self._constant(node, position) for position in positions[1:])
@@ -89,8 +95,10 @@ class _Writer:
         return self._made(node, "DequantizeLinear", names, {"axis": axis})
 
     def _quantized(self, node: Node, real: str, positions: tuple[int, int]) -> None:
-        names = (real, *(node.inputs[position] for position in positions))
-        self._made(node, "QuantizeLinear", list(names), {}, node.output)
+        for position in positions:
+            self._constant(node, position)
+        names = [real, *(node.inputs[position] for position in positions)]
+        self._made(node, "QuantizeLinear", names, {}, node.output)
 
     def _made(
         self,
@@ -104,3 +112,7 @@ class _Writer:
         proto = helper.make_node(kind, inputs, [output], node.name)
         self.nodes.append(Node(kind, node.name, tuple(inputs), (output,), attributes, proto))
         return output
+
+
+def _given(node: Node, position: int) -> bool:
+    return position < len(node.inputs) and bool(node.inputs[position])

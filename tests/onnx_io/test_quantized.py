@@ -199,3 +199,24 @@ def test_sums_without_halves_are_equal(factor: float) -> None:
 def test_sums_that_come_near_a_half_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="of 65,536 sums come so close to a half"):
         import_quantized(small(4.0))
+
+
+@pytest.mark.parametrize("wrong", ["no target", "no zero point", "two scales", "nothing"])
+def test_operators_without_what_they_need_are_refused(wrong: str) -> None:
+    """ONNX's checker does not know the operators of ONNX Runtime, and some inputs may be absent."""
+    maker = Maker((1, 6))
+    scale, zero = maker.constant(0.03), maker.constant(125, np.uint8)
+    maker.add("QuantizeLinear", scale, zero)
+    rows = maker.constant(RNG.integers(-127, 128, (6, 4)), np.int8)
+    columns = maker.constant(np.full(4, 2e-3)), maker.constant(np.zeros(4), np.int8)
+    bias = maker.constant(np.zeros(4), np.int32)
+    source = maker.constant(np.full(3, 0.03)) if wrong == "two scales" else scale
+    given = [source, zero, rows, *columns, bias, scale, zero]
+    kept = {"no target": 6, "no zero point": 7, "two scales": 8, "nothing": 0}[wrong]
+    maker.add("QGemm", *given[:kept])
+    maker.nodes[-1].domain = "com.microsoft"
+    model = onnx.load_model_from_string(maker.content())
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    message = r"\(QGemm\).*(must be constants|have one scale)"
+    with pytest.raises(UnsupportedModelError, match=message):
+        quantized.translate(read(model.SerializeToString()))
