@@ -95,6 +95,21 @@ def test_an_older_certificate_is_not_shown(certificate: bytes, tmp_path: Path) -
     assert Watch(output).counts().total == 0
 
 
+def test_verdicts_of_another_claim_are_forgotten(certificate: bytes, tmp_path: Path) -> None:
+    """Also where the new run has written more than the old one before the page asks again."""
+    output = tmp_path / "c.jsonl"
+    watch = Watch(output)
+    lines = certificate.splitlines(keepends=True)
+    partial_of(output).write_bytes(b"".join(lines[:4]))
+    assert watch.counts().done == 3
+    other = [lines[0].replace(b'"radius":"1/20"', b'"radius":"1/25"'), *lines[4:10]]
+    assert other[0] != lines[0] and len(b"".join(other)) > len(b"".join(lines[:4]))
+    partial_of(output).write_bytes(b"".join(other))
+    found = watch.counts()
+    assert found.problem == "" and found.radius == "epsilon 1/25"
+    assert (found.done, found.verdicts, found.correct) == expected(b"".join(other))
+
+
 def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     output = tmp_path / "c.jsonl"
     partial_of(output).write_bytes(b"something else\n")

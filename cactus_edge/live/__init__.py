@@ -71,6 +71,7 @@ class Watch:
     def _forget(self) -> None:
         self._read, self._correct = 0, 0
         self._head: Head | None = None
+        self._first = b""
         self._tally = Tally()
         self._finished = False
 
@@ -115,12 +116,13 @@ class Watch:
         else:
             return
         with path.open("rb") as stream:
-            if path.stat().st_size < self._read:  # begun anew, or a torn end was cut off
+            anew = stream.read(len(self._first)) != self._first  # of another claim
+            if anew or path.stat().st_size < self._read:  # begun anew, or a torn end was cut off
                 self._forget()
             stream.seek(self._read)
             while (line := read_line(stream)) and line.endswith(b"\n"):
                 if self._head is None:
-                    self._head = head_of(line)
+                    self._head, self._first = head_of(line), line
                 elif line.startswith(TAIL):
                     self._finished = True
                 else:
