@@ -539,7 +539,7 @@ def test_same_padding(peer: Peer) -> None:
 def test_arm_has_a_kernel_of_its_own_for_one_vector(
     kind: type[Linear], channels: int, depth: int, side: int, rounding: Rounding, per_channel: bool
 ) -> None:
-    """The limits that were measured on emulated aarch64; see ``docs/results/runtimes.md``."""
+    """The limits that a grid of shapes showed on emulated aarch64; the matrix probes them."""
     make = probe_maker(kind, channels=channels, depth=depth, side=side, per_channel=per_channel)
     graph, _ = make(np.random.default_rng(0))
     op = graph.core[0]

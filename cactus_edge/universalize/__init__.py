@@ -161,7 +161,7 @@ def make_universal(
     layers = _layers(moved, changes)
     content = flatbuffer.save(moved, output, force)
     report = Universalized(
-        universal=universal.is_universal(moved),
+        universal=universal.is_universal(flatbuffer.read_tflite(content)),
         layers=layers,
         bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),

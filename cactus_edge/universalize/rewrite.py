@@ -1,10 +1,11 @@
 """A model operator by operator, each in a form that every rounding profile computes alike.
 
-Stored integers stay what they were, but for rounding. A layer whose outputs go below their zero
-point has no universal scale, because halves are rounded differently there; so its tensor is
-declared to have the least zero point, and an *offset* of levels stands for 0. What reads it takes
-the offset away through its bias. Where zeros are padded, added or looked up, a depthwise 1x1 layer
-that copies, and therefore rounds nothing, gives 0 the zero point again.
+Stored integers stay what they were, but for rounding, and where sums of a coarser scale saturate. A
+layer whose outputs go below their zero point has no universal scale, because halves are rounded
+differently there; so its tensor is declared to have the least zero point, and an *offset* of levels
+stands for 0. What reads it takes the offset away through its bias. Where zeros are padded, added or
+looked up, a depthwise 1x1 layer that copies, and therefore rounds nothing, gives 0 the zero point
+again.
 """
 
 from __future__ import annotations

@@ -190,4 +190,5 @@ _MAKERS: dict[str, Maker] = {
     "ADD": _add,
     "CONV_2D, one pixel": linear(Conv2D, side=1),
     "CONV_2D, one pixel, one scale": linear(Conv2D, per_channel=False, side=1),
+    "CONV_2D, one pixel, int4": linear(Conv2D, bits=4, side=1),
 }
