@@ -288,3 +288,22 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert universal.is_universal(result) and len(content) == report["bytes"]
     assert cli.run(call) == 2
     assert "--force" in capsys.readouterr().err
+
+
+def test_a_file_is_written_when_it_was_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the same command starts again after Ctrl-C or with other data."""
+    flatbuffer.save(plain(3, bits=(8,), shape=(1, 5, 5, 3), depth=0), tmp_path / "plain.tflite")
+    output = tmp_path / "u.tflite"
+    call = ["universalize", str(tmp_path / "plain.tflite"), "-o", str(output)]
+    call += ["--data", "digits"]
+    assert cli.run(call) == 2
+    assert "Traceback" not in capsys.readouterr().err and not output.exists()
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cactus_edge.universalize._decisions", stopped)
+    assert cli.run(call) == 130
+    assert "the same command starts again" in capsys.readouterr().err and not output.exists()

@@ -151,7 +151,10 @@ def make_universal(
 ) -> Universalized:
     """Write a ``.tflite`` with moved scales, and compare both on samples.
 
+    The file is written last: there is none where the comparison fails or is stopped.
+
     Raises:
+        DataError: the samples do not fit the model.
         OutputError: ``output`` exists, or cannot be written.
         UnsupportedModelError: the model cannot be read.
     """
@@ -159,24 +162,25 @@ def make_universal(
     graph, _ = flatbuffer.load(model)
     moved, changes = _rewritten(graph, progress, even_pools)
     layers = _layers(moved, changes)
-    content = flatbuffer.save(moved, output, force)
+    content = flatbuffer.write_tflite(moved)
     report = Universalized(
         universal=universal.is_universal(flatbuffer.read_tflite(content)),
         layers=layers,
         bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
     )
-    if data is None:
-        return report
-    before, after = (_decisions(g, data) for g in (graph, moved))
-    return msgspec.structs.replace(
-        report,
-        layers=_costs(graph, layers, changes, data, before, even_pools),
-        samples=len(data.labels),
-        correct_before=int((before == data.labels).sum()),
-        correct_after=int((after == data.labels).sum()),
-        decisions_changed=int((before != after).sum()),
-    )
+    if data is not None:
+        before, after = (_decisions(g, data) for g in (graph, moved))
+        report = msgspec.structs.replace(
+            report,
+            layers=_costs(graph, layers, changes, data, before, even_pools, progress),
+            samples=len(data.labels),
+            correct_before=int((before == data.labels).sum()),
+            correct_after=int((after == data.labels).sum()),
+            decisions_changed=int((before != after).sum()),
+        )
+    files.write(output, content, force=force)
+    return report
 
 
 def _costs(
@@ -186,6 +190,7 @@ def _costs(
     data: Dataset,
     before: npt.NDArray[np.int64],
     even_pools: bool,
+    progress: Progress | None,
 ) -> tuple[MovedLayer, ...]:
     """``layers`` with what each change costs by itself, on the first samples."""
     count = min(len(data.labels), _SAMPLES_ALONE)
@@ -193,7 +198,9 @@ def _costs(
     known = {change.name: change.scale_bits for change in changes if change.scale_bits is not None}
     changed = {change.name for change in changes}
     priced: list[MovedLayer] = []
-    for layer in layers:
+    for number, layer in enumerate(layers):
+        if progress is not None:
+            progress(number, len(layers))
         if layer.name not in changed:
             priced.append(layer)
             continue
