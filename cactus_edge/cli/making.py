@@ -145,6 +145,8 @@ def train(
         console.print(
             f"interrupted; go on with: cactus-edge train {recipe} -o {output} --resume{same}",
             highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
         raise typer.Exit(130) from None
     rows = [
