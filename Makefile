@@ -62,17 +62,17 @@ evidence: $(STAMP)
 evidence-training: $(STAMP)
 	$(BIN)/pytest -m evidence -s tests/evidence/test_training.py
 
-# Kills, faults, changed bytes, same bytes; about an hour.
+# Kills, faults, changed bytes, and the same bytes on an emulated Arm.
 evidence-trust: $(STAMP)
-	$(BIN)/pytest -m evidence -s $(TRUST)
+	$(BIN)/pytest -m evidence -s -rs $(TRUST)
 
-# Models, versions of runtimes, modes and emulated processors; half an hour.
+# Models, versions of runtimes, modes and emulated processors; goes on where it was stopped.
 evidence-runtimes: $(STAMP)
 	$(BIN)/pytest -m evidence -s tests/evidence/test_runtimes.py
 
-# The models of the repository on emulated CPUs of Raspberry Pis, bit for bit; minutes.
+# The models of the repository on emulated CPUs of Raspberry Pis, bit for bit.
 pi-check: $(STAMP)
-	$(BIN)/pytest -m evidence -s tests/evidence/test_raspberry_pi.py
+	$(BIN)/pytest -m evidence -s -rs tests/evidence/test_raspberry_pi.py
 
 bench: $(STAMP)
 	$(BIN)/pytest -m evidence -s tests/evidence/test_performance.py

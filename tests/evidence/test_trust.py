@@ -277,6 +277,7 @@ def test_the_same_bytes(tmp_path: Path) -> None:
     first = printed(*command)
     again.replace(model)
     second = printed(*command)
+    assert first == second
     try:
         emulator.prepare()
     except emulator.Unavailable as error:

@@ -1,4 +1,4 @@
-"""The page of the matrix: tables of places, of models, and of what could not be run."""
+"""The page of the matrix: tables of places, of models, and of what was not run."""
 
 from __future__ import annotations
 
@@ -27,15 +27,14 @@ describe every model, and then nothing is claimed (`without a profile`). Here {N
 run, {LAYERS} of them layer by layer; in generated C, on emulated processors and with files above
 200 kB {EVERYWHERE}, over which outputs are hashed.
 
-Cortex-A72, Cortex-A76 (Raspberry Pi 4 and 5) and Haswell are emulated by qemu-user with the wheels
-that PyPI has for them, so this is about arithmetic, not about speed. Kernels that are the same code
-on every processor of a family, such as the reference ones, run on one of them. In the table of
-models, `profiles may differ in` names operators for which no proof says that all profiles agree;
-without any, there must be one output, and there is. `universalize` moves the scales of layers whose
-outputs begin at the lowest integer; it leaves linear layers before TANH, ADD or another layer, ADD
-of two scales, MEAN and products of activations, so a universalized model may keep some. The rows of
-files as they are show why this tool exists: one file, several outputs, sometimes several decisions
-(the greatest output)."""
+Other machines than the one below are emulated by qemu-user with the wheels that PyPI has for them
+(Cortex-A72 and Cortex-A76 are those of Raspberry Pi 4 and 5), so this is about arithmetic, not
+about speed. Kernels that are the same code on every processor of a family, such as the reference
+ones, run on one of them. In the table of models, `profiles may differ in` names operators for which
+no proof says that all profiles agree; without any, there must be one output. `universalize` leaves
+some operators as they are ([universal.md](../universal.md)), so a universalized model may keep
+them. The rows of files as they are show why this tool exists: one file, several outputs, sometimes
+several decisions (the greatest output)."""
 
 
 @dataclass(frozen=True)
@@ -147,11 +146,11 @@ def write(
     tables = {
         "Places": [place_row(*pair) for pair in answers],
         "Models": [model_row(found) for found in summaries],
-        "What could not be run": absent_rows(places, answers),
+        "What was not run": absent_rows(places, answers),
     }
     machine = results.machine()
     lines = ["# Runtimes, versions, modes and machines", "", _TEXT, ""]
-    lines += [f"Machine: {machine}. Reproduce: `{COMMAND}`, half an hour on two idle cores.", ""]
+    lines += [f"Machine: {machine}. Reproduce: `{COMMAND}`.", ""]
     for title, rows in tables.items():
         if rows:
             lines += [f"## {title}", "", results.table(rows), ""]
@@ -166,7 +165,7 @@ def write(
         "command": COMMAND,
         "places": tables["Places"],
         "models": [asdict(found) for found in summaries],
-        "absent": tables["What could not be run"],
+        "absent": tables["What was not run"],
         "fields": fields,
         "outcomes": outcomes,
     }
