@@ -134,8 +134,7 @@ def beside_zero(rounded: Tensor, weight: Tensor) -> Tensor:
     """Rounded weights for training: what is 0 and is not pruned keeps the sign of ``weight``.
 
     Bounds grow with the magnitude of a weight, which has no slope at 0. Without one nothing pulls a
-    weight back before it is rounded to the next level, many end at that border, and bounds widen at
-    any learning rate.
+    weight back before it is rounded to the next level, many end at that border, and bounds widen.
     """
     return rounded + SIGNED_ZERO * (weight.sign() * (rounded == 0)).detach()
 
