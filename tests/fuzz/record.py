@@ -18,9 +18,7 @@ and four times the file's size. Targets with a second word set checksums, length
 behind the change, so that what lies behind them is reached. What was found, and what reading
 the code suggested, is fixed and stored in `tests/fuzz/corpus/` and `tests/fuzz/test_hostile.py`,
 which `make test` replays; *left* are findings that the present readers still have. Executions
-are those that were counted, at most 500 a run fewer than were made, by readers that were being
-repaired.
-"""
+are those that were counted, at most 500 a run fewer than were made."""
 
 
 def left(folder: Path, name: str) -> int:
@@ -49,9 +47,12 @@ def record(folder: Path) -> None:
     compared = folder / "tflite" / "compare.json"
     text = _TEXT
     if compared.exists():
-        counts = ", ".join(f"{n} {kind}" for kind, n in json.loads(compared.read_text()).items())
-        command = "python -m tests.fuzz.compare"
-        text += f"\nAccepted `.tflite` files, run by LiteRT (`{command}`): {counts}.\n"
+        tally = json.loads(compared.read_text())
+        counts = ", ".join(f"{n} {kind}" for kind, n in tally.items())
+        command = f"python -m tests.fuzz.compare {folder}/tflite/accepted"
+        given = sum(tally.values()) - tally.get("not covered", 0)
+        text += f"\n\n{given} of the accepted `.tflite` files were given to LiteRT "
+        text += f"(`{command}`): {counts}."
     trust.section("fuzzing", "Hostile files", text, rows, command="make fuzz")
 
 
