@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from cactus_edge.certificate import Summary
+from cactus_edge.profiles import PROFILES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
@@ -41,6 +42,11 @@ def test_accuracies_are_measured() -> None:
         row = one(table, model=model)
         shares = f"{float(row['standard %']):.2f} % | {float(row['certified %']):.2f} %"
         assert f"| {title} | {int(row['bytes']):,} bytes | {shares} |" in README
+    page = (ROOT / "docs" / "results" / "mnist.md").read_text(encoding="utf-8")
+    said = re.search(
+        r"`recipes/mnist-quick.toml` \(cnn-small, ([\d,]+ parameters)\), trained in (\d+ s)", page
+    )
+    assert said and f"`recipes/mnist-quick.toml`, {said[1]}, {said[2]} on" in README
     card = json.loads((ROOT / "models" / "mnist-0.1" / "certificate.json").read_bytes())
     summary = msgspec.convert(card["summary"], Summary)
     shown = f"{100 * summary.standard_accuracy:.2f} % standard, "
@@ -62,6 +68,11 @@ def test_soundness_and_runtimes_are_measured() -> None:
     universal = [row for model, row in between.items() if model.endswith("universal")]
     assert {(row["profile"], row["mismatches"]) for row in universal} == {("1 distinct outputs", 0)}
     assert f"[1 output on {len(names)} executors]" in README
+
+
+def test_profiles_are_counted() -> None:
+    assert "all twelve named profiles" in README and "all twelve rounding profiles" in README
+    assert len(PROFILES) == 12
 
 
 def test_the_comparison_with_a_float_verifier_is_measured() -> None:
