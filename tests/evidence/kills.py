@@ -27,6 +27,7 @@ from cactus_edge.cli import run
 from cactus_edge.errors import DataError
 from cactus_edge.train import checkpoint
 from cactus_edge.train.checkpoint import HISTORY_FILE, METRICS_FILE, MODEL_FILE, STATE_FILE
+from tests.train.killed import RECIPE
 
 KILLS = 50
 """Of each command."""
@@ -34,27 +35,6 @@ _AT_ONCE = 6
 """At most so many kills before a command may come to its end."""
 _ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 _OPERATIONS = {"open", "os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename"}
-RECIPE = """
-seed = 3
-threads = 1
-[data]
-name = "digits"
-augment = "crop"
-[network]
-name = "mlp"
-width = 0.25
-[objective]
-epsilon = 0.02
-epsilon_ramp = 1
-[compression]
-members = [{ kind = "dense" }, { kind = "pruned-quantized", sparsity = 0.5, bits = 4 }]
-draw = "one"
-activations = "int8"
-mask_refresh = "epoch"
-[optimizer]
-epochs = 4
-batch_size = 100
-"""
 
 
 @dataclass(frozen=True)

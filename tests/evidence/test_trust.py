@@ -28,6 +28,7 @@ from cactus_edge.inputs import Perturbation
 from cactus_edge.signing import Evidence
 from tests.evidence import emulator, kills, remade, trust
 from tests.test_signing import flips, key_of, made  # noqa: F401
+from tests.train.killed import RECIPE
 
 ROOT = Path(__file__).resolve().parents[2]
 TIER = "neon-dotprod"
@@ -253,7 +254,7 @@ def checked(folder: Path, data: datasets.Dataset) -> list[dict[str, object]]:
 @pytest.mark.evidence
 def test_the_same_bytes(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(kills.RECIPE)
+    recipe.write_text(RECIPE)
     train = ("train", str(recipe), "--device", "cpu", "-q", "-o")
     model = str(tmp_path / "trained.tflite")
     for words in (

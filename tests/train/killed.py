@@ -26,6 +26,28 @@ from cactus_edge.train.state import Position
 
 KILLS = 6
 LONGEST = 0.02  # seconds from a step's report to the kill: about one step and its checkpoint
+RECIPE = """
+seed = 3
+threads = 1
+[data]
+name = "digits"
+augment = "crop"
+[network]
+name = "mlp"
+width = 0.25
+[objective]
+epsilon = 0.02
+epsilon_ramp = 1
+[compression]
+members = [{ kind = "dense" }, { kind = "pruned-quantized", sparsity = 0.5, bits = 4 }]
+draw = "one"
+activations = "int8"
+mask_refresh = "epoch"
+[optimizer]
+epochs = 4
+batch_size = 100
+"""
+"""What is trained, and killed: draws, masks and ranges that all have to be stored."""
 
 
 class Killer:

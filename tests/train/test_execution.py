@@ -31,6 +31,7 @@ from cactus_edge.train.recipe import Recipe, parse_recipe
 from cactus_edge.train.reports import EpochRow, StepReport
 from cactus_edge.train.views import masks_of
 from cactus_edge.train.zoo import build
+from tests.train.killed import RECIPE
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -85,7 +86,7 @@ def test_a_served_run_writes_what_is_shown(
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 def test_killed_runs_end_in_the_same_bytes(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
-    path.write_text(KILLED)
+    path.write_text(RECIPE)
     done = subprocess.run(
         [sys.executable, HERE / "killed.py", path, tmp_path, "7"],
         cwd=ROOT,
@@ -103,29 +104,6 @@ def test_killed_runs_end_in_the_same_bytes(tmp_path: Path) -> None:
     for name in (MODEL_FILE, STATE_FILE, HISTORY_FILE):
         assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
     assert sorted(p.name for p in parts.iterdir()) == sorted(checkpoint.FILES)  # nothing left over
-
-
-KILLED = """
-seed = 3
-threads = 1
-[data]
-name = "digits"
-augment = "crop"
-[network]
-name = "mlp"
-width = 0.25
-[objective]
-epsilon = 0.02
-epsilon_ramp = 1
-[compression]
-members = [{ kind = "dense" }, { kind = "pruned-quantized", sparsity = 0.5, bits = 4 }]
-draw = "one"
-activations = "int8"
-mask_refresh = "epoch"
-[optimizer]
-epochs = 4
-batch_size = 100
-"""
 
 
 def test_interruption_in_the_last_step_of_an_epoch_loses_no_row(
