@@ -105,6 +105,8 @@ def report(
         page = reporting.Page(heading, read, explorer, widths, tuple(notes))
         made.append((output, reporting.render(page)))
     if card is not None:
+        if not read.models:
+            notes.append(f"no layers in the card: the model was not given ({_names(read)})")
         made.append((card, reporting.card(read)))
     if bom is not None:
         made.append((bom, reporting.bill_of_materials(read)))
@@ -128,14 +130,20 @@ def report(
     )
     for note in notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
-    rows = [
-        ("certificates", len(shown.certificates)),
-        *shown.results.items(),
-        ("samples to explore", shown.explored),
-        ("radii", ", ".join(shown.radii) or "-"),
-        ("bytes", shown.bytes),
-    ]
-    emit(shown, as_json, table(str(outputs[0]), ("", "value"), rows))
+    rows: list[tuple[str, object]] = [("certificates", len(shown.certificates))]
+    rows += shown.results.items()
+    if output is not None:
+        rows += [
+            ("samples to explore", shown.explored),
+            ("radii", ", ".join(shown.radii) or "-"),
+            ("bytes", shown.bytes),
+        ]
+    emit(shown, as_json, table(", ".join(map(str, outputs)), ("", "value"), rows))
+
+
+def _names(read: Sources) -> str:
+    """The models that the certificate is about."""
+    return ", ".join(model.file for model in read.main.head.models)
 
 
 def _measured(
@@ -150,8 +158,7 @@ def _measured(
         notes.append("no explorer: the certificate is about a query, not about samples")
         return None, None
     if not read.models:
-        names = ", ".join(model.file for model in claim.head.models)
-        notes.append(f"no explorer and no layers: the model was not given ({names})")
+        notes.append(f"no explorer and no layers: the model was not given ({_names(read)})")
         return None, None
     if not claim.samples:
         notes.append("no explorer and no layers: no sample was asked for")

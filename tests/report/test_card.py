@@ -71,3 +71,8 @@ def test_the_command_line(made: Made, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "use --force" in capsys.readouterr().err
     assert run(["report", str(made.certificate)]) == 2
     assert "nothing to write" in capsys.readouterr().err
+    alone = tmp_path / "alone.md"
+    assert run(["report", str(made.certificate), "--card", str(alone)]) == 0
+    shown = capsys.readouterr()
+    assert "note: no layers in the card: the model was not given (" in shown.err
+    assert "samples to explore" not in shown.out and "## Layers" not in alone.read_text()
