@@ -28,21 +28,26 @@ def bill_of_materials(sources: Sources) -> bytes:
         MissingExtraError: cyclonedx-python-lib is not installed.
     """
     try:
-        from cyclonedx.model import HashAlgorithm, HashType, Property
-        from cyclonedx.model.bom import Bom
+        from cyclonedx import model as library
+        from cyclonedx.model import bom as bills
         from cyclonedx.model.component import Component, ComponentType
         from cyclonedx.output.json import JsonV1Dot6
     except ImportError:
         raise MissingExtraError("cyclonedx-python-lib", "report", "a bill of materials") from None
     claim = sources.main
+    # The library's decorator hides the types of its classes.
+    new_component: Any = Component
+    new_hash: Any = library.HashType
+    new_property: Any = library.Property
+    new_bom: Any = bills.Bom
 
-    def component(kind: ComponentType, name: str, sha256: str, reference: str) -> Component:
-        digest = HashType(alg=HashAlgorithm.SHA_256, content=sha256)
-        return Component(type=kind, name=name, hashes=[digest], bom_ref=reference)
+    def component(kind: ComponentType, name: str, sha256: str, reference: str) -> Any:
+        digest = new_hash(alg=library.HashAlgorithm.SHA_256, content=sha256)
+        return new_component(type=kind, name=name, hashes=[digest], bom_ref=reference)
 
-    bom = Bom(serial_number=uuid.uuid5(_SPACE, claim.sha256))
+    bom = new_bom(serial_number=uuid.uuid5(_SPACE, claim.sha256))
     bom.metadata.tools.components.add(
-        Component(
+        new_component(
             type=ComponentType.APPLICATION, name="cactus-edge", version=cactus_edge.__version__
         )
     )
@@ -52,7 +57,6 @@ def bill_of_materials(sources: Sources) -> bytes:
     if data is not None:
         name = f"{data.name} ({data.split})"
         bom.components.add(component(ComponentType.DATA, name, data.sha256, "data"))
-    models: list[Component] = []
     for number, (model, arithmetic) in enumerate(
         zip(claim.head.models, claim.head.arithmetic, strict=True)
     ):
@@ -64,8 +68,7 @@ def bill_of_materials(sources: Sources) -> bytes:
             ("rounding", arithmetic.rounding),
             ("profiles", " ".join(arithmetic.profiles)),
         ):
-            made.properties.add(Property(name=f"cactus_edge:{key}", value=value))
-        models.append(made)
+            made.properties.add(new_property(name=f"cactus_edge:{key}", value=value))
         bom.components.add(made)
         bom.register_dependency(certificate, [made])
     document: dict[str, Any] = json.loads(JsonV1Dot6(bom).output_as_string())
