@@ -34,7 +34,7 @@ def model() -> Model:
 def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four bits, and so few weights that it costs much."""
     path = tmp_path_factory.mktemp("compare") / "sparse.tflite"
-    arguments = ["convert", RUN, "--bits", 4, "--sparsity", 0.9, "-o", path]
+    arguments = ["convert", RUN, "--bits", 4, "--sparsity", 0.95, "-o", path]
     assert run([str(argument) for argument in arguments]) == 0
     return path
 
@@ -105,7 +105,10 @@ def test_a_spared_layer_keeps_its_bits_and_weights(model: Model) -> None:
         "fc2": 4,
     }
     zeros = {name: np.mean(op.weights.values == 0) for name, op in found.items()}
-    assert zeros["fc2"] < 0.6 < 0.85 < min(zeros["conv1"], zeros["conv2"], zeros["fc1"])
+    assert zeros["fc2"] < 0.85 < min(zeros["conv1"], zeros["conv2"], zeros["fc1"])
+    dense = next(op for op in lower(model, training, Settings(4)).graph.core if op.name == "fc2")
+    rounded = np.mean(dense.weights.values == 0)  # pyright: ignore[reportAttributeAccessIssue]
+    assert zeros["fc2"] == pytest.approx(rounded, abs=0.02)  # zeros are those of rounding alone
     again = settings_of(model, made)
     assert (again.wide, again.whole) == (settings.wide, settings.whole)
     assert (again.bits, again.sparsity) == (4, 0.9)
