@@ -279,8 +279,8 @@ class Assembly:
         self._reports.append(report)
         scale = np.broadcast_to(bits.view(np.float32).astype(np.float64), layer.weight.shape[0])
         shipped = scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
-        limit = 2 ** (width - 1) - 1
-        rounded = np.clip(np.rint(layer.weight / shipped), -limit, limit) * shipped
+        step, limit = shipped * maker.factor, maker.limit
+        rounded = np.clip(np.rint(layer.weight / step), -limit, limit) * step
         shadow = replace(layer, weight=rounded)
         self.shadows.append(
             Shadow(operator.name, inputs[0], output, self._as_shipped(shadow), shift, absorbed)

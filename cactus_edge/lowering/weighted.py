@@ -31,6 +31,8 @@ _LARGEST_MULTIPLIER = 0.9
 # bias in units of it would not fit.
 _SMALLEST_MULTIPLIER = 2.0**-18
 _LARGEST_BIAS = 2.0**25
+_STORED_BITS = 4  # at least
+_STORED_LIMIT = 7
 
 
 class LayerReport(msgspec.Struct, frozen=True):
@@ -72,6 +74,15 @@ class WeightedOperator:
         """The largest weight level."""
         return 2 ** (self.bits - 1) - 1
 
+    @property
+    def factor(self) -> int:
+        """The stored integers of one level; 4 bits are stored in any case.
+
+        Levels of 2 bits are stored as -7, 0 and 7, of 3 bits as even numbers. Multipliers are that
+        much smaller, and universal scales that much closer to each other.
+        """
+        return max(_STORED_LIMIT // self.limit, 1)
+
     def scales(self, *, per_tensor: bool, universal: bool) -> tuple[ScaleBits, LayerReport]:
         """Weight scales as float32 patterns, universal where possible."""
         largest = self._largest()
@@ -82,11 +93,12 @@ class WeightedOperator:
         largest = np.where(largest > 0, largest, max(float(np.median(largest)), 1e-6))
         floor = self._smallest_scale(source, ratio, per_tensor)
         # A multiplier of 1 or more is not monotone.
-        wanted = np.minimum(np.maximum(largest / self.limit, floor), _LARGEST_MULTIPLIER / ratio)
+        wanted = np.maximum(largest / (self.limit * self.factor), floor)
+        wanted = np.minimum(wanted, _LARGEST_MULTIPLIER / ratio)
         bits = wanted.astype(np.float32).view(np.uint32)
         solved, change = np.zeros(wanted.size, bool), np.zeros(wanted.size)
         if universal:
-            smallest = np.maximum(largest / (self.limit + 0.499), floor)
+            smallest = np.maximum(largest / ((self.limit + 0.499) * self.factor), floor)
             snapped = snap(self.make, wanted, smallest, ratio)
             bits, solved, change = snapped.scale_bits, snapped.solved, np.abs(snapped.change)
         report = LayerReport(
@@ -131,7 +143,8 @@ class WeightedOperator:
         else:
             values = values if rows is None else values[rows]
             scale = scale.reshape(-1, *[1] * (self.values.ndim - 1))
-        return np.clip(np.rint(values / scale), -self.limit, self.limit).astype(np.int8)
+        levels = np.clip(np.rint(values / (scale * self.factor)), -self.limit, self.limit)
+        return (levels * self.factor).astype(np.int8)
 
     def make(self, bits: ScaleBits, rows: list[int] | None = None) -> tuple[Graph, Linear]:
         """The operator for these scales, with a graph of all tensors so far and it alone.
@@ -149,7 +162,7 @@ class WeightedOperator:
         if self.offset:
             bias = bias - self.offset * by_channel.reshape(channels, -1).sum(1, dtype=np.int64)
         inputs, output = self.indices
-        weights = Weights(quantized, self.bits, bits)
+        weights = Weights(quantized, max(self.bits, _STORED_BITS), bits)
         activation = Activation.RELU if self.layer.relu else Activation.NONE
         name, whole = self.layer.name, np.broadcast_to(bias, channels).astype(np.int32)
         operator: Linear

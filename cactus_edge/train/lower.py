@@ -6,6 +6,7 @@ ends with a layer-by-layer check against the fake-quantized network (see ``shado
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,16 +25,18 @@ from cactus_edge.lowering.metadata import metadata_of
 from cactus_edge.lowering.shadow import LayerDifference, shadow_check
 from cactus_edge.lowering.stages import Layer, Stage
 from cactus_edge.train.checkpoint import Model, load_model
-from cactus_edge.train.compress import Clipping, clipped, fake_quantize
+from cactus_edge.train.compress import Clipping, Masks, clipped, fake_quantize
 from cactus_edge.train.folding import stages
 from cactus_edge.train.members import Magnitude, Member, Pattern
 from cactus_edge.train.ranges import calibrate
 from cactus_edge.train.recipe import Recipe, parse_member
 from cactus_edge.train.removal import without_unread
+from cactus_edge.train.zoo import Network
 
 __all__ = ["Settings", "convert", "lower"]
 
 CALIBRATION_SAMPLES = 2000
+_NARROW_BITS = 3  # 4 bits gain nothing: a level more or less is a small step there
 _SHADOW_SAMPLES = 16
 _WIDEST = 8
 
@@ -145,12 +148,12 @@ def lower(model: Model, calibration: datasets.Dataset, settings: Settings) -> Lo
     if masks is None:
         masks = pattern.masks(model.network, recipe.compression.pruning)
     masks = {name: mask for name, mask in masks.items() if name not in settings.whole}
-    whole = stages(model.network.eval(), masks)
-    _check_names(whole, settings)
-    folded = without_unread(whole) if pattern.removes_channels else whole
-    widths = _widths(folded, settings)
+    network = model.network.eval()
+    widths = _widths(stages(network, masks), settings)
     asked = settings.clipping or recipe.compression.clipping
     clipping: Clipping = "mse" if asked == "mse" else "none"
+    whole = stages(_narrowed(network, masks, widths, clipping), masks)
+    folded = without_unread(whole) if pattern.removes_channels else whole
     folded = _clipped(folded, widths, clipping)
     images = _tensor(calibration, CALIBRATION_SAMPLES)
     ranges = calibrate(_rounded(folded, widths), images, epsilon)
@@ -268,16 +271,31 @@ def _tensor(data: datasets.Dataset, count: int) -> torch.Tensor:
 def _widths(folded: Sequence[Stage], settings: Settings) -> dict[str, int]:
     """Bits by layer name."""
     names = [stage.name for stage in folded if isinstance(stage, Layer)]
+    for name in sorted((settings.wide | settings.whole) - set(names)):
+        raise UsageError(f"no layer '{name}' to spare; the network has: {', '.join(names)}")
     widths = dict.fromkeys(names, settings.bits)
     if settings.edge_bits is not None:
         widths |= {names[0]: settings.edge_bits, names[-1]: settings.edge_bits}
     return widths | dict.fromkeys(settings.wide, _WIDEST)
 
 
-def _check_names(folded: Sequence[Stage], settings: Settings) -> None:
-    names = [stage.name for stage in folded if isinstance(stage, Layer)]
-    for name in sorted((settings.wide | settings.whole) - set(names)):
-        raise UsageError(f"no layer '{name}' to spare; the network has: {', '.join(names)}")
+def _narrowed(
+    network: Network, masks: Masks, widths: Mapping[str, int], clipping: Clipping
+) -> Network:
+    """A copy whose narrow layers hold the very levels that training rounds to.
+
+    Weights that were trained at a width lie close to where rounding changes. Rounded only after
+    normalization is folded and scales are moved, many of them would get another level.
+    """
+    narrowed = copy.deepcopy(network)
+    last = network.weighted()[-1][0]
+    with torch.no_grad():
+        for name, layer in narrowed.weighted():
+            if widths[name] <= _NARROW_BITS:
+                weight = layer.weight * masks[name] if name in masks else layer.weight
+                levels = fake_quantize(weight, widths[name], clipping, shared=name == last)
+                layer.weight.copy_(levels)
+    return narrowed
 
 
 def _clipped(folded: Sequence[Stage], widths: Mapping[str, int], clipping: Clipping) -> list[Stage]:

@@ -250,7 +250,8 @@ def test_edges_of_another_width(bits: int, edge_bits: int) -> None:
     made, data = model("cnn-tiny", (1, 8, 8)), images((8, 8, 1))
     lowering = lower(made, data, Settings(bits, 0.3, 0.02, edge_bits=edge_bits))
     linear = [op for op in lowering.graph.core if isinstance(op, Linear)]
-    assert [op.weights.bits for op in linear] == [edge_bits, bits, bits, edge_bits]
+    stored = max(edge_bits, 4), max(bits, 4)
+    assert [op.weights.bits for op in linear] == [stored[i] for i in (0, 1, 1, 0)]
     assert [layer.bits for layer in lowering.report.layers] == [edge_bits, bits, bits, edge_bits]
 
 
@@ -279,9 +280,26 @@ def test_clipping_is_that_of_training(bits: int) -> None:
         step = weight.abs().flatten(1).amax(1) / (2 ** (bits - 1) - 1)
         wanted = (weight / step.reshape(-1, *[1] * (weight.dim() - 1))).round()
         if weight.dim() == 4:  # channels last; the layer behind the flatten has another order
-            assert np.mean(levels == wanted.permute(0, 2, 3, 1).numpy()) > 0.999, name
+            wanted = wanted.permute(0, 2, 3, 1) * {2: 7, 3: 2, 4: 1}[bits]
+            assert np.mean(levels == wanted.numpy()) > 0.999, name
     provenance = dict(lowerings[0].graph.metadata)["cactus_edge.provenance"]
     assert json.loads(provenance)["clipping"] == "mse"
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_narrow_levels_are_those_of_training(bits: int) -> None:
+    """Though every scale is moved to a universal one, by half of the largest level at most."""
+    made, data = model("cnn-tiny", (1, 8, 8)), images((8, 8, 1))
+    view = views.deployed_view(made.network, Quantized(bits), Compression(), {})
+    lowering = lower(made, data, Settings(bits, epsilon=0.02))
+    assert lowering.report.universal
+    assert all(0 < layer.largest_change < 1 / 6 for layer in lowering.report.layers)
+    linear = [op for op in lowering.graph.core if isinstance(op, Linear)]
+    for weight, op in zip(view.weights.values(), linear, strict=True):
+        assert set(np.unique(op.weights.values) % {2: 7, 3: 2}[bits]) == {0}
+        if weight.dim() == 4:  # channels last; the layer behind the flatten has another order
+            signs = weight.permute(0, 2, 3, 1).sign().numpy()
+            assert np.array_equal(np.sign(op.weights.values), signs), op.name
 
 
 @pytest.mark.parametrize(
