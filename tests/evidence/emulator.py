@@ -30,6 +30,8 @@ _WHEELS = (
     *("numba", "llvmlite", "numpy", "msgspec", "flatbuffers", "tflite", "hypothesis"),
     *("onnx", "onnxruntime"),
 )
+_PINNED = {"onnxruntime": "1.26.0"}
+"""Versions other than those that run here; the emulator crashes while it loads newer ones."""
 _PLATFORMS = ("manylinux_2_28_aarch64", "manylinux2014_aarch64")
 
 
@@ -43,7 +45,7 @@ def prepare() -> None:
     Raises:
         Unavailable: no apt-get, or a package or wheel that cannot be had.
     """
-    done, wanted = FOLDER / "ready", "\n".join(_WHEELS).encode()
+    done, wanted = FOLDER / "ready", "\n".join(_wheels()).encode()
     if done.exists() and done.read_bytes() == wanted:
         return
     for tool in ("apt-get", "dpkg-deb"):
@@ -159,14 +161,18 @@ def _unpack_guest() -> None:
         _call(["dpkg-deb", "-x", str(package), str(_made("guest"))])
 
 
+def _wheels() -> list[str]:
+    return [f"{name}=={_PINNED.get(name) or importlib.metadata.version(name)}" for name in _WHEELS]
+
+
 def _unpack_wheels() -> None:
-    """The versions that run here, for the guest's Python."""
+    for name in ("wheels", "site"):  # of other versions
+        shutil.rmtree(FOLDER / name, ignore_errors=True)
     version = _python().name.removeprefix("python")
-    wanted = [f"{name}=={importlib.metadata.version(name)}" for name in _WHEELS]
     folder = _made("wheels")
     platforms = [part for name in _PLATFORMS for part in ("--platform", name)]
     command = [sys.executable, "-m", "pip", "download", "-q", "-d", str(folder), *platforms]
-    _call([*command, "--python-version", version, "--only-binary=:all:", *wanted])
+    _call([*command, "--python-version", version, "--only-binary=:all:", *_wheels()])
     for wheel in folder.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(_made("site"))
