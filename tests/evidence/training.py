@@ -176,7 +176,6 @@ METHODS = (
         },
     ),
 )
-DATA = ("mnist", "fashion-mnist")
 
 
 class Figures(msgspec.Struct, frozen=True):
