@@ -67,8 +67,7 @@ def shift_half_up(x: int, exponent: int) -> int:
 
 def shift_half_away(x: int, exponent: int) -> int:
     """``x / 2**exponent`` to nearest, halves away from zero (gemmlowp ``RoundingDivideByPOT``)."""
-    mask = (1 << exponent) - 1
-    return (x >> exponent) + ((x & mask) > ((mask >> 1) + (x < 0)))
+    return (x + (((1 << exponent) - (x < 0)) >> 1)) >> exponent
 
 
 def shift_half_even(x: int, exponent: int) -> int:

@@ -114,6 +114,10 @@ DOMAINS: dict[tuple[str, Width], Callable[[np.random.Generator], Columns]] = {
     ("shift_half_even", 64): lambda rng: [integers(rng, 0, 2**62), rng.integers(0, 63, SAMPLES)],
     ("round_significant", 64): lambda rng: [integers(rng, 0, 2**60), rng.integers(1, 54, SAMPLES)],
     ("multiply_high", 64): lambda rng: [integers(rng, -(2**31), 2**31), integers(rng, 0, 2**31)],
+    ("multiply_high", 32): lambda rng: [
+        integers(rng, -(2**30) + 1, 2**30 - 1),
+        integers(rng, 0, 2**31 - 1),
+    ],
     ("requantize_double_half_away", 64): DOUBLE,
     ("requantize_double_half_away", 32): NARROW_DOUBLE,
     ("requantize_double_half_up", 64): DOUBLE,

@@ -10,6 +10,9 @@ A function exists in two widths. 64 is the plain one, ``int64_t`` throughout. In
 ``int32_t`` but the product in ``multiply_high``; 32-bit processors need a third of the instructions
 for it. It is used only where ``assembly`` knows that every intermediate fits: double rounding with
 |accumulator| < 2**30 and shifts up to 30 (``multiply_high`` never enlarges), clamps and averages.
+
+Two functions have another text in C, for which compilers or processors have one instruction: the
+clamp, and the product of width 32. Tests compare them with ``semantics`` as they do the others.
 """
 
 from __future__ import annotations
@@ -26,7 +29,18 @@ from cactus_edge.errors import UsageError
 Width = Literal[32, 64]
 SemanticsFunction = Callable[..., int]
 
-ALWAYS_WIDE = frozenset({"multiply_high"})
+_CLAMP = "  return x < lower ? lower : x > upper ? upper : x;\n"
+# SMMULR rounds its upper word: (2 x m + 2^31) >> 32. Doubling loses nothing below 2^30.
+_MULTIPLY_HIGH_32 = """\
+#ifdef PAIRS
+  (void)multiply_high;
+  int32_t high;
+  __asm("smmulr %0, %1, %2" : "=r"(high) : "r"(2 * x), "r"(multiplier));
+  return high;
+#else
+  return (int32_t)multiply_high(x, multiplier);
+#endif
+"""
 _BINARY: dict[type[ast.operator], str] = {
     ast.Add: "+",
     ast.Sub: "-",
@@ -47,7 +61,7 @@ _COMPARISONS: dict[type[ast.cmpop], str] = {
 
 def c_name(name: str, width: Width) -> str:
     """The C name of a semantics function in a width."""
-    return name if width == 64 or name in ALWAYS_WIDE else f"{name}_32"
+    return name if width == 64 else f"{name}_32"
 
 
 def translate(function: SemanticsFunction, *, width: Width = 64) -> str:
@@ -55,7 +69,7 @@ def translate(function: SemanticsFunction, *, width: Width = 64) -> str:
 
     Args:
         function: of ``semantics``, or one written in the same subset that calls only those.
-        width: bits of every variable; ``multiply_high`` has 64 in any case.
+        width: bits of every variable, but not of the product in ``multiply_high``.
 
     Raises:
         UsageError: something is outside the subset; the message names line and source.
@@ -72,8 +86,8 @@ def translate_all(functions: Iterable[tuple[SemanticsFunction, Width]]) -> str:
         if c_name(function.__name__, width) in texts:
             return
         text = translator.definition()
-        for name in translator.calls:
-            add(getattr(semantics, name), translator.width)
+        for name, called_width in translator.calls:
+            add(getattr(semantics, name), called_width)
         texts[c_name(function.__name__, width)] = text
 
     for function, width in sorted(functions, key=lambda pair: (pair[0].__name__, pair[1])):
@@ -82,12 +96,12 @@ def translate_all(functions: Iterable[tuple[SemanticsFunction, Width]]) -> str:
 
 
 class _Translator:
-    """One function; ``calls`` lists the functions it calls, in order of appearance."""
+    """One function; ``calls`` lists what it calls and in which width, in order of appearance."""
 
     def __init__(self, function: SemanticsFunction, width: Width) -> None:
         self.name = function.__name__
-        self.width: Width = 64 if self.name in ALWAYS_WIDE else width
-        self.calls: list[str] = []
+        self.width: Width = width
+        self.calls: list[tuple[str, Width]] = []
         lines, self.first_line = inspect.getsourcelines(function)
         self.source = textwrap.dedent("".join(lines))
         self.known: set[str] = set()
@@ -106,13 +120,22 @@ class _Translator:
             raise self.outside(definition)
         names = [argument.arg for argument in given.args]
         self.known.update(names)
+        if (self.name, self.width) == ("multiply_high", 32):
+            self.calls.append((self.name, 64))
+            body = _MULTIPLY_HIGH_32
+        elif self.name == "clamp":
+            body = _CLAMP
+        else:
+            body = self.body(definition)
+        arguments = ", ".join(f"{self.type} {name}" for name in names)
+        head = f"static inline {self.type} {c_name(self.name, self.width)}({arguments})"
+        return f"{head}\n{{\n{body}}}\n"
+
+    def body(self, definition: ast.FunctionDef) -> str:
         statements = [self.statement(statement) for statement in definition.body]
         if not isinstance(definition.body[-1], ast.Return):
             raise self.outside(definition.body[-1])
-        arguments = ", ".join(f"{self.type} {name}" for name in names)
-        head = f"static inline {self.type} {c_name(self.name, self.width)}({arguments})"
-        body = "".join(f"  {line}\n" for line in statements if line)
-        return f"{head}\n{{\n{body}}}\n"
+        return "".join(f"  {line}\n" for line in statements if line)
 
     def statement(self, node: ast.stmt) -> str:
         match node:
@@ -155,10 +178,9 @@ class _Translator:
             inspect.signature(callee).parameters
         ):
             raise self.outside(node)
-        self.calls.append(name)
+        self.calls.append((name, self.width))
         inner = ", ".join(self.expression(argument) for argument in arguments)
-        narrowed = self.width == 32 and name in ALWAYS_WIDE
-        return f"{'(int32_t)' if narrowed else ''}{c_name(name, self.width)}({inner})"
+        return f"{c_name(name, self.width)}({inner})"
 
     def outside(self, node: ast.AST) -> UsageError:
         line = getattr(node, "lineno", 1)
