@@ -244,10 +244,8 @@ def _sparse(kernel: Kernel) -> list[str]:
         decode.append("x += code & 15;")
     else:
         decode = ["x += (uint8_t)weight[0];", "const int32_t value = weight[1];", "weight += 2;"]
-    entries = block(
-        f"for (int32_t entry = counts_{kernel.index}[channel]; entry > 0; entry--)",
-        *decode,
-        *kernel.products(0, "value", [f"x[{p * kernel.stride}]" for p in range(kernel.pixels)]),
+    products = kernel.products(
+        0, "value", [f"x[{p * kernel.stride}]" for p in range(kernel.pixels)]
     )
     return [
         f"const int8_t *weight = weights_{kernel.index};",
@@ -255,7 +253,27 @@ def _sparse(kernel: Kernel) -> list[str]:
             f"for (int32_t channel = 0; channel < {kernel.channels}; channel++)",
             *kernel.sums([0]),
             f"const {kernel.source_type} *x = window;",
-            *entries,
+            f"int32_t entry = counts_{kernel.index}[channel];",
+            *_words(kernel),
+            *block("for (; entry > 0; entry--)", *decode, *products),
             *kernel.stores([0]),
         ),
     ]
+
+
+def _words(kernel: Kernel) -> list[str]:
+    """Entries of a sparse layer by whole words, where there are instructions for that."""
+    packed = kernel.encoding.layout.packed
+    far = (kernel.pixels - 1) * kernel.stride > pairs.FURTHEST
+    if not kernel.pairs or far or kernel.pixels > pairs.most_pixels(packed=packed):
+        return []
+    name = "wide" if packed else "sum"
+    sums = [f"{name}_{p}_0" for p in range(kernel.pixels)]
+    kind = "u" if kernel.source_type == "uint8_t" else "s"
+    loop = pairs.sparse_loop(kernel.stride, sums, kind, packed=packed)
+    if packed:
+        ends = [f"sum_{p}_0 += wide_{p}_0 >> 4;" for p in range(kernel.pixels)]
+        loop = [*(f"int32_t {sum_} = 0;" for sum_ in sums), *loop, *ends]
+    entries = pairs.per_word(packed=packed)
+    head = [f"int32_t n = entry / {entries};", f"entry %= {entries};"]
+    return ["#ifdef PAIRS", *block("", *head, *block("if (n > 0)", *loop)), "#endif"]

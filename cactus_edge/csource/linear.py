@@ -111,12 +111,12 @@ def layer(
 
 
 def by_pairs(graph: Graph, op: Linear, encoding: Encoding) -> bool:
-    """Whether a dense layer can have two-way multiplications.
+    """Whether a layer can have the instructions of the DSP extension.
 
     Sums of nibbles are 16 times as large until the end, and have to fit as well.
     """
     if not encoding.layout.packed:
-        return not encoding.layout.sparse
+        return True
     weights = op.weights.values.reshape(op.channels, -1).astype(np.int64)
     largest = max(abs(end) for end in stored_range(graph, op.inputs[0]))
     return 16 * largest * int(np.abs(weights).sum(axis=1).max()) < 1 << 31
