@@ -49,6 +49,7 @@ COMPRESSIONS = ((8, 0.0), (4, 0.0), (8, 0.8), (4, 0.8), (4, 0.9))
 COMMAND = "pytest -m evidence -s tests/evidence/test_firmware.py"
 
 INFERENCES = 100
+PRODUCTS = 637_608
 SAMPLES = 1000
 RADII = (2, 13, 25)
 FLIPS = 10_000
@@ -105,6 +106,7 @@ def small_cnn(bits: int, sparsity: float) -> Graph:
 def test_instructions() -> None:
     """Every board and compression; all outputs equal the reference executor's."""
     rows: list[dict[str, object]] = []
+    medians: dict[tuple[str, int, float], list[int]] = {}
     for bits, sparsity in COMPRESSIONS:
         graph = small_cnn(bits, sparsity)
         rng = np.random.default_rng(0)
@@ -115,7 +117,9 @@ def test_instructions() -> None:
             run = simulate(graph, samples, cpu=BOARDS[name].cpu, board=name)
             np.testing.assert_array_equal(run.outputs, expected)
             apart = simulate(graph, samples[:5], cpu=run.board.cpu, board=name, by_layer=True)
-            layers = [f"{n:,}" for n in apart.layer_instructions if n]
+            counts = [n for n in apart.layer_instructions if n]
+            medians[name, bits, sparsity] = [run.instructions.median, *counts]
+            assert run.code_bytes < 8192
             rows.append(
                 {
                     "board": name,
@@ -123,24 +127,30 @@ def test_instructions() -> None:
                     "weights": f"int{bits}",
                     "zeros": f"{sparsity:.0%}",
                     "instructions (median)": f"{run.instructions.median:,}",
-                    "without SMLAD": _portable(graph, samples[:5], name) if not sparsity else "",
-                    "by layer": " ".join(layers),
+                    "without DSP": _portable(graph, samples[:5], name),
+                    "by layer": " ".join(f"{n:,}" for n in counts),
                     "cycles (estimate)": _estimate(run),
                     "flash": f"{run.flash_bytes:,}",
+                    "weights and tables": f"{generate(graph).table_bytes:,}",
                     "code": f"{run.code_bytes:,}",
                     "RAM": f"{run.ram_bytes:,}",
                     "stack": f"{run.stack_bytes:,}",
                 }
             )
+    whole, pruned = (medians["STM32F405", 8, sparsity] for sparsity in (0.0, 0.8))
+    assert whole[0] <= 3.5 * PRODUCTS and pruned[0] <= 0.45 * whole[0]
+    assert all(few <= many for few, many in zip(pruned, whole, strict=True))
     results.write(
         "firmware",
         "Firmware on emulated boards",
         "A PAD and a convolution of 16 channels (5x5, stride 2), a PAD and one of 32 (4x4, stride "
-        "2), fully connected layers of 100 and 10, on 28x28 pixels: 166,550 parameters, 637,608 "
+        "2), fully connected layers of 100 and 10, on 28x28 pixels: 166,550 parameters, "
+        f"{PRODUCTS:,} "
         "multiplications when dense. Weights are random with the given share of zeros. "
         f"{INFERENCES} inputs each, all outputs equal to `execute`; instructions are exact. Those "
         "by layer, in this order, are of a build whose layers are not inlined, which takes up to "
-        "a sixth more. Cycles are an estimate without wait states, from least to most, see "
+        "a sixth more. `without DSP` is C without instructions of the DSP extension. Cycles are "
+        "an estimate without wait states, from least to most, see "
         "[docs/firmware.md](../firmware.md); the cores without one have no table in their manual. "
         "ziglang 0.17.1, `-O2`. Self-certification: "
         "[firmware-certified.md](firmware-certified.md); faults: "
@@ -155,7 +165,7 @@ def _estimate(run: Simulation) -> str:
 
 
 def _portable(graph: Graph, samples: np.ndarray, board: str) -> str:
-    """Median instructions of C without assembly; empty for cores that have no SMLAD."""
+    """Median instructions of C without assembly; empty for cores that have none."""
     if BOARDS[board].cpu not in ("cortex-m4", "cortex-m7", "cortex-m33"):
         return ""
     source = generate(graph)
