@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +250,25 @@ def test_sums_of_sums() -> None:
     rewritten(built, 3)
 
 
+def test_a_sum_stays_whose_coarser_scale_a_reader_does_not_bear() -> None:
+    """The factor of a layer that reads an operand would become 2.3."""
+    built = Built(1, 12)
+    a, b = (built.layer(0, 9, scale) for scale in (0.0207, 0.0525))
+    built.layer(a, 9, 0.0207)
+    reader = built.operators.pop()
+    assert isinstance(reader, FullyConnected)
+    nearly_one = np.full(9, 0.9, np.float32).view(np.uint32)
+    built.operators.append(replace(reader, weights=Weights(np.eye(9, dtype=int), 8, nearly_one)))
+    built.layer(built.sum(built.sum(a, b, 0.0908), reader.output, 0.1331), 6)
+    result, layers = universalize(built.graph())
+    first = next(op.name for op in built.operators if isinstance(op, Add))
+    assert [layer.remaining for layer in layers if layer.name == first] == [1]
+    again = next(op for op in result.operators if op.name == first)
+    for index, scale in zip(again.inputs, (0.0207, 0.0525), strict=True):
+        kept = result.tensors[index].quantization
+        assert kept and kept.scale == np.float32(scale)
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_narrow_weights(bits: int) -> None:
     built = Built(1, 3, 3, 3)
@@ -288,6 +308,12 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert universal.is_universal(result) and len(content) == report["bytes"]
     assert cli.run(call) == 2
     assert "--force" in capsys.readouterr().err
+    assert (
+        cli.run(["universalize", str(tmp_path / "u.tflite"), "-o", str(tmp_path / "v.tflite")]) == 0
+    )
+    assert "nothing moved" in capsys.readouterr().out
+    again, _ = flatbuffer.load(tmp_path / "v.tflite")
+    assert again.fingerprint() == result.fingerprint()
 
 
 def test_a_file_is_written_when_it_was_compared(

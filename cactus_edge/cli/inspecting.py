@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cactus_edge import datasets, files, flatbuffer, manual
 from cactus_edge.analyze import analyze as describe
-from cactus_edge.cli.output import ForceOption, JsonOption, bar, emit, percent, table, working
+from cactus_edge.cli.output import ForceOption, JsonOption, bar, emit, percent, say, table, working
 from cactus_edge.errors import PropertyNotMetError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cactus_edge.universalize import Universalized
 
 
 def analyze(
@@ -104,33 +109,6 @@ def universalize(
         report = make_universal(
             model, output, samples, even_pools=even_pools, force=force, progress=progress
         )
-    rows = [
-        (
-            layer.name,
-            layer.kind,
-            f"{layer.moved}/{layer.channels}",
-            f"{100 * layer.median_change:.3f}",
-            f"{100 * layer.largest_change:.3f}",
-            percent(layer.weights_changed),
-            layer.added or "-",
-            _lost(layer.lost_alone, layer.samples_alone),
-            layer.decisions_changed_alone if layer.samples_alone else "-",
-            layer.remaining or "-",
-        )
-        for layer in report.layers
-    ]
-    columns = (
-        "layer",
-        "operator",
-        "moved",
-        "median scale change %",
-        "largest %",
-        "weights changed %",
-        "added",
-        "points lost alone",
-        "decisions alone",
-        "still disagreeing",
-    )
     title = f"{output}: {report.bytes:,} bytes, {'' if report.universal else 'NOT '}universal"
     if report.samples:
         counts = report.correct_before, report.correct_after
@@ -139,15 +117,44 @@ def universalize(
             f"; accuracy {percent(before)} % before, {percent(after)} % after, "
             f"{report.decisions_changed} of {report.samples} decisions changed"
         )
-    emit(report, as_json, table(title, columns, rows))
+    if report.layers or as_json:
+        emit(report, as_json, _moved(title, report))
+    else:
+        say(f"{title}; every operator was already, nothing moved")
     if not report.universal:
         names = ", ".join(layer.name for layer in report.layers if layer.remaining)
         raise PropertyNotMetError(f"{output}: profiles still disagree in {names}")
 
 
-def _lost(samples: int, of: int) -> str:
-    """Points of accuracy."""
-    return f"{100 * samples / of:.2f}" if of else "-"
+def _moved(title: str, report: Universalized) -> Table:
+    """What moved; what each operator costs alone where samples were given."""
+    columns = [
+        "layer",
+        "operator",
+        "moved",
+        "scale %",
+        "up to %",
+        "weights %",
+        "added",
+        "differing",
+    ]
+    columns += ["points lost", "decisions"] if report.samples else []
+    rows: list[list[object]] = []
+    for layer in report.layers:
+        row: list[object] = [
+            layer.name.split(";")[0],  # of the operators that a converter fused, the last
+            layer.kind,
+            f"{layer.moved}/{layer.channels}",
+            f"{100 * layer.median_change:.2f}",
+            f"{100 * layer.largest_change:.2f}",
+            f"{100 * layer.weights_changed:.1f}",
+            layer.added or "-",
+            layer.remaining or "-",
+        ]
+        if alone := layer.samples_alone:
+            row += [f"{100 * layer.lost_alone / alone:.2f}", layer.decisions_changed_alone]
+        rows.append(row + ["-"] * (len(columns) - len(row)))
+    return table(title, columns, rows)
 
 
 def supported_ops(

@@ -3,7 +3,8 @@
 Two operands of one scale add their integers; with an output scale of ``p / q`` times theirs, ``p``
 odd, no sum is a half, so that every arithmetic rounds it to the same integer. Operands take the
 coarser of their scales, and the sum the next larger of these ratios. Where a scale has been settled
-(by another sum, a table, the model's input) it stays, and a layer rescales the operand.
+(by another sum, a table, the model's input) it stays, and a layer rescales the operand. A sum whose
+coarser scale would raise the factor of a layer that reads it to 1 is left as it is.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ _RATIOS = sorted(
 _TRIALS = 16
 _ROOM = 1 - 1e-3
 """An operand may lose so much of its range: less than a level."""
+_LARGEST_FACTOR = 1 - 2**-20
+"""Of a layer, which has to stay below 1 in whatever precision a runtime forms it."""
 _AS_LAYERS = (Function.QUANTIZE, Function.RELU, Function.RELU6)
 
 
@@ -145,13 +148,28 @@ class _Planner:
             kept = [i for i in fixed if _real(self._scale(i)) == summand]
             if not all(i in kept or self._rescalable(i) for i in fixed):
                 continue
-            if not self._agree(op, _bits(summand), _bits(total)):
+            moved = {self._of(index): summand for index in free}
+            moved |= {} if out_settled else {self._of(op.output): total}
+            if not self._readable(moved) or not self._agree(op, _bits(summand), _bits(total)):
                 continue
             for index in free:
                 self._settle(index, _bits(summand))
             self._plan.operands[op.name] = _bits(summand)
             self._settle(op.output, self._scale(op.output) if out_settled else _bits(total))
             return
+
+    def _readable(self, moved: dict[int, float]) -> bool:
+        """Whether layers can read these groups of tensors at these scales."""
+
+        def real(tensor: int) -> float:
+            return moved.get(self._of(tensor)) or _real(self._scale(tensor))
+
+        readers = (op for op in self._graph.core if isinstance(op, Linear))
+        return all(
+            real(op.inputs[0]) * float(op.weights.scale.max()) < _LARGEST_FACTOR * real(op.output)
+            for op in readers
+            if self._of(op.inputs[0]) in moved and op.requantization is None
+        )
 
     def _maker(self, tensor: int) -> Operator:
         """What computes the first tensor of a tensor's group."""
