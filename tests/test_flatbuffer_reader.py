@@ -14,8 +14,10 @@ from cactus_edge.errors import (
 from cactus_edge.execute import execute
 from cactus_edge.flatbuffer import read_tflite, storable, wire, write_tflite
 from cactus_edge.flatbuffer.writer import model_values
+from cactus_edge.graph import Linear
 from tests.flatbuffer_edits import (
     Edit,
+    Tree,
     behind,
     check,
     code,
@@ -323,6 +325,29 @@ def test_a_wrong_dimension_of_scales_is_read_with_a_warning(
     data = edited(quantized(f"{name}/weight", quantized_dimension=dimension))
     assert read_tflite(data, "m").fingerprint() == wanted
     assert len(caplog.messages) == 1 and text in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("number", "left_out", "text"),
+    [
+        (1, [], "operator 1 (CONV_2D): has no bias; read as one of zeros"),
+        (1, [-1], "operator 1 (CONV_2D): has no bias; read as one of zeros"),
+        (2, [], "operator 2 (DEPTHWISE_CONV_2D): has no bias; read as one of zeros"),
+        (6, [-1], ""),
+    ],
+)
+def test_a_bias_that_is_left_out_is_zero_and_warned_of(
+    caplog: pytest.LogCaptureFixture, number: int, left_out: list[int], text: str
+) -> None:
+    """TFLite and LiteRT refuse such convolutions, and XNNPACK crashes on some."""
+
+    def edit(tree: Tree) -> None:
+        node = operator(number)(tree)
+        node["inputs"] = np.array([*list(node["inputs"])[:2], *left_out], np.int32)
+
+    layer = read_tflite(edited(edit), "m").operators[number]
+    assert isinstance(layer, Linear) and not layer.bias.any() and layer.bias.dtype == np.int32
+    assert [text in message for message in caplog.messages] == [True] * bool(text)
 
 
 @pytest.mark.parametrize("case", INPUTS)

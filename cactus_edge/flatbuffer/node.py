@@ -22,6 +22,12 @@ from cactus_edge.graph import Activation, DType, Padding, Tensor, Weights
 
 _log = logging.getLogger(__name__)
 
+_NEED_BIASES = ("CONV_2D", "DEPTHWISE_CONV_2D")
+_WITHOUT_BIAS = (
+    "has no bias; read as one of zeros, as TFLite Micro does; TFLite and LiteRT refuse the file or "
+    "crash: write it again with biases of zero"
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Constant:
@@ -172,6 +178,8 @@ class Node:
                 "int64 zeros"
             )
         if constant is None:
+            if self.kind.name in _NEED_BIASES:
+                _log.warning("%s", self.place.message(_WITHOUT_BIAS))
             return np.zeros(channels, np.int32)
         if constant.shape != (channels,):
             raise self.place.malformed(f"bias {list(constant.shape)} for {channels} channels")
