@@ -23,7 +23,7 @@ from cactus_edge.certificate import Sample, head_of, line_of, sample_of
 from cactus_edge.certificate_stream import Reader
 from cactus_edge.check_linear import LinearChecker
 from cactus_edge.check_sample import Context
-from cactus_edge.datasets import Dataset, Images
+from cactus_edge.datasets import Dataset, Images, check_unchanged
 from cactus_edge.errors import DataError
 from cactus_edge.flatbuffer import read_tflite
 from cactus_edge.graph import Int64Array
@@ -99,7 +99,8 @@ def check(
 
     Raises:
         UnsupportedModelError: a model cannot be read.
-        DataError: the file is cut off, or a line is no line of a certificate.
+        DataError: the file is cut off, or a line is no line of a certificate; the data's file was
+            changed meanwhile.
     """
     head = claim.head
     names = [model.file for model in head.models]
@@ -129,6 +130,8 @@ def check(
                 return CheckResult(done, tuple(problems[:most]))
     finally:
         _context.cache_clear()
+    if data is not None:
+        check_unchanged(data)
     if done != total:
         problems.append(f"data: {done} samples, the head says {total}")
     problems += claim.problems()

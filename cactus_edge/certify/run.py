@@ -24,7 +24,7 @@ from cactus_edge.certify.linear.search import Budget
 from cactus_edge.certify.parallel import pool
 from cactus_edge.certify.shards import shard
 from cactus_edge.certify.top import check_top
-from cactus_edge.datasets import Dataset, Images
+from cactus_edge.datasets import Dataset, Images, check_unchanged
 from cactus_edge.errors import DataError, UsageError
 from cactus_edge.flatbuffer import read_tflite
 from cactus_edge.graph import Graph, Int64Array
@@ -107,7 +107,8 @@ def certify(
 
     Raises:
         UnsupportedModelError: a model cannot be read or certified.
-        DataError: the samples do not fit the models, or the models do not fit each other.
+        DataError: the samples do not fit the models, or the models do not fit each other; the
+            data's file was changed meanwhile.
         UsageError: a range or a profile that does not exist.
         OutputError: a file is in the way, or cannot be written.
         ToolError: worker processes die again and again.
@@ -130,6 +131,7 @@ def certify(
             _fill(writer, secure, request, (plan, images, labels, size), progress)
         finally:
             tasks.built.cache_clear()
+        check_unchanged(request.data)
         summary = writer.finish()
     return Result(head, summary)
 

@@ -33,6 +33,7 @@ from cactus_edge.datasets.common import (
     data_directory,
     order,
 )
+from cactus_edge.datasets.mapped import forget, mapping
 from cactus_edge.errors import DataError, meant
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "Images",
     "Labels",
     "Split",
+    "check_unchanged",
     "data_directory",
     "load",
     "load_training",
@@ -148,6 +150,16 @@ def _dataset(name: str, source: Source, split: Split, validation: float) -> Data
     return Dataset(name, images, labels, source.classes, split, _sha256(images, labels))
 
 
+def check_unchanged(data: Dataset) -> None:
+    """That a file whose arrays are mapped still holds what ``sha256`` names.
+
+    Raises:
+        DataError: it was changed meanwhile.
+    """
+    if mapping(data.images) is not None and _sha256(data.images, data.labels) != data.sha256:
+        raise DataError(f"data set '{data.name}': its file was changed while it was being used")
+
+
 def _held_out(groups: Labels, fraction: float, *, held_out: bool) -> npt.NDArray[np.bool_]:
     """Bool [N]: the samples of the groups that are held out (or that remain)."""
     names, member = np.unique(groups, return_inverse=True)
@@ -164,4 +176,5 @@ def _sha256(images: Images, labels: Labels) -> str:
     for array in (images, labels):
         digest.update(f"{array.dtype.str}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
+    forget(images)
     return digest.hexdigest()

@@ -19,6 +19,7 @@ Labels = npt.NDArray[np.int64]
 Arrays = tuple[Images, Labels]
 
 DATA_VARIABLE = "CACTUS_EDGE_DATA"
+_ROWS = 4096
 SPLIT_SEED = 20_240_601  # of the held-out permutation and of the digits' test split
 
 
@@ -78,7 +79,8 @@ def checked(
         pixels: Images = np.ascontiguousarray(images, np.uint8)
     elif np.issubdtype(images.dtype, np.floating):
         pixels = np.ascontiguousarray(images, np.float32)
-        if not bool(np.all((pixels >= 0.0) & (pixels <= 1.0))):  # False for NaN too
+        blocks = (pixels[start : start + _ROWS] for start in range(0, len(pixels), _ROWS))
+        if not all(bool(np.all((part >= 0.0) & (part <= 1.0))) for part in blocks):  # NaN too
             raise DataError(
                 f"{x} must lie in [0, 1]; scale it, store uint8 pixels, or store the ranges of the "
                 "features as lower and upper"

@@ -8,6 +8,9 @@ Without ranges, ``x`` holds uint8 pixels or floats in [0, 1]. With them it may h
 within its ranges, and becomes (x - lower) / (upper - lower) in float32. The two have any shape that
 spreads over a sample: one number, one for each feature [F], one for each channel [C] or one for
 each element. A radius is then a fraction of each feature's range.
+
+Large arrays of an archive that is not packed stay in the file, see ``mapped``: ``certify`` takes
+any number of uint8 pixels or of float32 in [0, 1] in bounded memory.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cactus_edge.datasets.common import Arrays, Images, Part, Source, checked
+from cactus_edge.datasets.mapped import mapped
 from cactus_edge.errors import DataError, shortened
 
 _LARGEST_FACTOR = 100  # packed images of one colour reach it, and little else
@@ -108,7 +112,8 @@ def _members(path: Path, keys: tuple[str, ...], *, optional: bool = False) -> tu
                     f"{shortened(', '.join(sorted(names[:_SHOWN]))) or 'nothing'}"
                 )
             _check_unpacked(path, file.zip, keys)
-            return tuple(np.asarray(file[key]) for key in keys)
+            found = ((key, mapped(path, file.zip, f"{key}.npy")) for key in keys)
+            return tuple(np.asarray(file[key]) if x is None else x for key, x in found)
     except DataError:
         raise
     except _DAMAGED as error:

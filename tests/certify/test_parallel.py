@@ -26,7 +26,8 @@ from cactus_edge.certify.decide import Effort
 from cactus_edge.certify.partial import partial_of, recover
 from cactus_edge.certify.shards import shard
 from cactus_edge.cli import run
-from cactus_edge.datasets import Dataset
+from cactus_edge.datasets import Dataset, mapped
+from cactus_edge.datasets import load as load_data
 from cactus_edge.errors import DataError, MissingExtraError, OutputError, ToolError, UsageError
 from cactus_edge.inputs import Perturbation
 from tests.certificates import checked
@@ -195,6 +196,28 @@ def test_certifying_takes_constant_memory() -> None:
     assert len(held) == 10
     a_line = 200  # bytes, less than any takes
     assert held[-1] - held[2] < 7 * 150 * a_line, held
+
+
+def test_a_file_that_is_changed_meanwhile(
+    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its samples stay in the file; nothing is certified of other ones than the claim names."""
+    monkeypatch.setattr(mapped, "LEAST", 0)
+    path, output = tmp_path / "own.npz", tmp_path / "own.jsonl"
+    images, labels = request_.data.images, request_.data.labels
+    np.savez(path, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    request = replace(request_, data=load_data(path, "test"))
+    assert content_of(request).splitlines()[1:-1] == content_of(request_).splitlines()[1:-1]
+
+    def change(_done: int, _total: int) -> None:
+        content = path.read_bytes()
+        with path.open("r+b") as file:
+            file.seek(content.rindex(images.tobytes()))
+            file.write(images[::-1].tobytes())
+
+    with pytest.raises(DataError, match="its file was changed while"):
+        certify(request, output, progress=change)
+    assert not output.exists()
 
 
 def test_lines_of_hostile_size(whole: bytes, tmp_path: Path) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 import zipfile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cactus_edge import datasets
+from cactus_edge.datasets import mapped
 from cactus_edge.errors import DataError
 from cactus_edge.train import load_recipe, train
 
@@ -106,16 +108,69 @@ def test_headers_that_lie_are_refused(tmp_path: Path, header: str) -> None:
         datasets.load(tmp_path / "own.npz", "test")
 
 
-@given(st.data())
-@settings(max_examples=150)
-def test_damaged_files_raise_nothing_else(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+def pixels(dtype: str = "uint8", order: Literal["C", "F"] = "C") -> dict[str, Array]:
+    source = np.random.default_rng(0)
+    made: dict[str, Array] = {"y_train": np.arange(9) % 3, "y_test": np.arange(9) % 3}
+    for part in ("train", "test"):
+        drawn = source.random((9, 4, 5)) * (1 if "f" in dtype else 255)
+        made[f"x_{part}"] = np.asarray(drawn, dtype, order=order)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("dtype", "order", "packed", "stays"),
+    [
+        ("uint8", "C", False, True),
+        ("<f4", "C", False, True),
+        (">f4", "C", False, False),  # becomes another array
+        ("uint8", "F", False, False),
+        ("uint8", "C", True, False),
+    ],
+)
+def test_large_arrays_stay_in_their_file(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    order: Literal["C", "F"],
+    packed: bool,
+    stays: bool,
 ) -> None:
+    path = tmp_path / "own.npz"
+    save = np.savez_compressed if packed else np.savez
+    save(path, **pixels(dtype, order))  # type: ignore[arg-type]
+    before = datasets.load(path, "test")
+    assert mapped.mapping(before.images) is None
+    monkeypatch.setattr(mapped, "LEAST", 0)
+    found = datasets.load(path, "test")
+    assert (mapped.mapping(found.images) is not None) == stays
+    assert found.sha256 == before.sha256 and np.array_equal(found.images, before.images)
+    assert not found.images.flags.writeable
+    datasets.check_unchanged(found)
+    if stays:
+        with path.open("r+b") as file:
+            file.seek(path.read_bytes().index(found.images.tobytes()))
+            file.write(b"\0\0\0\1")
+        with pytest.raises(DataError, match="'own': its file was changed while"):
+            datasets.check_unchanged(found)
+        with pytest.raises(DataError, match="Bad CRC-32 for file 'x_test.npy'"):
+            datasets.load(path, "test")
+
+
+@pytest.mark.parametrize("least", [0, mapped.LEAST])
+@given(st.data())
+@settings(max_examples=80, suppress_health_check=list(HealthCheck))
+def test_damaged_files_raise_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    least: int,
+    data: st.DataObject,
+) -> None:
+    monkeypatch.setattr(mapped, "LEAST", least)
     path = tmp_path_factory.mktemp("npz") / "own.npz"
     if data.draw(st.booleans()):
         np.savez_compressed(path, **table(6))  # type: ignore[arg-type]
     else:
-        saved(path, table(6))
+        saved(path, data.draw(st.sampled_from((table(6), pixels()))))
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -125,7 +180,8 @@ def test_damaged_files_raise_nothing_else(
     except DataError as error:
         assert "own.npz" in str(error)
     else:
-        assert float(found.images.min()) >= 0 and float(found.images.max()) <= 1
+        most = 255 if found.images.dtype == np.uint8 else 1
+        assert float(found.images.min()) >= 0 and float(found.images.max()) <= most
 
 
 def test_the_documented_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
