@@ -34,7 +34,7 @@ from cactus_edge.graph import (
     window_geometry,
 )
 from cactus_edge.lowering.stages import NO_PADS, Pads
-from cactus_edge.onnx_io.reading import Array, File, Node, fold
+from cactus_edge.onnx_io.reading import Array, File, Node, fitting, fold
 from cactus_edge.onnx_io.spelled import spelled_out
 from cactus_edge.onnx_io.windows import windows
 
@@ -83,7 +83,8 @@ def translate(file: File) -> Graph:
     file = spelled_out(file)
     reader = _Reader(file)
     for node in file.nodes:
-        reader.node(node)
+        with fitting(node):
+            reader.node(node)
     return reader.finish()
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,24 @@ class Node:
     def get(self, attribute: str, default: Any) -> Any:
         """An attribute, or its default."""
         return self.attributes.get(attribute, default)
+
+
+@contextmanager
+def fitting(node: Node) -> Generator[None]:
+    """Name the node whose attributes, inputs and shapes do not fit each other.
+
+    ONNX's checker compares none of these, and there are too many ways to be wrong to name each.
+
+    Raises:
+        MalformedModelError: with what NumPy or Python said.
+    """
+    try:
+        yield
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise MalformedModelError(
+            f"node '{shortened(node.name)}' ({node.kind}): its attributes, inputs and shapes do "
+            f"not fit each other: {shortened(error)}"
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +202,9 @@ def _values(tensor: onnx.TensorProto) -> Array:
 def _input_shape(value: onnx.ValueInfoProto) -> tuple[tuple[int, ...], int]:
     kind = value.type.tensor_type
     if kind.elem_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE):
-        name = onnx.TensorProto.DataType.Name(kind.elem_type)
+        known = onnx.TensorProto.DataType.values()
+        code = kind.elem_type
+        name = onnx.TensorProto.DataType.Name(code) if code in known else f"of unknown type {code}"
         raise UnsupportedModelError(
             f"input '{value.name}' is {name}; a float network takes FLOAT, which holds the real "
             "values of a sample in [0, 1]"

@@ -15,7 +15,7 @@ from cactus_edge.lowering.stages import INPUT, NO_PADS, Layer, Sum, output_of
 from cactus_edge.onnx_io import images, linear, views
 from cactus_edge.onnx_io.building import Builder, Translation
 from cactus_edge.onnx_io.merge import merged
-from cactus_edge.onnx_io.reading import File, Node, fold
+from cactus_edge.onnx_io.reading import File, Node, fitting, fold
 
 _MOVING: dict[str, Callable[[Builder, Node], None]] = {
     "Cast": views.nothing,
@@ -72,7 +72,8 @@ def translate(file: File) -> Translation:
             )
     builder = Builder(file)
     for node in file.nodes:
-        _node(builder, node)
+        with fitting(node):
+            _node(builder, node)
     return _finished(builder)
 
 
