@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import pytest
 from graphs import graphs, random_graph, random_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba.core.dispatcher import Dispatcher
 
-from cactus_edge import profiles, semantics
+from cactus_edge import kernels, profiles, semantics
 from cactus_edge.certify.twin import twin
 from cactus_edge.constraints import ACCUMULATOR_LIMIT, validate
 from cactus_edge.errors import UnsupportedModelError
@@ -382,6 +385,19 @@ def test_cache_key_holds_the_digest_of_the_sources(
         assert function(10) == digest + 10
         hits.append(sum(function.stats.cache_hits.values()))  # type: ignore[attr-defined]
     assert hits == [0, 1, 0]
+
+
+def test_compiled_functions_differ_in_their_names() -> None:
+    """The linker knows functions of two cached entries by nothing else, see ``jit.kernel``."""
+    named: dict[tuple[str, str], object] = {}
+    for module in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, Dispatcher):
+                function = value.py_func
+                name = function.__module__, function.__qualname__
+                assert named.setdefault(name, value) is value, name
+    loops = [qualname for _, qualname in named if "<locals>.loop" in qualname]
+    assert len(loops) == 8 and len(named) > 60
 
 
 def test_digest_covers_kernels_and_semantics() -> None:

@@ -41,7 +41,14 @@ Compiled = TypeVar("Compiled", bound=Callable[..., object])
 
 
 def kernel(function: Compiled) -> Compiled:
-    """Compile a function that only compiled code calls."""
+    """Compile a function that only compiled code calls.
+
+    Machine code of several entries is linked by name where it comes from the cache: module, name,
+    types of the arguments, and a number that each process counts anew. So a kernel that is made
+    for a function has that one's name in its own; else another's could be called in its place.
+    """
+    for cell in function.__closure__ or ():  # pyright: ignore[reportFunctionMemberAccess]
+        function.__qualname__ += f".{cell.cell_contents.__qualname__}"
     return _compile(function)
 
 
