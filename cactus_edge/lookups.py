@@ -45,9 +45,21 @@ class Arithmetic(Enum):
     MICRO = "tflite-micro"
     """The same, but MUL and RELU form their factor in float64, and RELU6 only clamps."""
     TFLITE_HALF_UP = "tflite-half-up"
-    """The same, but QUANTIZE rounds half up: LiteRT's optimized kernels on x86."""
+    """The same, but QUANTIZE rounds half up: optimized kernels of LiteRT, and of TFLite on ARM.
+    They do so in vectors of ``QUANTIZE_VECTOR`` elements; what is left rounds as ``TFLITE``."""
     XNNPACK = "xnnpack"
     """8.8 fixed point for QUANTIZE and LEAKY_RELU, float32 for MUL, one rounding for SUB."""
+    XNNPACK_ARM = "xnnpack-arm"
+    """The same, but MUL rounds the exact product with its float32 factor half up (``rndnu``)."""
+
+    @property
+    def is_delegate(self) -> bool:
+        """Whether it is XNNPACK's."""
+        return self in (Arithmetic.XNNPACK, Arithmetic.XNNPACK_ARM)
+
+
+QUANTIZE_VECTOR = 16
+"""Elements that optimized kernels of QUANTIZE round half up at once."""
 
 
 # ------------------------------------------------------------------------------------------ pieces
@@ -118,7 +130,7 @@ def bound(real: int, target: Binary, zero_point: int) -> int:
 
 def requantize(x: Int64Array, source: Binary, target: Binary, arithmetic: Arithmetic) -> Int64Array:
     """QUANTIZE between two integer types."""
-    if arithmetic is Arithmetic.XNNPACK:
+    if arithmetic.is_delegate:
         return _fixed(x, _eights(scales.divide(source, target, 32)))
     half_up = arithmetic is Arithmetic.TFLITE_HALF_UP
     rounding = Rounding.DOUBLE_HALF_UP if half_up else Rounding.DOUBLE_HALF_AWAY
@@ -129,7 +141,7 @@ def leaky_relu(
     x: Int64Array, alpha: Binary, source: Binary, target: Binary, arithmetic: Arithmetic
 ) -> Int64Array:
     """LEAKY_RELU; ``alpha`` is positive."""
-    if arithmetic is Arithmetic.XNNPACK:
+    if arithmetic.is_delegate:
         ratio = scales.divide(source, target, 32)
         below = scales.multiply(ratio, alpha, 32)
         return np.where(x >= 0, _fixed(x, _eights(ratio)), _fixed(x, _eights(below)))
@@ -229,14 +241,15 @@ def product(
     """
     width = 64 if arithmetic is Arithmetic.MICRO else 32
     real = scales.divide(scales.multiply(*sources, width), target, width)
-    if arithmetic is not Arithmetic.XNNPACK:
+    if not arithmetic.is_delegate:
         factor = multiplier(real)
         if arithmetic is Arithmetic.TFLITE_HALF_UP and factor[1] < 0:
             raise InvalidGraphError("LiteRT's optimized MUL goes wrong with factors of 1 and more")
         return scaled(a * b, factor)
     if not Fraction(1, 1 << 16) <= real.fraction() < 256:
         raise InvalidGraphError("XNNPACK takes products of scales from 2**-16 to 256 output scales")
-    rule = semantics.REQUANTIZE[Rounding.FLOAT32]
+    arm = arithmetic is Arithmetic.XNNPACK_ARM
+    rule = semantics.REQUANTIZE[Rounding.SINGLE if arm else Rounding.FLOAT32]
     return rule(a * b, real.significand, -real.exponent)
 
 
@@ -249,7 +262,7 @@ def total(
     sign: int,
 ) -> Int64Array:
     """ADD (``sign`` 1) or SUB (``sign`` -1) of differences from the zero points."""
-    fixed = arithmetic is Arithmetic.XNNPACK
+    fixed = arithmetic.is_delegate
     rounding = AddRounding.FIXED_POINT if fixed else AddRounding.DOUBLE_HALF_AWAY
     integers = scales.add_parameters(rounding, *sources, target)
     if sign > 0:

@@ -123,6 +123,7 @@ _TABLE = (
         depthwise_vector=_NEON,
         vector=(_NEON_PRODUCT, _NEON),
         convolution_vector=_NEON,
+        arithmetic=Arithmetic.TFLITE_HALF_UP,
     ),
     Profile(
         "tflite-xnnpack-x86",
@@ -148,6 +149,8 @@ _TABLE = (
         one_channel=_RNDNU,
         needs_covering_windows=True,
         packed="tflite-arm",
+        arithmetic=Arithmetic.XNNPACK_ARM,
+        mean=_RNDNU,
     ),
     Profile(
         "litert-reference",
@@ -182,6 +185,7 @@ _TABLE = (
         vector=(_NEON_PRODUCT, _NEON),
         convolution_vector=_NEON,
         add_early_shift=True,
+        arithmetic=Arithmetic.TFLITE_HALF_UP,
     ),
     Profile(
         "litert-xnnpack-x86",
@@ -207,6 +211,7 @@ _TABLE = (
         packed="litert-arm",
         packed_fully_connected=True,
         packed_unmeasured=True,
+        arithmetic=Arithmetic.XNNPACK_ARM,
     ),
     Profile(
         "single-rounding",

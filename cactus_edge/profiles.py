@@ -29,8 +29,13 @@ from cactus_edge.graph import (
     Tensor,
     window_geometry,
 )
-from cactus_edge.lookups import Arithmetic, early_shift_agrees, int16_early_shift_agrees
-from cactus_edge.operators import TABLED, Lookup, Mean, Pair, Rows
+from cactus_edge.lookups import (
+    QUANTIZE_VECTOR,
+    Arithmetic,
+    early_shift_agrees,
+    int16_early_shift_agrees,
+)
+from cactus_edge.operators import TABLED, Function, Lookup, Mean, Pair, Rows, Unary
 from cactus_edge.profile_table import DEFAULT, PROFILES, Method, Profile, profile_of
 from cactus_edge.semantics import AddRounding
 
@@ -239,13 +244,30 @@ def _tabled(graph: Graph, op: Lookup | Pair, profile: Profile) -> Operator:
         )
     if profile.add_early_shift and tables.depends_on_position(graph, op):
         raise InvalidGraphError(_by_position(op, profile))
-    return tables.resolved(graph, op, profile.arithmetic)
+    found = tables.resolved(graph, op, profile.arithmetic)
+    half_up = profile.arithmetic is Arithmetic.TFLITE_HALF_UP
+    if half_up and isinstance(op, Unary) and op.function is Function.QUANTIZE:
+        return _in_vectors(graph, op, found, profile)
+    return found
 
 
-def _by_position(op: Operator, profile: Profile) -> str:
+def _in_vectors(graph: Graph, op: Unary, vectors: Operator, profile: Profile) -> Operator:
+    """QUANTIZE, the elements behind the last whole vector of which are rounded half away."""
+    size = graph.tensors[op.output].size
+    if size % QUANTIZE_VECTOR == 0:
+        return vectors
+    rest = tables.resolved(graph, op, Arithmetic.TFLITE)
+    assert isinstance(vectors, Lookup) and isinstance(rest, Lookup)
+    assert vectors.table is not None and rest.table is not None
+    if size > QUANTIZE_VECTOR and not np.array_equal(vectors.table, rest.table):
+        raise InvalidGraphError(_by_position(op, profile, "a multiple of 16 elements avoids"))
+    return rest
+
+
+def _by_position(op: Operator, profile: Profile, way: str = "equal input scales avoid") -> str:
     return (
-        f"ADD '{op.name}': {profile.summary} rounds it by an element's position, which "
-        f"profile '{profile.name}' does not cover; equal input scales avoid that"
+        f"{op.kind} '{op.name}': {profile.summary} rounds it by an element's position, which "
+        f"profile '{profile.name}' does not cover; {way} that"
     )
 
 

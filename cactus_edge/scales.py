@@ -183,7 +183,7 @@ def mean_parameters(
     Raises:
         InvalidGraphError: the factor is outside [2**-31, 1).
     """
-    if rounding is semantics.Rounding.FLOAT32:
+    if rounding in (semantics.Rounding.FLOAT32, semantics.Rounding.SINGLE):
         if not Fraction(1, 256) <= divide(inputs, output, 32).fraction() < 256:
             raise InvalidGraphError("XNNPACK takes means with ratios of scales from 1/256 to 256")
         whole = multiply(output, nearest(count, 1, 32), 32)

@@ -226,6 +226,7 @@ def test_a_function_too_near_a_boundary_is_refused() -> None:
     [
         (lookups.Arithmetic.TFLITE, lookups.Arithmetic.TFLITE_HALF_UP),
         (lookups.Arithmetic.TFLITE, lookups.Arithmetic.XNNPACK),
+        (lookups.Arithmetic.TFLITE_HALF_UP, lookups.Arithmetic.XNNPACK),
     ],
 )
 def test_arithmetics_differ_where_they_should(
@@ -236,6 +237,40 @@ def test_arithmetics_differ_where_they_should(
     source, target = (decode_float32(pattern(s)) for s in (0.02, 0.08))
     first, second = (lookups.requantize(x, source, target, a) for a in (arithmetic, other))
     assert (first != second).any() and np.abs(first - second).max() == 1
+
+
+def test_delegates_differ_in_products_that_are_halves() -> None:
+    """XNNPACK rounds them to even on x86 and up on ARM."""
+    x = np.arange(-255, 256, dtype=np.int64)
+    one, three = (decode_float32(pattern(s)) for s in (1.0, 3 / 6))
+    names = lookups.Arithmetic.XNNPACK, lookups.Arithmetic.XNNPACK_ARM
+    even, up = (lookups.product(x, x * 0 + 1, (one, three), one, name) for name in names)
+    assert np.array_equal(up, (x + 1) >> 1) and np.array_equal(even, np.rint(x / 2))
+
+
+@pytest.mark.parametrize("size", [7, 16, 23, 32])
+def test_quantize_rounds_the_rest_of_its_vectors_otherwise(size: int) -> None:
+    """Each value at each place, in every runtime: halves are met at a quarter of the scale."""
+    op = Unary(name="q", inputs=(0,), output=1, function=Function.QUANTIZE)
+    graph = alone(op, tensor("a", size, 0.02, 5), tensor("b", size, 0.08, -3))
+    inputs = np.stack([np.roll(np.resize(np.arange(-128, 128), (256, size)), shift, 1)
+                       for shift in range(size)]).reshape(-1, size)  # fmt: skip
+    outside = profiles.uncovered(graph)
+    half_up = {"litert-x86", "tflite-arm", "litert-arm"}
+    assert set(outside) - {"single-rounding"} == (half_up if size == 23 else set())
+    for peer in RUNTIMES:
+        if peer.absence:
+            continue
+        (found,) = Bytes(peer, {}).run([(graph, inputs)])
+        found = found.reshape(inputs.shape)
+        if peer.profile not in outside:
+            assert np.array_equal(found, execute(graph, inputs, peer.profile)), peer.name
+            continue
+        assert "by an element's position" in outside[peer.profile]
+        for part, rule in ((np.s_[:, :16], "TFLITE_HALF_UP"), (np.s_[:, 16:], "TFLITE")):
+            resolved = tables.resolved(graph, op, lookups.Arithmetic[rule])
+            assert isinstance(resolved, Lookup) and resolved.table is not None
+            assert np.array_equal(found[part], resolved.table[0][inputs[part] + 128]), peer.name
 
 
 def test_relu_divides_scales_as_each_runtime_does() -> None:

@@ -69,9 +69,8 @@ def table_of_tables() -> str:
     lines = ["| profile | tables | MEAN |", "| --- | --- | --- |"]
     for name, profile in profiles.PROFILES.items():
         tables = profile.arithmetic.value if profile.arithmetic else "-"
-        mean = {None: "-", Rounding.FLOAT32: "float32 f", Rounding.DOUBLE_HALF_AWAY: "away"}
-        rounding = profile.mean.rounding if profile.mean else None
-        lines.append(f"| `{name}` | {tables} | {mean[rounding]} |")
+        mean = label(profile.mean) if profile.mean else "-"
+        lines.append(f"| `{name}` | {tables} | {mean} |")
     return "\n".join(lines)
 
 
