@@ -127,7 +127,13 @@ class Pair(Operator):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Mean(DepthwiseConv2D):
-    """MEAN over height and width, as the sum that it is: all weights are 1, of scale 1."""
+    """MEAN over height and width, as the sum that it is: all weights are 1, of scale 1.
+
+    ``keeps``: whether the file's output has both dimensions, as 1. The output here always has; but
+    optimized kernels round an output without them otherwise.
+    """
+
+    keeps: bool = True
 
     @property
     def kind(self) -> str:

@@ -58,8 +58,8 @@ class Profile:
     that was measured on aarch64), so they are refused.
     ``arithmetic``: of ``operators.Lookup`` and ``Pair``; ``mean``: of MEAN; ``int16``: of layers
     with int16 activations, as (per-tensor and per-channel FULLY_CONNECTED, convolutions). None
-    where that was not measured, and such models are refused. ``widens``: whether QUANTIZE takes
-    int8 to int16.
+    where that was not measured, and such models are refused. ``mean_keeps``: whether ``mean`` is
+    also that of a MEAN that keeps its dimensions. ``widens``: whether QUANTIZE takes int8 to int16.
     """
 
     name: str
@@ -79,6 +79,7 @@ class Profile:
     needs_covering_windows: bool = False
     arithmetic: Arithmetic | None = None
     mean: Method | None = None
+    mean_keeps: bool = True
     int16: tuple[Method, Method, Method] | None = None
     widens: bool = False
 
@@ -113,6 +114,8 @@ _TABLE = (
         _DOUBLE,
         arithmetic=Arithmetic.TFLITE,
         int16=(_REDUCED_PRODUCT, _REDUCED, _REDUCED),
+        mean=_DOUBLE,
+        mean_keeps=False,
     ),
     Profile(
         "tflite-arm",
@@ -124,6 +127,8 @@ _TABLE = (
         vector=(_NEON_PRODUCT, _NEON),
         convolution_vector=_NEON,
         arithmetic=Arithmetic.TFLITE_HALF_UP,
+        mean=_DOUBLE,
+        mean_keeps=False,
     ),
     Profile(
         "tflite-xnnpack-x86",
@@ -174,6 +179,8 @@ _TABLE = (
         arithmetic=Arithmetic.TFLITE_HALF_UP,
         int16=(_FLOAT64, _FLOAT64, _REDUCED),
         widens=True,
+        mean=_DOUBLE,
+        mean_keeps=False,
     ),
     Profile(
         "litert-arm",
@@ -186,6 +193,8 @@ _TABLE = (
         convolution_vector=_NEON,
         add_early_shift=True,
         arithmetic=Arithmetic.TFLITE_HALF_UP,
+        mean=_DOUBLE,
+        mean_keeps=False,
     ),
     Profile(
         "litert-xnnpack-x86",

@@ -132,9 +132,10 @@ def requantization(graph: Graph, op: Linear, profile: Profile) -> Requantization
 
 def _mean(graph: Graph, op: Mean, profile: Profile) -> Requantization:
     """Of a MEAN, whose division is folded into the factor."""
-    if profile.mean is None:
+    if profile.mean is None or (op.keeps and not profile.mean_keeps):
+        which = "" if profile.mean is None else ", where it keeps its dimensions,"
         raise InvalidGraphError(
-            f"MEAN '{op.name}': how {profile.summary} rounds it is not described; an "
+            f"MEAN '{op.name}': how {profile.summary} rounds it{which} is not described; an "
             "AVERAGE_POOL_2D over the whole input is covered"
         )
     source, target = (_scale(graph.tensors[index], op) for index in (op.inputs[0], op.output))

@@ -36,6 +36,7 @@ from cactus_edge.errors import (
 from cactus_edge.execute import execute, execute_all
 from cactus_edge.fault_report import FaultModel
 from cactus_edge.flatbuffer import read_tflite, write_tflite
+from cactus_edge.flatbuffer.writer import model_values
 from cactus_edge.flow import flow
 from cactus_edge.graph import ArgMax, DType, Graph, Int64Array, Quantization, Tensor
 from cactus_edge.inputs import Perturbation
@@ -44,6 +45,7 @@ from cactus_edge.operators import (
     Combination,
     Function,
     Lookup,
+    Mean,
     Move,
     Pair,
     Unary,
@@ -128,6 +130,20 @@ def test_every_runtime_computes_every_layer(peer: Peer) -> None:
     seen = {name for name, _, _ in found}
     missing = set(FAMILY) - seen - REFUSED_BY.get(peer.name, {NO_BIAS}) - {"relu_n1_to_1"}
     assert missing <= UNDESCRIBED and len(seen) >= 40
+
+
+def test_a_mean_is_written_as_it_was_read_with_its_dimensions_or_without() -> None:
+    """Optimized kernels round the two otherwise, and one of them alone is described."""
+    optimized = {"tflite-x86", "tflite-arm", "litert-x86", "litert-arm"}
+    for name, keeps in (("mean", 0), ("mean_keeping_dimensions", 1)):
+        graph = graph_of(name)
+        (op,) = (op for op in graph.operators if isinstance(op, Mean))
+        assert op.keeps == bool(keeps)
+        (written,) = model_values(graph)["subgraphs"]  # type: ignore[misc]
+        options = [op.get("builtin_options", (None, {}))[1] for op in written["operators"]]
+        assert {"keep_dims": keeps} in options
+        assert len(options) == len(graph.operators) - (not keeps)
+        assert (optimized <= set(profiles.uncovered(graph))) is bool(keeps)
 
 
 @pytest.mark.parametrize("name", FAMILY)

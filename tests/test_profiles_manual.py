@@ -70,6 +70,7 @@ def table_of_tables() -> str:
     for name, profile in profiles.PROFILES.items():
         tables = profile.arithmetic.value if profile.arithmetic else "-"
         mean = label(profile.mean) if profile.mean else "-"
+        mean += "" if profile.mean_keeps else " where it keeps no dimensions"
         lines.append(f"| `{name}` | {tables} | {mean} |")
     return "\n".join(lines)
 

@@ -105,7 +105,7 @@ def encode(graph: Graph, op: Operator) -> tuple[Values | None, list[Constant]]:
             return _activation(op.activation), []
         case Mean():
             axes = int32_constant(f"{op.name}/axes", np.array([1, 2]))
-            return {"keep_dims": 1}, [axes]
+            return {"keep_dims": int(op.keeps)}, [axes]
         case Transpose():
             order = int32_constant(f"{op.name}/permutation", np.array(op.permutation))
             return None, [order]
@@ -328,6 +328,7 @@ def _mean(node: Node) -> Operator | Split:
         weights=Weights(np.ones((1, *shape[1:]), np.int8), 8, np.array([_ONE_BITS], np.uint32)),
         bias=np.zeros(shape[3], np.int32),
         padding=Padding.VALID,
+        keeps=node.target.shape == kept,
     )
     return reshaped(node, op, kept)
 

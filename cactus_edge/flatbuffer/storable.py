@@ -145,6 +145,12 @@ def _check_operator(graph: Graph, op: Operator, where: str) -> None:
         _check_weights(graph, op, where)
     if isinstance(op, (Conv2D, Pool2D)):
         _check_window(graph, op, where)
+    if isinstance(op, Mean) and not op.keeps:
+        readers = [reader for reader in graph.operators if op.output in reader.inputs]
+        if not all(isinstance(reader, Reshape) for reader in readers):
+            raise UnsupportedModelError(
+                f"{where}: a MEAN that keeps no dimensions has nothing but a RESHAPE behind it"
+            )
 
 
 def _check_window(graph: Graph, op: Conv2D | Pool2D, where: str) -> None:

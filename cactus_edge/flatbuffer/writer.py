@@ -7,7 +7,7 @@ written, because stock runtimes silently read them wrong; constants are never sh
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,8 +16,8 @@ from cactus_edge.flatbuffer import schema, storable
 from cactus_edge.flatbuffer.node import Constant
 from cactus_edge.flatbuffer.operators import encode
 from cactus_edge.flatbuffer.wire import Values, serialize
-from cactus_edge.graph import DType, Graph, Linear, Operator, Tensor
-from cactus_edge.operators import WithConstant
+from cactus_edge.graph import DType, Graph, Linear, Operator, Reshape, Tensor
+from cactus_edge.operators import Mean, WithConstant
 
 
 def write_tflite(graph: Graph) -> bytes:
@@ -34,6 +34,7 @@ def write_tflite(graph: Graph) -> bytes:
 
 def model_values(graph: Graph) -> dict[str, object]:
     """The ``Model`` table of a graph that has been checked, before it becomes bytes."""
+    graph = _flattened(graph)
     draft = _Draft()
     for tensor in graph.tensors:
         draft.add_activation(tensor)
@@ -60,6 +61,30 @@ def model_values(graph: Graph) -> dict[str, object]:
     if metadata:
         model["metadata"] = metadata
     return model
+
+
+def _flattened(graph: Graph) -> Graph:
+    """With MEANs that keep no dimensions as a file has them: of two, without a RESHAPE behind."""
+    readers = [index for op in graph.operators for index in op.inputs] + [graph.output]
+    tensors, merged = list(graph.tensors), dict[int, int]()
+    for op in graph.operators:
+        if not isinstance(op, Mean) or op.keeps:
+            continue
+        shape = (1, op.channels)
+        tensors[op.output] = replace(tensors[op.output], shape=shape)
+        for behind in graph.operators:
+            alone = behind.inputs == (op.output,) and readers.count(op.output) == 1
+            if isinstance(behind, Reshape) and alone and tensors[behind.output].shape == shape:
+                merged[op.output] = behind.output
+    kept = [index for index in range(len(tensors)) if index not in merged]
+    place = {index: kept.index(merged.get(index, index)) for index in range(len(tensors))}
+    operators = tuple(
+        replace(op, inputs=tuple(place[i] for i in op.inputs), output=place[op.output])
+        for op in graph.operators
+        if op.inputs[0] not in merged
+    )
+    ends = {"input": place[graph.input], "output": place[graph.output]}
+    return replace(graph, tensors=tuple(tensors[i] for i in kept), operators=operators, **ends)
 
 
 def _operator_code(kind: schema.Kind, version: int) -> Values:
