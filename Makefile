@@ -1,6 +1,7 @@
 # Every target builds .venv first if it is missing or older than what defines it.
 
-.PHONY: install demo test check evidence evidence-training evidence-trust evidence-runtimes pi-check \
+.PHONY: install demo test check evidence evidence-training evidence-trust evidence-runtimes \
+	evidence-firmware pi-check \
 	bench zoo screenshots fuzz docs lock sbom clean
 .DEFAULT_GOAL := test
 
@@ -69,6 +70,10 @@ evidence-trust: $(STAMP)
 # Models, versions of runtimes, modes and emulated processors; goes on where it was stopped.
 evidence-runtimes: $(STAMP)
 	$(BIN)/pytest -m evidence -s tests/evidence/test_runtimes.py
+
+# Generated firmware on emulated boards: instructions, sizes, verdicts, faults.
+evidence-firmware: $(STAMP)
+	$(BIN)/pytest -m evidence -s tests/evidence/test_firmware.py
 
 # The models of the repository on emulated CPUs of Raspberry Pis, bit for bit.
 pi-check: $(STAMP)
