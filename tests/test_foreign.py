@@ -84,7 +84,7 @@ class Bytes(Worker):
     """A runtime that is given the files themselves, which hold what our writer never writes."""
 
     def __init__(self, peer: Peer, files: Mapping[int, bytes]) -> None:
-        super().__init__(peer.module, peer.mode)
+        super().__init__(peer.module, peer.mode, python=peer.python)
         self._files = files
 
     def _bytes(self, graph: Graph) -> bytes:
