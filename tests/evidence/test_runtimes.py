@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from cactus_edge import files
+from cactus_edge.profiles import PROFILES
 from tests.evidence.matrix import page
 from tests.evidence.matrix.places import Place, places
 from tests.evidence.matrix.running import Answer, Claim, Outcome, answer
@@ -27,8 +28,8 @@ BUILD = Path(__file__).resolve().parents[2] / "build" / "evidence" / "runtimes"
 
 
 def kept(place: Place, chosen: list[Subject], suspects: set[str]) -> Answer:
-    """The answer of a place, from an earlier run on the same models if there was one."""
-    digest = hashlib.sha256()
+    """The answer of a place, from an earlier run on the same models and profiles if there was."""
+    digest = hashlib.sha256(repr(PROFILES).encode())
     for subject in chosen:
         digest.update(subject.model.content + subject.inputs.tobytes())
     path = BUILD / f"{place.key}-{digest.hexdigest()[:12]}.json"
