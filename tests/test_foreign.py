@@ -57,6 +57,7 @@ from cactus_edge.scales import decode_float32
 from cactus_edge.validate import Peer, peers, prefix
 from cactus_edge.validate.child import Worker
 from firmware_sim import run_host
+from tests import stock
 from tests.certificates import certified, checked, encoded
 from tests.foreign import FAMILY, made
 from tests.foreign_file import CHANNELS, INPUT, File, pattern
@@ -144,6 +145,11 @@ def test_a_mean_is_written_as_it_was_read_with_its_dimensions_or_without() -> No
         assert {"keep_dims": keeps} in options
         assert len(options) == len(graph.operators) - (not keeps)
         assert (optimized <= set(profiles.uncovered(graph))) is bool(keeps)
+    graph = stock.model("gated").graph
+    first = next(op for op in graph.operators if isinstance(op, Mean))  # a convolution reads it
+    dropping = tuple(replace(op, keeps=False) if op is first else op for op in graph.operators)
+    with pytest.raises(UnsupportedModelError, match="nothing but a RESHAPE behind it"):
+        write_tflite(replace(graph, operators=dropping))
 
 
 @pytest.mark.parametrize("name", FAMILY)
