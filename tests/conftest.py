@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 # A failure has to be repeatable, whatever else a machine does, and compilation by Numba makes first
 # examples slow. The pytest option --hypothesis-profile=NAME chooses another one.
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("ci", untimed, derandomize=True, max_examples=40)
+settings.register_profile("ci", untimed, derandomize=True, max_examples=25)
 settings.register_profile("random", untimed)
 settings.register_profile("deep", untimed, max_examples=5000)
 settings.load_profile("ci")

@@ -127,7 +127,7 @@ def test_swapped_blocks() -> None:
         examine(bytes(data))
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(st.binary(max_size=300))
 def test_random_bytes_behind_the_identifier(tail: bytes) -> None:
     assert not examine(struct.pack("<I", 8) + b"TFL3" + tail).accepted

@@ -146,7 +146,7 @@ def test_a_reduced_multiplier_rounds_once(multiplier: int, shift: int, accumulat
 
 
 @given(st.integers(1 << 52, (1 << 53) - 1), st.integers(53, 84), st.integers(0, (1 << 35) - 1))
-@settings(max_examples=300)
+@settings(max_examples=120)
 def test_the_float64_rounding_holds_for_wide_accumulators(
     multiplier: int, shift: int, accumulator: int
 ) -> None:

@@ -297,7 +297,7 @@ def value(text: list[str], logits: np.ndarray) -> np.ndarray:
             return reduce(np.logical_and, [a == b for a, b in pairs])
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(text=formulas())
 @example("(!= Y_0 1)")
 @example("(not (!= Y_0 1))")
@@ -340,7 +340,7 @@ def intervals(draw: st.DrawFn) -> tuple[inputs.InputMap, Fraction, Fraction]:
     return mapping, min(ends), max(ends)
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(interval=intervals(), strict=st.tuples(st.booleans(), st.booleans()))
 def test_real_inputs_become_every_integer_that_a_quantizer_makes(
     interval: tuple[inputs.InputMap, Fraction, Fraction], strict: tuple[bool, bool]

@@ -9,7 +9,16 @@ import pytest
 from graphs import random_graph
 
 from cactus_edge import flatbuffer
+from cactus_edge.bench import run as bench_run
 from cactus_edge.graph import Graph
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured in the tests is of no interest, so that little is enough."""
+    monkeypatch.setattr(bench_run, "_BATCH_TURNS", 2)
+    monkeypatch.setattr(bench_run, "_ENERGY_SECONDS", 0.05)
+    monkeypatch.setattr(bench_run, "_LARGEST_FLUSH", 1 << 20)
 
 
 @pytest.fixture(scope="session")

@@ -125,11 +125,11 @@ def same(a: list[Int64Array | None], b: list[Int64Array | None]) -> bool:
 
 # ---------------------------------------------------------------- against enumeration
 def test_finds_what_enumeration_finds() -> None:
-    """Measured: 116 of 120 boxes, of whose points at most an eighth is wrong."""
-    every = [boxes for seed in range(120) if (boxes := refutable(seed)) is not None]
+    """Measured: nearly all of those boxes of whose points at most an eighth is wrong."""
+    every = [boxes for seed in range(70) if (boxes := refutable(seed)) is not None]
     there = sum(len(boxes) for boxes in every)
     found = [point for boxes in every for point in boxes.attacked(BLIND)]
-    assert there >= 100
+    assert there >= 50
     assert sum(point is not None for point in found) >= 0.9 * there
 
 
@@ -137,14 +137,14 @@ def test_small_boxes_are_enumerated() -> None:
     """Then the answer is complete: no counterexample is found exactly where there is none."""
     settings = Settings(steps=1, restarts=0, hops=0, routes=1, points=343)
     answers = [0, 0]
-    for seed in range(60):
+    for seed in range(30):
         graph = resolved(tiny_graph(seed))
         boxes = random_boxes(graph, 12, 3, seed)
         for i, point in enumerate(boxes.attacked(settings)):
             points = enumerate_box(boxes.lower[i], boxes.upper[i])
             assert (point is not None) == wrong(graph, points, boxes.labels[i]).any()
             answers[point is not None] += 1
-    assert min(answers) >= 10
+    assert min(answers) >= 5
 
 
 @pytest.mark.parametrize("dtype", [DType.INT8, DType.UINT8], ids=lambda dtype: dtype.value)

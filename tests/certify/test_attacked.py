@@ -15,8 +15,8 @@ from cactus_edge.execute import execute
 from cactus_edge.graph import Graph
 from tests.graphs import graphs, random_inputs
 
-BOXES = 6
-HARD = Settings(steps=25, restarts=3)
+BOXES = 4
+HARD = Settings(steps=12, restarts=1)
 
 
 ATTACKED = {
@@ -28,7 +28,7 @@ ATTACKED = {
 
 
 @settings(
-    max_examples=3,
+    max_examples=2,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     phases=(Phase.explicit, Phase.reuse, Phase.generate),

@@ -262,25 +262,25 @@ def run(
 
 def test_no_certified_layer_is_broken_by_any_flip_at_any_point() -> None:
     tally = Tally()
-    for seed in range(30):
+    for seed in range(16):
         run(seed, tally, radius=seed % 3)
     tally.assert_sound()
     assert set(tally.layers) == {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"}
     assert set(tally.widths) == {4, 8}
-    assert tally.verdicts["certified"] >= 10 and tally.verdicts["refuted"] >= 10
+    assert tally.verdicts["certified"] >= 5 and tally.verdicts["refuted"] >= 10
 
 
 def test_radius_zero_is_decided_completely() -> None:
     """Bounds of a point are exact, so every site is either proved or refuted."""
     tally = Tally()
-    for seed in range(100, 112):
+    for seed in range(100, 106):
         run(seed, tally, radius=0, effort=Effort(counted=True))
     tally.assert_sound()
     assert tally.missed == 0
     assert "unknown" not in tally.verdicts
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=4)
 @given(seed=st.integers(0, 2**32 - 1), radius=st.integers(0, 2))
 def test_any_seed(seed: int, radius: int) -> None:
     tally = Tally()

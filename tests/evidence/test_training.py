@@ -76,7 +76,7 @@ def test_a_comparison_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for name, more in (("whole", ""), ("pruned", f'[start]\nfrom = "runs/whole"\n{members}')):
         (recipes / f"{name}.toml").write_text(SMALL + more)
     monkeypatch.setattr(training_, "RECIPES", recipes)
-    monkeypatch.setattr(training_, "ATTACKED", 20)
+    monkeypatch.setattr(training_, "ATTACKED", 5)
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     whole = Phase("whole")
     chains = {(whole, Phase("pruned", GRID[i].sparsity)): GRID[i : i + 1] for i in (2, 3)}

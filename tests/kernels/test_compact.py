@@ -97,7 +97,7 @@ def assert_same(graph: Graph, small: Graph, wanted: list[int], inputs: Int64Arra
         np.testing.assert_array_equal(found[tensor], expected[tensor])
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(SEEDS, st.sampled_from(PROFILES))
 def test_wanted_values_stay(seed: int, profile: str) -> None:
     case = dead_case(seed, 5, profile)

@@ -102,7 +102,7 @@ def mixed(rng: np.random.Generator, channels: int) -> Requantization:
     return Requantization(fields[0], fields[1], fields[2] - 12)
 
 
-@settings(max_examples=150)
+@settings(max_examples=75)
 @given(
     SEEDS,
     st.tuples(st.integers(1, 12), st.integers(1, 12)),

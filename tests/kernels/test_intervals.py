@@ -78,7 +78,7 @@ def assert_bounds(
 
 
 # ---------------------------------------------------------------------- equal to the twin
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(SEEDS, st.sampled_from(COUNTS), st.sampled_from(PROFILES), st.integers(1, 3))
 def test_random_graphs(seed: int, count: int, profile: str, threads: int) -> None:
     """Also where only some tensors are asked for: the channels of others may lie in any order."""
@@ -93,7 +93,7 @@ def test_random_graphs(seed: int, count: int, profile: str, threads: int) -> Non
     assert_bounds(graph, box, expected, tensors=[graph.core_input, graph.logits])
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(SEEDS, st.sampled_from((1, 2, 9)), st.sampled_from(Rounding))
 def test_largest_accumulators(seed: int, count: int, rounding: Rounding) -> None:
     rng = np.random.default_rng(seed)
@@ -103,7 +103,7 @@ def test_largest_accumulators(seed: int, count: int, rounding: Rounding) -> None
     assert_bounds(case.graph, box, expected_bounds(case.graph, box))
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(SEEDS, st.sampled_from(COUNTS), st.sampled_from((DType.INT16, DType.INT32)), st.booleans())
 def test_wide_logits(seed: int, count: int, dtype: DType, reshaped: bool) -> None:
     rng = np.random.default_rng(seed)
@@ -174,7 +174,7 @@ def test_bounds_of_a_layer_are_attained(seed: int, profile: str) -> None:
     assert_bounds(graph, (lower[None], upper[None]), {graph.logits: bounds}, [graph.logits])
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(SEEDS, st.sampled_from(COUNTS), st.sampled_from(PROFILES))
 def test_bounds_of_a_point_are_its_values(seed: int, count: int, profile: str) -> None:
     """Also where a RESHAPE splits the channels of a tensor that is too large for a twin."""

@@ -125,7 +125,7 @@ def by_program(
 
 
 # ---------------------------------------------------------------------- results
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     SEEDS,
     st.lists(st.integers(1, 180), min_size=2, max_size=4),

@@ -15,7 +15,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 layouts, counts = st.sampled_from(Layout), st.sampled_from(COUNTS)
 
 
-@settings(max_examples=160)
+@settings(max_examples=80)
 @given(SEEDS, counts, st.sampled_from(PROFILES), layouts, st.integers(1, 3))
 def test_random_graphs(seed: int, count: int, profile: str, layout: Layout, threads: int) -> None:
     case = random_case(seed, count, profile)

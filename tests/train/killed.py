@@ -24,7 +24,7 @@ from cactus_edge.train.checkpoint import METRICS_FILE, load_state
 from cactus_edge.train.reports import EpochRow, StepReport
 from cactus_edge.train.state import Position
 
-KILLS = 6
+KILLS = 3
 LONGEST = 0.02  # seconds from a step's report to the kill: about one step and its checkpoint
 RECIPE = """
 seed = 3
