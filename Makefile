@@ -63,7 +63,7 @@ evidence: $(STAMP)
 evidence-training: $(STAMP)
 	$(BIN)/pytest -m evidence -s tests/evidence/test_training.py
 
-# Kills, faults, changed bytes, and the same bytes on an emulated Arm.
+# Kills, faults, changed bytes, endurance, and the same bytes on an emulated Arm.
 evidence-trust: $(STAMP)
 	$(BIN)/pytest -m evidence -s -rs $(TRUST)
 

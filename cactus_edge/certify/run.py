@@ -25,6 +25,7 @@ from cactus_edge.certify.parallel import pool
 from cactus_edge.certify.shards import shard
 from cactus_edge.certify.top import check_top
 from cactus_edge.datasets import Dataset, Images, check_unchanged
+from cactus_edge.datasets.mapped import forget
 from cactus_edge.errors import DataError, UsageError
 from cactus_edge.flatbuffer import read_tflite
 from cactus_edge.graph import Graph, Int64Array
@@ -158,6 +159,7 @@ def _fill(
                 assert index == request.first + done, "a defect: the samples are out of order"
                 done += 1
             secure()
+            forget(images)
             if progress:
                 progress(done, total)
 
@@ -275,7 +277,7 @@ def _selected(graph: Graph, request: Request) -> tuple[Images, Int64Array]:
     _check_range(request, count)
     check_top(graph, request.top)
     part = slice(request.first, request.first + count)
-    labels = request.data.labels[part].astype(np.int64)
+    labels = request.data.labels[part].astype(np.int64, copy=False)
     classes = graph.tensors[graph.logits].size
     if labels.min() < 0 or labels.max() >= classes:
         raise DataError(

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from cactus_edge.datasets.mapped import forget
 from cactus_edge.errors import DataError
 
 Split = Literal["train", "validation", "test"]
@@ -79,15 +80,17 @@ def checked(
         pixels: Images = np.ascontiguousarray(images, np.uint8)
     elif np.issubdtype(images.dtype, np.floating):
         pixels = np.ascontiguousarray(images, np.float32)
-        blocks = (pixels[start : start + _ROWS] for start in range(0, len(pixels), _ROWS))
-        if not all(bool(np.all((part >= 0.0) & (part <= 1.0))) for part in blocks):  # NaN too
-            raise DataError(
-                f"{x} must lie in [0, 1]; scale it, store uint8 pixels, or store the ranges of the "
-                "features as lower and upper"
-            )
+        for start in range(0, len(pixels), _ROWS):
+            part = pixels[start : start + _ROWS]
+            if not bool(np.all((part >= 0.0) & (part <= 1.0))):  # False for NaN too
+                raise DataError(
+                    f"{x} must lie in [0, 1]; scale it, store uint8 pixels, or store the ranges of "
+                    "the features as lower and upper"
+                )
+            forget(pixels)
     else:
         raise DataError(
             f"{x} has type {images.dtype}; expected uint8 pixels, floats in [0, 1], or any numbers "
             "with their ranges as lower and upper"
         )
-    return pixels, labels.astype(np.int64)
+    return pixels, labels.astype(np.int64, copy=False)

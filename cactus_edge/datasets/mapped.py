@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,13 @@ def mapped(path: Path, archive: zipfile.ZipFile, member: str) -> npt.NDArray[np.
         start = info.header_offset + _LOCAL_HEADER
         start += int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
         whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    content = np.frombuffer(whole, np.uint8)[start : start + info.file_size]
     checksum = 0
-    for begin in range(start, start + info.file_size, _BLOCK):
-        checksum = zlib.crc32(whole[begin : min(begin + _BLOCK, start + info.file_size)], checksum)
+    for block in blocks(content):
+        checksum = zlib.crc32(block, checksum)
     if checksum != info.CRC:
         raise zipfile.BadZipFile(f"Bad CRC-32 for file '{member}'")
-    found = np.frombuffer(whole, dtype, size // dtype.itemsize, start + header).reshape(shape)
-    forget(found)
-    return found
+    return np.frombuffer(whole, dtype, size // dtype.itemsize, start + header).reshape(shape)
 
 
 def mapping(array: npt.NDArray[np.generic]) -> mmap.mmap | None:
@@ -75,6 +75,17 @@ def mapping(array: npt.NDArray[np.generic]) -> mmap.mmap | None:
     while isinstance(base, np.ndarray | memoryview):
         base = base.base if isinstance(base, np.ndarray) else base.obj
     return base if isinstance(base, mmap.mmap) else None
+
+
+def blocks(array: npt.NDArray[np.generic]) -> Iterator[memoryview]:
+    """The bytes of an array in C order; of a mapped one no more than a block is in memory."""
+    if mapping(array) is None or not array.flags.c_contiguous:
+        yield np.ascontiguousarray(array).data
+        return
+    content = array.reshape(-1).view(np.uint8)
+    for begin in range(0, content.size, _BLOCK):
+        yield content[begin : begin + _BLOCK].data
+        forget(array)
 
 
 def forget(array: npt.NDArray[np.generic]) -> None:

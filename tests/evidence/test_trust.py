@@ -1,4 +1,4 @@
-"""What was done to break it, for ``docs/results/trust.md``: kills, faults, changed bytes, machines.
+"""What was done to break it, for ``docs/results/trust.md``: kills, faults, bytes, endurance.
 
 Each test writes its section, see ``trust``.
 """
@@ -26,7 +26,7 @@ from cactus_edge.cli import run
 from cactus_edge.errors import CactusEdgeError
 from cactus_edge.inputs import Perturbation
 from cactus_edge.signing import Evidence
-from tests.evidence import emulator, kills, remade, trust
+from tests.evidence import emulator, endurance, kills, remade, trust
 from tests.test_signing import flips, key_of, made  # noqa: F401
 from tests.train.killed import RECIPE
 
@@ -52,6 +52,13 @@ SHA-256, shortened, of what is made from the same recipe, or the same ONNX file,
 on this machine, each time in a process of its own, and once by Python for 64-bit Arm ({}, under
 qemu-user). Certificates are by the library's `certify` on digits; the Arm side converts the ONNX
 file and certifies, it does not train."""
+ENDURED = """\
+A certificate by intervals of made-up samples, digits with every pixel moved by up to 8 of 255, from
+one `.npz` file by `certify`; and single inferences by `cactus_edge.Session`, round after round on
+the {} digits of the test set as a service would make them, each round's logits compared, by
+SHA-256, with those of the reference executor. Each row is a process of its own; of all samples at
+once only the labels, up to eight bytes each, are in memory."""
+LONG, SHORT = 1_000_000, 10_000
 FAULTS = {
     "disk full": (
         "exit code 2, nothing under the final name; certificates and runs go on",
@@ -165,6 +172,41 @@ def test_faults(tmp_path: Path) -> None:
         )
     trust.section("faults", "Disturbed from outside", DISTURBED, rows)
     assert all(row["cases"] == row["passed"] for row in rows)
+
+
+@pytest.mark.evidence
+def test_endurance(tmp_path: Path) -> None:
+    model = str(ROOT / "models" / "digits-0.05" / "model.tflite")
+    module, rows = "tests.evidence.endurance", list[dict[str, object]]()
+    runs: list[dict[str, Any]] = []
+    for count in (SHORT, LONG):
+        data = tmp_path / f"{count}.npz"
+        endurance.write_samples(data, count)
+        runs.append(printed(module, "certify", model, data, tmp_path / f"{count}.jsonl"))
+        assert runs[-1]["samples"] == count
+        share = 100 * runs[-1]["certified"] / count
+        rows.append(endured("samples certified", count, runs[-1], f"{share:.1f} % certified"))
+    for count in (SHORT, LONG):
+        runs.append(printed(module, "infer", model, count))
+        assert runs[-1]["other"] == 0 and runs[-1]["done"] >= count
+        result = f"every round equal, {runs[-1]['grown']} MiB more than after {endurance.WARM:,}"
+        rows.append(endured("inferences", runs[-1]["done"], runs[-1], result))
+    text = ENDURED.format(len(datasets.load("digits", "test").labels))
+    trust.section("endurance", "Endurance", text, rows)
+    for short, long in (runs[:2], runs[2:]):
+        assert long["peak"] - short["peak"] < 32, "MiB"
+    assert runs[3]["grown"] < 1
+
+
+def endured(what: str, count: int, figures: dict[str, Any], result: str) -> dict[str, object]:
+    """A row of the section."""
+    return {
+        "what": what,
+        "number": f"{count:,}",
+        "peak memory, MiB": figures["peak"],
+        "processor seconds": figures["seconds"],
+        "result": result,
+    }
 
 
 def printed(module: str, *arguments: object) -> Any:
