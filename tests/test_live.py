@@ -200,6 +200,16 @@ def test_tensorboard_is_served_on_this_machine_alone(
         assert b"TensorBoard" in ask(address)[1]
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(address, timeout=5)
+    with socket.socket() as other:
+        other.bind((tensorboard.HOST, 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for wanted in (port, 1 << 16):
+            with (
+                pytest.raises(UsageError, match=f"port {wanted}: "),
+                tensorboard.serving(tmp_path / "run", wanted),
+            ):
+                pass
     taken = "import sys; print('a warning'); sys.exit('ERROR: could not bind to port 1')"
     with (tmp_path / "said").open("wb") as stream:
         process = subprocess.Popen([sys.executable, "-c", taken], stdout=stream, stderr=stream)

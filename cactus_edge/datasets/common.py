@@ -81,8 +81,8 @@ def checked(
     elif np.issubdtype(images.dtype, np.floating):
         pixels = np.ascontiguousarray(images, np.float32)
         for start in range(0, len(pixels), _ROWS):
-            part = pixels[start : start + _ROWS]
-            if not bool(np.all((part >= 0.0) & (part <= 1.0))):  # False for NaN too
+            block = pixels[start : start + _ROWS]
+            if not bool(np.all((block >= 0.0) & (block <= 1.0))):  # False for NaN too
                 raise DataError(
                     f"{x} must lie in [0, 1]; scale it, store uint8 pixels, or store the ranges of "
                     "the features as lower and upper"

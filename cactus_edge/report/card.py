@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import cactus_edge
 from cactus_edge.certificate import SIDE_CONDITIONS, VERDICTS
 from cactus_edge.graph import Linear
-from cactus_edge.report.page import radius_text
+from cactus_edge.report.page import percent, radius_text
 from cactus_edge.report.sources import Claim, Model, Sources
 
 _TAGS = ("tflite", "quantized", "certified-robustness")
@@ -82,10 +82,10 @@ def _claimed(claim: Claim) -> Iterator[str]:
         last = data.first + data.count - 1
         rows.append(("data", f"{data.name}, {data.split}, samples {data.first} to {last}"))
         rows.append(("data, SHA-256", data.sha256))
-        rows.append(("standard accuracy", _percent(summary.standard_accuracy)))
-        rows.append(("certified accuracy", _percent(summary.certified_accuracy)))
+        rows.append(("standard accuracy", percent(summary.standard_accuracy)))
+        rows.append(("certified accuracy", percent(summary.certified_accuracy)))
         if summary.attack_accuracy is not None:
-            rows.append(("accuracy under attack", _percent(summary.attack_accuracy)))
+            rows.append(("accuracy under attack", percent(summary.attack_accuracy)))
     if head.query is not None:
         rows.append(("query", f"{head.query.file}, SHA-256 {head.query.sha256}"))
     rows += [(f"verdict {name}", summary.verdicts.get(name, 0)) for name in VERDICTS]
@@ -149,7 +149,3 @@ def _plain(text: str) -> str:
     """On one line, with nothing that Markdown or HTML would take for its own."""
     line = " ".join(text.split())
     return "".join(f"\\{c}" if c in r"\`*_[]<>|#&" else c for c in line)
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"

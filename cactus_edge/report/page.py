@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from decimal import ROUND_FLOOR, Decimal
 from fractions import Fraction
 from importlib import resources
 
@@ -70,7 +71,13 @@ def _resource(name: str) -> str:
 
 
 def _percent(fraction: float | None) -> str:
-    return "–" if fraction is None else f"{100 * fraction:.2f} %"
+    return "–" if fraction is None else percent(fraction)
+
+
+def percent(fraction: float) -> str:  # float: reported
+    """Two digits, rounded down: no share is shown that was not reached, 100 % least of all."""
+    hundredths = Decimal(repr(fraction)) * 100  # the shortest decimal: 0.29 is not 28.99 %
+    return f"{hundredths.quantize(Decimal('0.01'), ROUND_FLOOR)} %"
 
 
 def _embedded(explorer: Explorer) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,11 +13,12 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cactus_edge.errors import MissingExtraError, ToolError
+from cactus_edge.errors import MissingExtraError, ToolError, UsageError
 from cactus_edge.train.logs import DIRECTORY
 
 HOST = "127.0.0.1"
 _ADDRESS = re.compile(r"at (http://\S+)")
+_LARGEST_PORT = (1 << 16) - 1
 _PATIENCE = 120.0
 """Seconds that TensorBoard may take to start, on a machine that is busy."""
 
@@ -37,9 +39,11 @@ def serving(output: Path, port: int = 0) -> Generator[str]:
 
     Raises:
         MissingExtraError: TensorBoard is not installed.
-        ToolError: it does not start, for one because another program has the port.
+        UsageError: there is no such port, or another program has it.
+        ToolError: it does not start.
     """
     require()
+    _refuse_port(port)
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(output / DIRECTORY)]
     command += ["--host", HOST, "--port", str(port), "--reload_interval", "2"]
     with tempfile.TemporaryDirectory() as folder:
@@ -53,6 +57,18 @@ def serving(output: Path, port: int = 0) -> Generator[str]:
         finally:
             process.terminate()
             process.wait()
+
+
+def _refuse_port(port: int) -> None:
+    """Say of a port what ``live`` says of one, before TensorBoard exits with a trace."""
+    if not 0 <= port <= _LARGEST_PORT:
+        raise UsageError(f"port {port}: a number from 0 to {_LARGEST_PORT} is needed")
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((HOST, port))
+        except OSError as error:
+            raise UsageError(f"port {port}: {error.strerror}; --port 0 takes a free one") from None
 
 
 def _address(process: subprocess.Popen[bytes], said: Path) -> str:

@@ -11,15 +11,31 @@ import pytest
 import yaml
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
+from hypothesis import given
+from hypothesis import strategies as st
 from report.conftest import Made
 
 from cactus_edge import report
 from cactus_edge.cli import run
+from cactus_edge.report.page import percent
 
 
 @pytest.fixture(scope="module")
 def sources(made: Made) -> report.Sources:
     return report.read([made.certificate, made.model], 10)
+
+
+@given(st.integers(1, 10**6), st.data())
+def test_shares_are_rounded_down(total: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, total))
+    whole, _, rest = percent(count / total).removesuffix(" %").partition(".")
+    shown = 100 * int(whole) + int(rest)
+    assert 0 <= 10_000 * count - shown * total < total
+
+
+def test_a_share_below_all_is_not_all() -> None:
+    assert percent(99_996 / 100_000) == "99.99 %" and percent(1.0) == "100.00 %"
+    assert percent(0.29) == "29.00 %" and percent(1e-9) == "0.00 %"
 
 
 def test_the_card(sources: report.Sources, made: Made) -> None:
