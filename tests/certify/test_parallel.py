@@ -188,14 +188,14 @@ def test_certifying_takes_constant_memory() -> None:
         gc.collect()
         held.append(tracemalloc.get_traced_memory()[0])
 
-    part = made_up(150)
+    part = made_up(50)
     images, labels = (np.concatenate([x] * 10) for x in (part.data.images, part.data.labels))
     images.flags.writeable = False
-    request = replace(part, data=replace(part.data, images=images, labels=labels), chunk=150)
+    request = replace(part, data=replace(part.data, images=images, labels=labels), chunk=50)
     peak(lambda: certify(request, Sink(), progress=progress))
     assert len(held) == 10
     a_line = 200  # bytes, less than any takes
-    assert held[-1] - held[2] < 7 * 150 * a_line, held
+    assert held[-1] - held[2] < 7 * 50 * a_line, held
 
 
 def test_a_file_that_is_changed_meanwhile(
@@ -280,7 +280,7 @@ def test_resuming_at_every_byte(tmp_path: Path) -> None:
         writer.finish()
         assert stream.getvalue() == content, end
     output = tmp_path / "certificate.jsonl"
-    for end in sorted(boundaries | set(range(0, len(content), 307))):
+    for end in sorted(boundaries | set(range(0, len(content), 1009))):
         partial_of(output).write_bytes(content[:end])
         certify(request, output, resume=True, force=True)
         assert output.read_bytes() == content, end
