@@ -38,11 +38,12 @@ $(STAMP): pyproject.toml constraints.txt tools/install_torch.py
 demo: $(STAMP)
 	$(BIN)/cactus-edge demo --output build/demo --force
 
+# Bytecode is kept, whatever the environment says: some hundred processes import the package.
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n 2 --dist worksteal --benchmark-disable
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist worksteal --benchmark-disable
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,7 +21,7 @@ from cactus_edge.train.execution import Execution, Flag, fabric_for
 from cactus_edge.train.prepare import Job
 from cactus_edge.train.recipe import Recipe, parse_recipe
 from cactus_edge.train.reports import EpochRow, Progress
-from tests.train.two_processes import Interrupting, work
+from tests.train.two_processes import Interrupting, Nothing, die, work
 
 RECIPE = """
 seed = 3
@@ -81,6 +80,19 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.evidence
+def test_a_killed_process_ends_the_run_and_says_how_to_go_on() -> None:
+    watchdog = threading.Timer(300.0, kill_children)
+    watchdog.start()
+    fabric = fabric_for(Execution(device="cpu", devices=2))
+    try:
+        with pytest.raises(ToolError, match="a training process failed: .*SIGKILL.*--resume"):
+            processes.launch(fabric, die, Nothing(), Interrupting(0))
+    finally:
+        watchdog.cancel()
+    assert multiprocessing.active_children() == []
+
+
 def weights_of(model: Path) -> dict[str, torch.Tensor]:
     """A stored model; of biases that normalization takes away again, what it leaves of them.
 
@@ -100,10 +112,6 @@ def rows(history: Path) -> torch.Tensor:
 def kill_children() -> None:
     for process in multiprocessing.active_children():
         process.kill()
-
-
-class Nothing(msgspec.Struct):
-    """A job that needs no telling."""
 
 
 class InThisProcess:
