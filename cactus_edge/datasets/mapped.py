@@ -7,11 +7,11 @@ back, and come again as they are used: a split of any size takes the memory of t
 from __future__ import annotations
 
 import mmap
-import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ _LOCAL_HEADER = 30  # bytes before the member's name, of which the last four are
 _ENCRYPTED = 1
 
 
-def mapped(path: Path, archive: zipfile.ZipFile, member: str) -> npt.NDArray[np.generic] | None:
+def mapped(path: Path, archive: ZipFile, member: str) -> npt.NDArray[np.generic] | None:
     """An array of an archive as a read-only view of the file.
 
     Args:
@@ -36,12 +36,11 @@ def mapped(path: Path, archive: zipfile.ZipFile, member: str) -> npt.NDArray[np.
         None where it has to be read: packed, small, in Fortran order, or not what its header says.
 
     Raises:
-        zipfile.BadZipFile: the bytes are not those of the archive's checksum.
         OSError: the file cannot be mapped.
-        ValueError: no array, or the file ends before it does.
+        ValueError: no array, one that is cut off, or bytes that the archive's checksum is not of.
     """
     info = archive.getinfo(member)
-    plain = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & _ENCRYPTED
+    plain = info.compress_type == ZIP_STORED and not info.flag_bits & _ENCRYPTED
     if not plain or info.file_size < LEAST:
         return None
     with archive.open(info) as stream:
@@ -65,7 +64,7 @@ def mapped(path: Path, archive: zipfile.ZipFile, member: str) -> npt.NDArray[np.
     for block in blocks(content):
         checksum = zlib.crc32(block, checksum)
     if checksum != info.CRC:
-        raise zipfile.BadZipFile(f"Bad CRC-32 for file '{member}'")
+        raise ValueError(f"Bad CRC-32 for file '{member}'")
     return np.frombuffer(whole, dtype, size // dtype.itemsize, start + header).reshape(shape)
 
 

@@ -43,7 +43,7 @@ def record(folder: Path) -> None:
     counted = ("executions", "accepted", "processor seconds")
     for name in TARGETS:
         counts = [json.loads(p.read_text()) for p in (folder / name).glob("count-*.json")]
-        counts = [c for c in counts if c["readers"] == readers(name)]
+        counts = [c for c in counts if c.get("readers") == readers(name)]
         row: dict[str, object] = {"target": name}
         row |= {k: sum(c[k] for c in counts) for k in counted}
         found = len(list((folder / name).glob("findings/*.bin")))

@@ -41,7 +41,7 @@ _THOROUGH = 8
 
 @contextmanager
 def guided(prefixes: tuple[str, ...]) -> Iterator[None]:
-    """Instrument these of the modules that are imported here; atheris takes whole packages."""
+    """Instrument these of the modules imported here; atheris itself takes whole packages."""
     with atheris.instrument_imports(include=list(prefixes)):
         finder = sys.meta_path[0]
         find = finder.find_spec
