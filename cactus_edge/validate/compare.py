@@ -1,14 +1,16 @@
 """Compare runtimes bit for bit, and name the first layer and element in which one differs.
 
 Stock runtimes only show a model's output, so a layer is looked at through the *prefix*: the model
-cut behind that layer. Every layer of every runtime is compared on a few samples and the logits on
-all of them; where logits differ all the same, the prefixes are searched on the sample that differs.
+cut behind that layer. Our own show all layers of one run. Every layer of every runtime is compared
+on a few samples and the logits on all of them; where logits differ all the same, the layers are
+searched on the sample that differs.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
@@ -18,9 +20,12 @@ from cactus_edge.errors import CactusEdgeError, UsageError
 from cactus_edge.execute import execute, execute_all
 from cactus_edge.graph import Graph, Int64Array
 from cactus_edge.validate import onnx_runtime
-from cactus_edge.validate.runtimes import Peer, peers, runner
+from cactus_edge.validate.child import Part
+from cactus_edge.validate.runtimes import Peer, layers_at_once, peers, runner
 
 LAYER_SAMPLES = 32
+EMULATED_SAMPLES = 4
+"""The same for an emulated processor, which takes seconds for a large model."""
 Progress = Callable[[int, int], None]
 
 
@@ -108,8 +113,9 @@ def validate_model(
     chosen = peers() if candidates is None else tuple(candidates)
     results: list[PeerResult] = []
     logits: list[Int64Array] = []
+    reference = _Reference(graph, inputs, inputs[:layer_samples])
     for index, peer in enumerate(chosen):
-        result, found = _validate_peer(graph, inputs, peer, layer_samples, data)
+        result, found = _validate_peer(reference, peer, data)
         results.append(result)
         if found is not None:
             logits.append(found.reshape(len(inputs), -1))
@@ -134,9 +140,34 @@ def prefix(graph: Graph, index: int) -> Graph:
     return Graph(graph.tensors, operators, graph.core_input, operators[-1].output)
 
 
+@dataclass(frozen=True, eq=False)
+class _Reference:
+    """What the reference executor computes, once for each profile; layers of ``few`` samples."""
+
+    graph: Graph
+    inputs: Int64Array
+    few: Int64Array
+    logits: dict[str, Int64Array] = field(default_factory=dict)
+    layers: dict[str, dict[int, Int64Array]] = field(default_factory=dict)
+
+    def logits_under(self, profile: str) -> Int64Array:
+        if len(self.few) == len(self.inputs):
+            return self.layers_under(profile)[self.graph.logits]
+        if profile not in self.logits:
+            self.logits[profile] = execute(self.graph, self.inputs, profile)
+        return self.logits[profile]
+
+    def layers_under(self, profile: str) -> dict[int, Int64Array]:
+        if profile not in self.layers:
+            self.layers[profile] = execute_all(self.graph, self.few, profile)
+        return self.layers[profile]
+
+
 def _validate_peer(
-    graph: Graph, inputs: Int64Array, peer: Peer, layer_samples: int, data: bytes | None
+    reference: _Reference, peer: Peer, data: bytes | None
 ) -> tuple[PeerResult, Int64Array | None]:
+    graph, inputs = reference.graph, reference.inputs
+    few = reference.few[:EMULATED_SAMPLES] if peer.is_emulated else reference.few
     head = (peer.name, peer.version, peer.profile)
     if peer.absence:
         return PeerResult(*head, "absent", peer.absence), None
@@ -146,19 +177,27 @@ def _validate_peer(
     if peer.mode == onnx_runtime.MODE and (reason := onnx_runtime.outside(graph)):
         return PeerResult(*head, "uncovered", reason), None
     run = runner(peer, None if data is None else (graph, data))
-    prefixes = [prefix(graph, index) for index in range(len(graph.core))]
-    few = inputs[:layer_samples]
+    at_once = layers_at_once(peer)
+    prefixes = [] if at_once else [prefix(graph, index) for index in range(len(graph.core))]
+
+    def values(batch: Int64Array, *parts: Part) -> list[Int64Array]:
+        """Outputs of the parts, then all layers of the batch."""
+        if at_once:
+            return [*run(parts), *at_once(graph, batch)]
+        return run([*parts, *((part, batch) for part in prefixes)])
+
     try:
-        expected = execute(graph, inputs, peer.profile)
-        found, *layers = run([(graph, inputs), *((part, few) for part in prefixes)])
+        expected = reference.logits_under(peer.profile)
+        found, *layers = values(few, (graph, inputs))
         found = found.reshape(expected.shape)
-        first, elements, mismatches = _compare(graph, few, layers, peer.profile)
+        of_few = {i: x[: len(few)] for i, x in reference.layers_under(peer.profile).items()}
+        first, elements, mismatches = _compare(graph, of_few, layers)
         wrong = np.argwhere(found != expected)
         if len(wrong) and first is None:
             sample = int(wrong[0][0])
             one = inputs[sample : sample + 1]
-            again = run([(part, one) for part in prefixes])
-            first, _, _ = _compare(graph, one, again, peer.profile, sample)
+            again = execute_all(graph, one, peer.profile)
+            first, _, _ = _compare(graph, again, values(one), sample)
     except (CactusEdgeError, OSError, ValueError) as error:
         return PeerResult(*head, "error", " ".join(str(error).split())), None
     result = PeerResult(
@@ -175,12 +214,14 @@ def _validate_peer(
 
 
 def _compare(
-    graph: Graph, inputs: Int64Array, layers: Sequence[Int64Array], profile: str, offset: int = 0
+    graph: Graph,
+    values: Mapping[int, Int64Array],
+    layers: Sequence[Int64Array],
+    offset: int = 0,
 ) -> tuple[Difference | None, int, int]:
-    """The first difference, elements compared, mismatches; ``layers`` are outputs of prefixes."""
+    """The first difference, elements compared, mismatches; ``values`` are the reference's."""
     first: Difference | None = None
     elements = mismatches = 0
-    values = execute_all(graph, inputs, profile)
     for index, (op, found) in enumerate(zip(graph.core, layers, strict=True)):
         expected = values[op.output]
         different = np.argwhere(found.reshape(expected.shape) != expected)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
 import numpy as np
 
 from cactus_edge import profiles
-from cactus_edge.execute import execute
+from cactus_edge.execute import execute, execute_all
 from cactus_edge.graph import Graph, Int64Array, Stored
 from cactus_edge.runtime import Session
 from cactus_edge.validate import onnx_runtime
@@ -50,6 +50,11 @@ class Peer:
             return metadata.version(self.package) if self._importable() else ""
         except metadata.PackageNotFoundError:
             return ""
+
+    @property
+    def is_emulated(self) -> bool:
+        """Whether every instruction is emulated."""
+        return self.mode == "cortex-m4"
 
     @property
     def absence(self) -> str:
@@ -121,6 +126,22 @@ def runner(
     ]
 
 
+def layers_at_once(peer: Peer) -> Callable[[Graph, Int64Array], list[Int64Array]] | None:
+    """A function from a graph and stored inputs to the outputs of all operators, from one run.
+
+    None for runtimes that show nothing but a model's output.
+    """
+    if peer.mode not in _LAYERS:
+        return None
+    traced = _LAYERS[peer.mode]
+
+    def layers(graph: Graph, batch: Int64Array) -> list[Int64Array]:
+        found = traced(graph, batch, peer.profile)
+        return [found[op.output].astype(np.int64) for op in graph.core]
+
+    return layers
+
+
 def _session(graph: Graph, batch: Int64Array, profile: str) -> Stored:
     return Session(graph, profile).run(batch)
 
@@ -137,9 +158,26 @@ def _emulated(graph: Graph, batch: Int64Array, profile: str) -> Stored:
     return simulate(graph, batch, profile=profile, cpu="cortex-m4").outputs
 
 
+def _traced_host(graph: Graph, batch: Int64Array, profile: str) -> Mapping[int, Stored]:
+    from firmware_sim import run_host
+
+    return run_host(graph, batch, profile, trace=True).layers
+
+
+def _traced_emulation(graph: Graph, batch: Int64Array, profile: str) -> Mapping[int, Stored]:
+    from firmware_sim import simulate
+
+    return simulate(graph, batch, profile=profile, cpu="cortex-m4", trace=True).layers
+
+
 _OWN: dict[str, Callable[[Graph, Int64Array, str], Stored]] = {
     "reference": execute,
     "session": _session,
     "host": _host,
     "cortex-m4": _emulated,
+}
+_LAYERS: dict[str, Callable[[Graph, Int64Array, str], Mapping[int, Stored]]] = {
+    "reference": execute_all,
+    "host": _traced_host,
+    "cortex-m4": _traced_emulation,
 }
