@@ -80,10 +80,10 @@ def test_a_comparison_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     whole = Phase("whole")
     chains = {(whole, Phase("pruned", GRID[i].sparsity)): GRID[i : i + 1] for i in (2, 3)}
-    methods = (Method("one", {(whole,): GRID[:4]}), Method("two", chains))
+    methods = (Method("one", {(whole,): GRID[2:4]}), Method("two", chains))
     compare("digits", methods, (0, 1), 2, tmp_path / "build")
     page = (tmp_path / "training-digits.md").read_text()
-    assert page.count("| one |") == 4 and page.count("| two |") == 2
+    assert page.count("| one |") == page.count("| two |") == 2
     assert " ± " in page
     assert (tmp_path / "training-digits-bits.svg").read_text().count("one") >= 1
     kept = (tmp_path / "build/digits/1/pruned-0.98-1/recipe.toml").read_text()
