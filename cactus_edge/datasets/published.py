@@ -127,7 +127,8 @@ def _read_idx(name: str, file: str, dimensions: int) -> npt.NDArray[np.uint8]:
         [int(v) for v in np.frombuffer(content[:header], ">u4")] if len(content) >= header else []
     )
     whole = header + math.prod(sizes[1:])
-    if not sizes or sizes[0] != 0x0800 + dimensions or len(content) != whole:
+    empty = 0 in sizes  # whatever the other sizes are, which NumPy may find too large
+    if not sizes or empty or sizes[0] != 0x0800 + dimensions or len(content) != whole:
         raise DataError(f"data set '{name}': {where} is not an IDX file of {dimensions} dimensions")
     return np.frombuffer(content, np.uint8, offset=header).reshape(sizes[1:])
 
