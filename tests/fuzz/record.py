@@ -56,7 +56,7 @@ def record(folder: Path) -> None:
         tally = json.loads(compared.read_text())
         counts = ", ".join(f"{n} {kind}" for kind, n in tally.items() if kind != "not covered")
         given = sum(tally.values()) - tally.get("not covered", 0)
-        text += f"\n\n{given} of the accepted `.tflite` files were given to LiteRT: {counts}. "
+        text += f"\n\n{given} of the accepted `.tflite` files were given to LiteRT: {counts}.\n"
         text += _WARNED
     trust.section("fuzzing", "Hostile files", text, rows, command="make fuzz")
 
