@@ -239,3 +239,22 @@ def test_every_optimization_level_has_registers_enough(level: str, tmp_path: Pat
         build.compile_c(
             [*warnings, *target, level, "-c", "cactus_edge.c", "-o", "model.o"], tmp_path
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "used"),
+    [
+        (["-target", "thumb-freestanding-eabi", "-mcpu=cortex_m4"], True),
+        (["-target", "thumb-freestanding-eabi", "-mcpu=cortex_m4+strict_align"], False),
+        (["-target", "arm-freestanding-eabi", "-mcpu=cortex_a7"], False),
+    ],
+)
+def test_other_instruction_sets_and_aligned_loads_are_left_to_portable_code(
+    options: list[str], used: bool, tmp_path: Path
+) -> None:
+    """A32 has the extension too, but not these immediates."""
+    graph, layout = CASES["packed entries"]
+    build.put(generate(graph, layout=layout).files, tmp_path)
+    freestanding = ["-std=c99", "-ffreestanding", "-fno-sanitize=all", "-O2"]
+    build.compile_c([*freestanding, *options, "-S", "cactus_edge.c", "-o", "model.s"], tmp_path)
+    assert ("uxtab" in (tmp_path / "model.s").read_text(encoding="utf-8")) is used

@@ -6,7 +6,7 @@ Four bytes of the input become two words of two numbers each, bytes 0 and 2, and
 do four weights, and the pairs meet. Nibbles are multiplied where they stand, as 16 times their
 value. Everything stays an exact sum of products in 32 bits. The loop is one piece of assembly with
 as many registers as there are: compilers that schedule such instructions one by one spill. Loads
-need no alignment on these processors.
+need no alignment on these processors, unless the compiler is told that they do.
 
 Sparse layers load two or four entries at once and take them apart on the way: ``UXTAB`` adds a
 distance to the pointer, ``SMLABB`` and ``SMLABT`` multiply with one half of a word of two weights.
@@ -25,10 +25,14 @@ FURTHEST = 4095
 
 
 def guard(upper: str) -> str:
-    """The condition under which the loops are used; ``-O0`` has too few registers."""
+    """The condition under which the loops are used; ``-O0`` has too few registers.
+
+    ``__ARM_FEATURE_DSP`` alone is also ARMv5TE's, which has none of these instructions, and that of
+    instruction set A32, which has other immediates.
+    """
     return f"""\
-#if defined(__ARM_FEATURE_DSP) && defined(__GNUC__) && defined(__OPTIMIZE__)
-#ifndef {upper}_PORTABLE
+#if defined(__ARM_FEATURE_DSP) && defined(__thumb2__) && defined(__ARM_FEATURE_UNALIGNED)
+#if defined(__GNUC__) && defined(__OPTIMIZE__) && !defined({upper}_PORTABLE)
 #define PAIRS
 #endif
 #endif
