@@ -156,7 +156,8 @@ def check_unchanged(data: Dataset) -> None:
     Raises:
         DataError: it was changed meanwhile.
     """
-    if mapping(data.images) is not None and _sha256(data.images, data.labels) != data.sha256:
+    mapped = any(mapping(array) is not None for array in (data.images, data.labels))
+    if mapped and _sha256(data.images, data.labels) != data.sha256:
         raise DataError(f"data set '{data.name}': its file was changed while it was being used")
 
 

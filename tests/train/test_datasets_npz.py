@@ -156,6 +156,21 @@ def test_large_arrays_stay_in_their_file(
             datasets.load(path, "test")
 
 
+def test_labels_that_are_changed_are_noticed_where_they_alone_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mapped, "LEAST", 0)
+    path = tmp_path / "own.npz"
+    np.savez(path, **pixels("f8"))  # type: ignore[arg-type]
+    found = datasets.load(path, "test")
+    assert [mapped.mapping(x) is None for x in (found.images, found.labels)] == [True, False]
+    with path.open("r+b") as file:
+        file.seek(path.read_bytes().rindex(found.labels.tobytes()))
+        file.write(found.labels[::-1].tobytes())
+    with pytest.raises(DataError, match="its file was changed while"):
+        datasets.check_unchanged(found)
+
+
 @pytest.mark.parametrize("least", [0, mapped.LEAST])
 @given(st.data())
 @settings(max_examples=80, suppress_health_check=list(HealthCheck))
