@@ -47,7 +47,8 @@ class Profile:
     ``convolution_vector``: convolutions whose output is one pixel, with at least 4 channels of at
     least 8 weights: the same product of a matrix and a vector.
     ``one_channel``: convolutions with a single output channel.
-    ``packed``: the profile that applies to int4 weights, where a delegate leaves them alone.
+    ``packed``: the profile that applies to int4 weights, where a delegate leaves them alone, and to
+    QUANTIZE from one type to another.
     ``packed_fully_connected``: except that the delegate takes int4 FULLY_CONNECTED with an even
     number of inputs. ``packed_unmeasured``: that was not measured; nothing is claimed about models
     with such a layer.

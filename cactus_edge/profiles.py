@@ -239,6 +239,9 @@ def _tabled(graph: Graph, op: Lookup | Pair, profile: Profile) -> Operator:
     """``op`` with the table of a profile."""
     if not tables.rescales(graph, op):
         return tables.resolved(graph, op, Arithmetic.TFLITE)
+    types = {graph.tensors[index].dtype for index in (*op.inputs, op.output)}
+    if len(types) > 1 and profile.packed:  # no delegate takes QUANTIZE from int8 to uint8 or back
+        profile = PROFILES[profile.packed]
     if profile.arithmetic is None:
         raise InvalidGraphError(
             f"{op.kind} '{op.name}': how {profile.summary} computes it was not measured"

@@ -295,6 +295,28 @@ def test_quantize_rounds_the_rest_of_its_vectors_otherwise(size: int) -> None:
             assert np.array_equal(found[part], resolved.table[0][inputs[part] + 128]), peer.name
 
 
+@pytest.mark.parametrize("types", [(DType.INT8, DType.UINT8), (DType.UINT8, DType.INT8)])
+def test_no_delegate_takes_quantize_to_another_type(types: tuple[DType, DType]) -> None:
+    op = Unary(name="q", inputs=(0,), output=1, function=Function.QUANTIZE)
+    places = {DType.INT8: 3, DType.UINT8: 125}
+    ends = [
+        Tensor(name, (1, 16), kind, Quantization.of(scale, places[kind]))
+        for name, kind, scale in zip("ab", types, (0.02, 0.08), strict=True)
+    ]
+    graph = alone(op, *ends)
+    inputs = np.resize(np.arange(256) + types[0].range[0], (16, 16))
+    for profile, behind in (
+        ("tflite-xnnpack-arm", "tflite-arm"),
+        ("litert-xnnpack-x86", "litert-x86"),
+    ):
+        assert np.array_equal(execute(graph, inputs, profile), execute(graph, inputs, behind))
+    for peer in RUNTIMES:
+        if not peer.absence:
+            (found,) = Bytes(peer, {}).run([(graph, inputs)])
+            wanted = execute(graph, inputs, peer.profile)
+            assert np.array_equal(found.reshape(wanted.shape), wanted), peer.name
+
+
 def test_relu_divides_scales_as_each_runtime_does() -> None:
     """Near a tie one of 256 entries shows whether the quotient was a float32 or a float64."""
     file = File(np.random.default_rng(0))
