@@ -31,6 +31,7 @@ _LARGEST_MULTIPLIER = 0.9
 # bias in units of it would not fit.
 _SMALLEST_MULTIPLIER = 2.0**-18
 _LARGEST_BIAS = 2.0**25
+_LEVELS = 255  # of an input above its zero point, at most
 _STORED_BITS = 4  # at least
 _STORED_LIMIT = 7
 
@@ -79,9 +80,12 @@ class WeightedOperator:
         """The stored integers of one level; 4 bits are stored in any case.
 
         Levels of 2 bits are stored as -7, 0 and 7, of 3 bits as even numbers. Multipliers are that
-        much smaller, and universal scales that much closer to each other.
+        much smaller, and universal scales that much closer to each other. Of layers with tens of
+        thousands of inputs it is what accumulators have room for.
         """
-        return max(_STORED_LIMIT // self.limit, 1)
+        largest = self.layer.weight[0].size * (_LEVELS + self.offset) * self.limit
+        room = int(ACCUMULATOR_LIMIT - _LARGEST_BIAS) // largest
+        return max(min(_STORED_LIMIT // self.limit, room), 1)
 
     def scales(self, *, per_tensor: bool, universal: bool) -> tuple[ScaleBits, LayerReport]:
         """Weight scales as float32 patterns, universal where possible."""
@@ -118,7 +122,7 @@ class WeightedOperator:
         bias = np.abs(self._real_bias()) / (source * _LARGEST_BIAS)
         floor = np.maximum(bias, _SMALLEST_MULTIPLIER / ratio)
         # Rounding moves each weight by half a level at most.
-        levels = 255 + self.offset
+        levels = _LEVELS + self.offset
         inputs, most = self.layer.weight[0].size, ACCUMULATOR_LIMIT - _LARGEST_BIAS
         magnitude = np.abs(self.layer.weight).reshape(len(self.layer.weight), -1).sum(1)
         floor = np.maximum(floor, magnitude * levels / (most - inputs * levels / 2))

@@ -302,6 +302,20 @@ def test_narrow_levels_are_those_of_training(bits: int) -> None:
             assert np.array_equal(np.sign(op.weights.values), signs), op.name
 
 
+@pytest.mark.parametrize("count", [60_000, 80_000])
+def test_narrow_levels_of_very_wide_layers_fit_the_accumulators(count: int) -> None:
+    """80,000 weights of -7 and 7 would not."""
+    made = model("mlp", (count,), 0.02)
+    with torch.no_grad():
+        for _, layer in made.network.weighted():
+            layer.weight.copy_(layer.weight.sign() * layer.weight.abs().mean())
+    lowering = lower(made, images((count,), 4), Settings(2, epsilon=0.02))
+    assert [layer.sparsity for layer in lowering.report.layers] == [0.0] * 3
+    first = next(op for op in lowering.graph.core if isinstance(op, Linear))
+    levels = np.unique(np.abs(first.weights.values))
+    assert levels.size == 1 and 1 < levels[0] < 7 and lowering.report.universal
+
+
 @pytest.mark.parametrize(
     ("factor", "bias"), [(1e-12, 0.0), (1e-12, -50.0), (1e-12, 0.5), (1e-5, 0.5), (0.0, 0.5)]
 )
