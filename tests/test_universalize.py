@@ -29,6 +29,7 @@ from cactus_edge.graph import (
     Tensor,
     Weights,
 )
+from cactus_edge.operators import Mean
 from cactus_edge.profiles import PROFILES, uncovered
 from cactus_edge.universalize import MovedLayer, universalize
 from cactus_edge.validate import peers
@@ -267,6 +268,21 @@ def test_a_sum_stays_whose_coarser_scale_a_reader_does_not_bear() -> None:
     for index, scale in zip(again.inputs, (0.0207, 0.0525), strict=True):
         kept = result.tensors[index].quantization
         assert kept and kept.scale == np.float32(scale)
+
+
+@pytest.mark.parametrize("scale", [0.03, 0.0605])
+def test_a_mean_of_a_sum_whose_scale_becomes_coarser(scale: float) -> None:
+    """Its factor is a sixty-fourth of the ratio of scales, which is above 1 here."""
+    built = Built(1, 8, 8, 3)
+    total = built.sum(*(built.layer(0, 8, operand) for operand in (0.02, 0.05)), 0.06)
+    ones = Weights(np.ones((1, 8, 8, 8), int), 8, np.ones(1, np.float32).view(np.uint32))
+    head = {**built._head("mean", total), "weights": ones, "bias": np.zeros(8, np.int32)}
+    mean = Mean(**head, padding=Padding.VALID)  # type: ignore[arg-type]
+    built.layer(
+        built.reshape(built._append(mean, (1, 1, 1, 8), Quantization.of(scale, 3)), 1, 8), 6
+    )
+    result, layers = universalize(built.graph())
+    assert universal.is_universal(result), layers
 
 
 @pytest.mark.parametrize("bits", [3, 4])

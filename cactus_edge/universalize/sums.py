@@ -29,7 +29,7 @@ from cactus_edge.graph import (
     Reshape,
     Tensor,
 )
-from cactus_edge.operators import Concatenation, Function, Lookup, Move, Pair, Unary
+from cactus_edge.operators import Concatenation, Function, Lookup, Mean, Move, Pair, Unary
 
 _RATIOS = sorted(
     p / q for q in range(1, 13) for p in range(1, 4 * q, 2) if gcd(p, q) == 1 and 2 * p >= q
@@ -77,6 +77,12 @@ def lowered(tensor: Tensor, scale_bits: int) -> Quantization:
 def plan(graph: Graph, selected: Callable[[str], bool]) -> Plan:
     """Scales for the sums on which profiles disagree."""
     return _Planner(graph).planned(selected)
+
+
+def _largest_scale(op: Linear) -> float:
+    """Of the weights; those of a MEAN are divided by their number."""
+    count = op.weights.values[0, :, :, 0].size if isinstance(op, Mean) else 1
+    return float(op.weights.scale.max()) / count
 
 
 class _Planner:
@@ -166,7 +172,7 @@ class _Planner:
 
         readers = (op for op in self._graph.core if isinstance(op, Linear))
         return all(
-            real(op.inputs[0]) * float(op.weights.scale.max()) < _LARGEST_FACTOR * real(op.output)
+            real(op.inputs[0]) * _largest_scale(op) < _LARGEST_FACTOR * real(op.output)
             for op in readers
             if self._of(op.inputs[0]) in moved and op.requantization is None
         )
