@@ -105,7 +105,8 @@ def validate_model(
         data: the bytes that ``graph`` was read from; stock runtimes then run these very bytes,
             unless a QUANTIZE, SOFTMAX or DEQUANTIZE hides the stored logits.
         candidates: runtimes; all known ones without it.
-        layer_samples: on how many samples every layer is compared, at least 1.
+        layer_samples: on how many samples every layer is compared, at least 1; an emulated
+            processor takes ``EMULATED_SAMPLES`` at most.
         progress: called with (runtimes done, runtimes in all).
     """
     if layer_samples < 1:
