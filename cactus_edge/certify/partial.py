@@ -40,7 +40,8 @@ def resumable(
     """A writer of ``output`` and a function that makes sure of what it has written so far.
 
     Where the block ends without an error, the file is at ``output``; otherwise what there is stays
-    in the partial file. With ``resume`` the writer's tally tells how many samples are done.
+    in the partial file, but not after a DataError, which says that the samples are wrong. With
+    ``resume`` the writer's tally tells how many samples are done.
 
     Raises:
         OutputError: a file is in the way, or cannot be written.
@@ -71,8 +72,9 @@ def resumable(
             secure()
         partial.replace(output)
     except BaseException as error:
-        if writer is not None and writer.tally.samples == 0:
-            partial.unlink(missing_ok=True)  # nothing that could be resumed
+        # Nothing that could be resumed: no samples, or others than those that the head names.
+        if writer is not None and (writer.tally.samples == 0 or isinstance(error, DataError)):
+            partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OutputError(f"{partial}: cannot write ({error.strerror})") from None
         raise
