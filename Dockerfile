@@ -1,4 +1,4 @@
-# A training machine: docker build -t cactus-edge . && docker run --rm -v "$PWD/runs:/work/runs" \
+# A training machine: docker build -t cactus-edge . && docker run --rm -v "$PWD/runs:/home/cactus/runs" \
 #   cactus-edge train /app/recipes/digits.toml --output runs/digits
 # CPUs by default; `--build-arg TORCH=cuda` takes the wheel with CUDA (run with `--gpus all`).
 FROM python:3.11-slim
@@ -14,8 +14,8 @@ COPY recipes recipes
 RUN pip install --no-cache-dir -c constraints.txt '.[train,images,onnx,runtimes,sign,sim,verify]'
 
 # Data sets and compiled kernels are kept in the home folder: mount it to keep them longer.
-RUN useradd --create-home --uid 1000 cactus && mkdir /work && chown cactus /work
+RUN useradd --create-home --uid 1000 cactus
 USER cactus
-WORKDIR /work
+WORKDIR /home/cactus
 ENTRYPOINT ["cactus-edge"]
 CMD ["--help"]

@@ -11,8 +11,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from cactus_edge import datasets, flatbuffer, inputs
 from cactus_edge.certificate import Summary
 from cactus_edge.profiles import PROFILES
+from firmware_sim import simulate
 
 ROOT = Path(__file__).resolve().parent.parent
 README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
@@ -100,6 +102,18 @@ def test_speed_is_measured() -> None:
     assert sparse and dense
     said = f"{sparse[1]} times as fast at 90 % zeros (cnn-small, int8), {dense[1]} at none (mlp)"
     assert said in README
+
+
+def test_instructions_of_the_demo_are_those_of_its_model() -> None:
+    """The 4-bit model of the demo and of docs/search.md is the one in the repository."""
+    pytest.importorskip("unicorn", reason="unicorn is not installed")
+    pytest.importorskip("ziglang", reason="ziglang is not installed")
+    graph, _ = flatbuffer.load(ROOT / "models" / "digits-0.05" / "model.tflite")
+    stored = inputs.stored(graph, datasets.load("digits", "test").images[:1])
+    counted = f"{simulate(graph, stored, cpu='cortex-m4').instructions.median:,}"
+    assert re.search(rf"│ int4, 70 % sparse │[^┃└]*│ {counted} │", README)
+    guide = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
+    assert re.search(rf"\n\| int4, 70 % pruned \|[^\n]*\| {counted} \|", guide)
 
 
 def test_the_picture_is_drawn_from_the_results(
