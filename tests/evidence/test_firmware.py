@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,17 @@ def _portable(graph: Graph, samples: np.ndarray, board: str) -> str:
     run = simulate_source(graph, source, samples, BOARDS[board])
     np.testing.assert_array_equal(run.outputs, execute(graph, samples))
     return f"{run.instructions.median:,}"
+
+
+def test_the_guide_quotes_what_was_counted() -> None:
+    """The table of docs/firmware.md, row by row."""
+    guide = (results.FOLDER.parent / "firmware.md").read_text(encoding="utf-8")
+    table = guide[guide.index("| weights | zeros | portable C |") :].split("\n\n")[0]
+    assert len(table.splitlines()) == 2 + len(COMPRESSIONS)
+    for row in json.loads((results.FOLDER / "firmware.json").read_bytes())["rows"]:
+        if row["board"] == "STM32F405":
+            cells = ("weights", "zeros", "without DSP", "instructions (median)")
+            assert f"| {' | '.join(row[cell] for cell in cells)} |" in table
 
 
 @pytest.mark.evidence

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -120,6 +121,17 @@ def test_the_guide_quotes_what_was_measured() -> None:
         assert rival.startswith(f"{best:.2f} (") and names in rivals, title
         assert rivals[names] == best, title
         assert alone == next((f"{cells[name]:.2f}" for name in ALONE if name in cells), ""), title
+
+
+def test_the_guide_quotes_fashion_mnist() -> None:
+    """Every share of its paragraph stands on the page."""
+    found = json.loads((results.FOLDER / "training-fashion-mnist.json").read_bytes())["rows"]
+    measured = {f"{float(row['certified, interval %'].split()[0]):.1f}" for row in found}
+    guide = (results.FOLDER.parent / "training.md").read_text(encoding="utf-8")
+    paragraph = guide[guide.index("\nOn Fashion-MNIST") :].split("\n\n")[0]
+    shares = re.findall(r"\d\d\.\d", paragraph)
+    assert len(shares) > 10 and set(shares) <= measured
+    assert {row["seeds"] for row in found} == {1} and "one seed)" in paragraph
 
 
 def compare(
