@@ -10,7 +10,7 @@ STAMP := .venv/installed
 MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # Each writes sections of docs/results/trust.md.
-TRUST := tests/evidence/test_trust.py
+TRUST := tests/evidence/test_trust.py tests/evidence/test_installed.py
 
 # tflite-runtime ends with Python 3.11, so that one is tried first. Override with `make PYTHON=...`.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -64,7 +64,7 @@ evidence: $(STAMP)
 evidence-training: $(STAMP)
 	$(BIN)/pytest -m evidence -s tests/evidence/test_training.py
 
-# Kills, faults, changed bytes, endurance, and the same bytes on an emulated Arm.
+# Kills, faults, changed bytes, endurance, the same bytes on an emulated Arm, installed wheels.
 evidence-trust: $(STAMP)
 	$(BIN)/pytest -m evidence -s -rs $(TRUST)
 

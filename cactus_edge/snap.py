@@ -6,13 +6,16 @@ just below the integer ``(2 k + 1) j``, for every level: single and double round
 away or to even, and the last bits of four ways to form ``m`` all begin level ``k`` at that integer.
 So a channel's scale is moved to such a point, and ``universal`` proves that it did the job.
 
+A multiplier of a half or more is rounded once in every arithmetic. Any such multiplier will do that
+has no boundary near an integer, so that some scales right beside the wanted one are tried.
+
 The search is in floats; the proof is not.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +32,9 @@ _LEAST_CHANNELS = 16
 _TRIALS = 64
 # Far from the wanted scale the search goes on in these steps, upwards only: nothing is clipped.
 _STRIDE = 1.1
+_ONCE = 0.5  # multipliers from here on are rounded once
+LARGEST_MULTIPLIER = 0.9  # at 1 and above rounding is not monotone
+_BESIDE = tuple(sign * 1e-4 * step for step in range(8) for sign in (1, -1))
 LARGEST_CHANGE = 4.0
 # Below this multiplier a weight level is so far below an output step that levels may be given up.
 _FINE_MULTIPLIER = 1 / 1000
@@ -47,7 +53,13 @@ class Snapped:
     change: FloatArray
 
 
-def snap(make: Make, wanted: FloatArray, smallest: FloatArray, ratio: float) -> Snapped:
+def snap(
+    make: Make,
+    wanted: FloatArray,
+    smallest: FloatArray,
+    ratio: float,
+    others: Sequence[tuple[FloatArray, FloatArray]] = (),
+) -> Snapped:
     """The nearest universal scales.
 
     Args:
@@ -55,13 +67,20 @@ def snap(make: Make, wanted: FloatArray, smallest: FloatArray, ratio: float) -> 
         wanted: float64 [n], the scales without this constraint; n is 1 for a per-tensor scale.
         smallest: float64 [n], below which weights would be clipped.
         ratio: input scale over output scale.
+        others: more pairs like ``wanted`` and ``smallest``: scales that serve as well, because
+            ``make`` stores the weights in another way for them.
 
     Returns:
-        For each scale a universal one, or ``wanted`` in float32 where none was found.
+        For each scale a universal one, or ``wanted`` in float32 where none was found. ``change`` is
+        that from the nearest of those that serve.
     """
+    ways = ((wanted, smallest), *others)
     unchanged = wanted.astype(np.float32)
     chosen = unchanged.copy()
-    queues = [candidates(float(w), float(s), ratio) for w, s in zip(wanted, smallest, strict=True)]
+    queues = [
+        _nearest([(float(want[i]), float(least[i])) for want, least in ways], ratio)
+        for i in range(wanted.size)
+    ]
     solved = np.zeros(wanted.size, bool)
     turn = 0
     while open_ := [i for i in np.flatnonzero(~solved).tolist() if turn < len(queues[i])]:
@@ -79,7 +98,8 @@ def snap(make: Make, wanted: FloatArray, smallest: FloatArray, ratio: float) -> 
         bad = list(universal.disagreeing_channels(*make(chosen.view(np.uint32), None)))
         solved[bad] = False
         chosen[~solved] = unchanged[~solved]
-    change = chosen.astype(np.float64) / wanted - 1
+    changes = np.stack([chosen.astype(np.float64) / want - 1 for want, _ in ways])
+    change = np.take_along_axis(changes, np.abs(changes).argmin(0)[None], 0)[0]
     return Snapped(chosen.view(np.uint32), solved, change)
 
 
@@ -98,8 +118,24 @@ def _agreeing(make: Make, trials: list[tuple[int, np.float32]], *, whole: bool) 
     return [position not in wrong for position in range(len(trials))]
 
 
+def _nearest(ways: Sequence[tuple[float, float]], ratio: float) -> list[np.float32]:
+    """The candidates of all ways to store a channel's weights, nearest first."""
+    if len(ways) == 1:
+        return candidates(*ways[0], ratio)
+    found = [
+        (abs(float(scale) / wanted - 1), order, scale)
+        for wanted, smallest in ways
+        for order, scale in enumerate(candidates(wanted, smallest, ratio))
+    ]
+    return [scale for *_, scale in sorted(found)]
+
+
 def candidates(wanted: float, smallest: float, ratio: float) -> list[np.float32]:
-    """Scales just above those at which the reciprocal multiplier is even, nearest first."""
+    """Scales that may be universal, nearest first.
+
+    Those just above the ones at which the reciprocal multiplier is even, and, where multipliers are
+    rounded once, some beside ``wanted``.
+    """
     half = 1 / (wanted * ratio) / 2
     largest = max(wanted * LARGEST_CHANGE, _FINE_MULTIPLIER / ratio)
     halves = set(range(max(1, round(half) - _HALVES), round(half) + _HALVES + 1))
@@ -113,4 +149,8 @@ def candidates(wanted: float, smallest: float, ratio: float) -> list[np.float32]
                 # All deltas of one j are tried before the next j.
                 distance = abs(1 / (2 * j * ratio) / wanted - 1)
                 points.append((distance + order * 1e-12, scale))
+    for change in _BESIDE:
+        scale = np.float32(wanted * (1 + change))
+        if scale >= smallest and _ONCE <= float(scale) * ratio <= LARGEST_MULTIPLIER:
+            points.append((abs(change), scale))
     return [scale for _, scale in sorted(points)]

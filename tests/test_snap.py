@@ -110,6 +110,28 @@ def test_candidates_lie_just_above_even_reciprocals(wanted: float) -> None:
         assert scale >= np.float32(wanted * 0.99)
 
 
+def test_multipliers_that_are_rounded_once_hardly_move() -> None:
+    """From a half on, where even reciprocals have only 2."""
+    make, wanted, _, ratio = layer_maker(np.random.default_rng(6), 16, 40, 0.01, 0.03)
+    large = np.linspace(0.51, 0.89, wanted.size) / ratio
+    result = snap(make, large, large * 0.99, ratio)
+    assert result.solved.all() and np.abs(result.change).max() < 1e-3
+    graph, op = make(result.scale_bits)
+    assert not universal.disagreeing_channels(graph, op)
+
+
+def test_of_several_ways_to_store_weights_the_nearest_is_taken() -> None:
+    """A quarter is far from even reciprocals that are universal, a half of it and twice are not."""
+    make, wanted, _, ratio = layer_maker(np.random.default_rng(7), 4, 40, 0.01, 0.03)
+    quarter = np.full(wanted.size, 0.26 / ratio)
+    alone = snap(make, quarter, quarter * 0.9, ratio)
+    ways = [(quarter * factor, quarter * factor * 0.9) for factor in (2, 0.5)]
+    result = snap(make, quarter, quarter * 0.9, ratio, ways)
+    assert alone.solved.all() and alone.change.min() > 0.5
+    assert result.solved.all() and np.abs(result.change).max() < 0.05
+    assert not universal.disagreeing_channels(*make(result.scale_bits))
+
+
 def test_coarser_scales_are_tried_where_none_is_near() -> None:
     """Accumulators above 2^24 with a rounding boundary among them: float32 loses their last bits.
 

@@ -82,7 +82,7 @@ def test_profiles_agree_afterwards_where_the_report_says_so() -> None:
         inputs = random_inputs(np.random.default_rng(seed), graph, 30)
         found, before = agree(result, inputs), execute(graph, inputs)
         assert np.abs(found - before).mean() < 3
-    # What is left are factors above a half, of which these graphs have many.
+    # What is left are factors near 1.
     assert solved > 4 and moved > 50 and unsolved < moved / 4, (solved, moved, unsolved)
 
 

@@ -21,7 +21,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements" / "release.txt"
 OUTPUT = ROOT / "build" / "release"
-EXTRAS = ("train", "images", "onnx", "report", "runtimes", "serial", "sign", "sim", "verify")
+EXTRAS = (
+    *("train", "digits", "images", "onnx", "report"),
+    *("runtimes", "serial", "sign", "sim", "verify"),
+)
 LEFT_OUT = re.compile(r"(torch|triton|nvidia|cuda)\b", re.IGNORECASE)
 HEADER = """\
 # What a release is tested with: Linux on x86-64, Python 3.11, all extras but dev and docs. By

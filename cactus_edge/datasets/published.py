@@ -101,7 +101,7 @@ def _digits(part: Part) -> Arrays:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise MissingExtraError("scikit-learn", "train", "the data set 'digits'") from error
+        raise MissingExtraError("scikit-learn", "digits", "the data set 'digits'") from error
     values, targets = load_digits(return_X_y=True)
     images = np.rint(np.asarray(values, np.float64) * 255.0 / 16.0).astype(np.uint8)
     images = images.reshape(-1, 8, 8, 1)

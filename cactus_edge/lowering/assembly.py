@@ -277,9 +277,9 @@ class Assembly:
         absorbed = self._offset
         self._append(operator, target, offset)
         self._reports.append(report)
-        scale = np.broadcast_to(bits.view(np.float32).astype(np.float64), layer.weight.shape[0])
-        shipped = scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
-        step, limit = shipped * maker.factor, maker.limit
+        scale = bits.view(np.float32).astype(np.float64)
+        level = np.broadcast_to(scale * maker.factors(scale), layer.weight.shape[0])
+        step, limit = level.reshape(-1, *[1] * (layer.weight.ndim - 1)), maker.limit
         rounded = np.clip(np.rint(layer.weight / step), -limit, limit) * step
         shadow = replace(layer, weight=rounded)
         self.shadows.append(

@@ -16,17 +16,17 @@ from cactus_edge.graph import (
     FullyConnected,
     Graph,
     Int8Array,
+    Int64Array,
     Linear,
     Padding,
     Tensor,
     Weights,
 )
 from cactus_edge.lowering.stages import FloatArray, Layer
-from cactus_edge.snap import snap
+from cactus_edge.snap import LARGEST_MULTIPLIER, snap
 
 ScaleBits = npt.NDArray[np.uint32]
 
-_LARGEST_MULTIPLIER = 0.9
 # Channels whose weights all but vanished: below these bounds a level of theirs means nothing, and a
 # bias in units of it would not fit.
 _SMALLEST_MULTIPLIER = 2.0**-18
@@ -76,34 +76,57 @@ class WeightedOperator:
         return 2 ** (self.bits - 1) - 1
 
     @property
-    def factor(self) -> int:
-        """The stored integers of one level; 4 bits are stored in any case.
+    def most(self) -> int:
+        """The most stored integers of one level; 4 bits are stored in any case.
 
-        Levels of 2 bits are stored as -7, 0 and 7, of 3 bits as even numbers. Multipliers are that
-        much smaller, and universal scales that much closer to each other. Of layers with tens of
-        thousands of inputs it is what accumulators have room for.
+        Levels of 2 bits may be stored as -7, 0 and 7, of 3 bits as even numbers. Multipliers are
+        that much smaller, and universal scales that much closer to each other. Of layers with tens
+        of thousands of inputs it is what accumulators have room for.
         """
         largest = self.layer.weight[0].size * (_LEVELS + self.offset) * self.limit
         room = int(ACCUMULATOR_LIMIT - _LARGEST_BIAS) // largest
         return max(min(_STORED_LIMIT // self.limit, room), 1)
 
-    def scales(self, *, per_tensor: bool, universal: bool) -> tuple[ScaleBits, LayerReport]:
-        """Weight scales as float32 patterns, universal where possible."""
+    def factors(self, scale: FloatArray, rows: list[int] | None = None) -> Int64Array:
+        """The stored integers of one level at these scales, float64 [channels] or [1]: int64.
+
+        That many with which a level is nearest to the one that the largest weight asks for.
+        ``rows`` are the channels that are meant, all without it.
+        """
+        level = self._level(scale.size == 1 and rows is None)
+        level = level if rows is None else level[rows]
+        counts = np.arange(1, self.most + 1)[:, None]
+        return np.abs(scale * counts - level).argmin(0) + 1
+
+    def _level(self, per_tensor: bool) -> FloatArray:
+        """The level that the largest weight of each channel, or of all, asks for."""
         largest = self._largest()
         if per_tensor:
             largest = largest.max(keepdims=True)
+        return np.where(largest > 0, largest, max(float(np.median(largest)), 1e-6)) / self.limit
+
+    def scales(self, *, per_tensor: bool, universal: bool) -> tuple[ScaleBits, LayerReport]:
+        """Weight scales as float32 patterns, universal where possible."""
+        level = self._level(per_tensor)
         source, target = self._scale_of(0), self._scale_of(1)
         ratio = source / target
-        largest = np.where(largest > 0, largest, max(float(np.median(largest)), 1e-6))
         floor = self._smallest_scale(source, ratio, per_tensor)
         # A multiplier of 1 or more is not monotone.
-        wanted = np.maximum(largest / (self.limit * self.factor), floor)
-        wanted = np.minimum(wanted, _LARGEST_MULTIPLIER / ratio)
+        largest = LARGEST_MULTIPLIER / ratio
+        wanted = np.minimum(np.maximum(level / self.most, floor), largest)
         bits = wanted.astype(np.float32).view(np.uint32)
         solved, change = np.zeros(wanted.size, bool), np.zeros(wanted.size)
         if universal:
-            smallest = np.maximum(largest / ((self.limit + 0.499) * self.factor), floor)
-            snapped = snap(self.make, wanted, smallest, ratio)
+            unclipped = self.limit / (self.limit + 0.499)
+
+            def smallest(factor: int) -> FloatArray:
+                return np.maximum(level * unclipped / factor, floor)
+
+            others = [
+                (np.maximum(level / factor, floor), smallest(factor))
+                for factor in range(1, self.most)
+            ]
+            snapped = snap(self.make, wanted, smallest(self.most), ratio, others)
             bits, solved, change = snapped.scale_bits, snapped.solved, np.abs(snapped.change)
         report = LayerReport(
             name=self.layer.name,
@@ -141,14 +164,16 @@ class WeightedOperator:
 
     def _quantized(self, bits: ScaleBits, rows: list[int] | None = None) -> Int8Array:
         scale = bits.view(np.float32).astype(np.float64)
+        factor = self.factors(scale, rows)
         values = self.values
         if self.layer.groups > 1:
             values = values if rows is None else values[..., rows]
         else:
             values = values if rows is None else values[rows]
-            scale = scale.reshape(-1, *[1] * (self.values.ndim - 1))
-        levels = np.clip(np.rint(values / (scale * self.factor)), -self.limit, self.limit)
-        return (levels * self.factor).astype(np.int8)
+            shape = (-1, *[1] * (self.values.ndim - 1))
+            scale, factor = scale.reshape(shape), factor.reshape(shape)
+        levels = np.clip(np.rint(values / (scale * factor)), -self.limit, self.limit)
+        return (levels * factor).astype(np.int8)
 
     def make(self, bits: ScaleBits, rows: list[int] | None = None) -> tuple[Graph, Linear]:
         """The operator for these scales, with a graph of all tensors so far and it alone.

@@ -4,7 +4,7 @@ Each layer with weights keeps its real weights as well as its width allows: they
 for a scale nearby at which all profiles step at the same accumulators (see ``snap``), and so is the
 bias. Channels on which all agree already stay as they are. ``rewrite`` says what becomes of layers
 that go below their zero point and of MEAN, ``sums`` of ADD. Where profiles still disagree (tables,
-MUL, factors above a half) the operator is named.
+MUL, factors near 1) the operator is named.
 """
 
 from __future__ import annotations

@@ -124,6 +124,11 @@ FAULTS = {
             "test_workers_end_with_the_process_they_work_for",
         ),
     ),
+    "one of several training processes killed": (
+        "exit code 5 at once, and how to go on from the checkpoint",
+        "tests/train/test_processes.py",
+        ("test_a_killed_process_ends_the_run_and_says_how_to_go_on",),
+    ),
     "Dask worker killed": (
         "its tasks are done by another",
         "tests/certify/test_parallel.py",
