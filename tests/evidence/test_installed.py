@@ -58,6 +58,7 @@ BASE = (
 )
 NEEDS = {
     "train": ("train recipe.toml -o run", "convert run -o trained.tflite"),
+    "digits": (f"{certify.replace('data.npz', 'digits')} digits.jsonl",),
     "onnx": ("export-onnx model.tflite --data data.npz -o model.onnx",),
     "report": (
         "report certificate.jsonl model.tflite --data data.npz -o report.html --bom bom.json",
