@@ -27,16 +27,20 @@ def refuse_existing(path: Path, force: bool) -> None:
     """Raise OutputError when ``path`` exists and ``force`` is not given; call it before work."""
     try:
         exists = path.exists() or path.is_symlink()
-        if exists and not force:
-            raise OutputError(f"{path} exists already; use --force to replace it")
+        if exists and path.is_dir():
+            raise OutputError(f"{path} is a folder; give the name of a file")
         if exists and not path.is_file():
             raise OutputError(f"{path} is not a regular file")
+        if exists and not force:
+            raise OutputError(f"{path} exists already; use --force to replace it")
         parent = path.parent
         while not parent.exists():
             parent = parent.parent
     except OSError as error:
         raise OutputError(f"{path}: cannot write ({error.strerror})") from None
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    if not parent.is_dir():
+        raise OutputError(f"{path}: cannot write, {parent} is not a folder")
+    if not os.access(parent, os.W_OK):
         raise OutputError(f"{path}: cannot write in {parent}")
 
 

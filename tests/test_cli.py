@@ -15,6 +15,8 @@ import pytest
 from cactus_edge import certificate, flatbuffer, manual
 from cactus_edge.bench.ceilings import Ceilings
 from cactus_edge.cli import run
+from cactus_edge.cli.proving import judge
+from cactus_edge.errors import PropertyNotMetError
 from cactus_edge.graph import (
     Conv2D,
     FullyConnected,
@@ -148,7 +150,9 @@ def test_require_makes_the_exit_code(model: Path, capsys: pytest.CaptureFixture[
         (("--eps", "0.1", "--attack", "--steps", "0"), 2, "needs a step"),
         (("--eps", "0.1", "--attack", "--restarts", "-1"), 2, "no negative"),
         (("--eps", "0.1", "--samples", "99999"), 2, "which has"),
-        (("--eps", "0.1", "--first", "-1"), 2, "are not in"),
+        (("--eps", "0.1", "--first", "-1"), 2, "samples 0 to 449 are in 'digits' test"),
+        (("--eps", "0.1", "--first", "450"), 2, "samples 0 to 449 are in 'digits' test"),
+        (("--eps", "0.1", "--samples", "0"), 2, "--samples 0: at least one"),
         (("--eps", "0.1", "--split", "holdout"), 2, "no split"),
         (("--eps", "0.1", "--profile", "nobody"), 2, "known:"),
     ],
@@ -165,6 +169,62 @@ def test_usage_errors(
     assert message in err
     assert "Traceback" not in err + out
     assert not model.with_suffix(".json").exists()
+
+
+def test_a_share_that_falls_short_is_no_hundred() -> None:
+    """Of many thousand samples, one that is not certified shows."""
+    verdicts = {"certified": 99_999, "refuted": 0, "unknown": 1, "error": 0}
+    summary = certificate.Summary(1.0, 0.99999, None, verdicts)
+    with pytest.raises(PropertyNotMetError, match=r"^99.99 % certified, 100 % required$"):
+        judge(summary, None, 1.0)
+
+
+def test_the_manual_replaces_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "operators.md"
+    written.write_text("precious")
+    code, _, err = call(capsys, "supported-ops", "--write", written)
+    assert (code, "--force" in err, written.read_text()) == (2, True, "precious")
+    assert call(capsys, "supported-ops", "--write", written, "--force")[0] == 0
+    written.write_text(manual.markdown()[:100])  # of an earlier version
+    assert call(capsys, "supported-ops", "--write", written)[0] == 0
+    assert written.read_text(encoding="utf-8") == manual.markdown()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["-o", "a.onnx", "--data", "digits", "-n", "-5"], "--samples -5: give 0 or more"),
+        (["-o", "a.onnx", "--index", "0"], "--eps and --index belong to the query"),
+        (["-o", "a.onnx", "--float", "--uint8"], "--uint8 is about integers"),
+        (["-o", "a.vnnlib", "--float", "--data", "digits", "--eps", "0.1"], "ends in .onnx"),
+    ],
+)
+def test_exports_that_would_ignore_an_option(
+    model: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(model.parent)
+    code, _, err = call(capsys, "export-onnx", model, *more)
+    assert (code, message in err) == (2, True)
+    assert not Path("a.onnx").exists() and not Path("a.vnnlib").exists()
+
+
+def test_drawings_are_svg(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = ["sweep", model, "--data", "digits", "--levels", 1, "-n", 1]
+    code, _, err = call(capsys, *sweep, "--svg", model.with_suffix(".png"))
+    assert (code, "drawings are SVG" in err) == (2, True)
+    assert call(capsys, "bench", model, "--plot", model.with_suffix(".pdf"))[0] == 2
+
+
+def test_a_strong_attack_is_shown(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = ["sweep", model, "--data", "digits", "--levels", 1, "-n", 2, "--strong", "--steps", 1]
+    code, out, _ = call(capsys, *sweep, "--restarts", 0)
+    assert code == 0 and re.search(r"│ +1 │ +\d+\.\d\d │ +\d+\.\d\d │", out)
 
 
 def test_data_of_another_shape(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,9 @@ import sys
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
+import numpy as np
 import pytest
 from rich.console import Console
 from typer.main import get_command
@@ -69,6 +71,62 @@ def test_options_are_the_same_everywhere(verb: str) -> None:
         assert "-n" in named["--samples"]
     short = [name for names in named.values() for name in names if re.fullmatch("-[a-z]", name)]
     assert set(short) <= {"-o", "-q", "-n", "-h"}
+
+
+def test_paths_are_read_or_written() -> None:
+    """A new option that names a file is one of these, so that no input is ever replaced."""
+    read = {"certificate", "check", "folder", "key", "mask", "model", "models", "other", "query"}
+    read |= {"radii", "recipe", "runs", "shards", "signature", "source", "sources"}
+    named = {
+        name
+        for command in app.registered_commands
+        for name, parameter in inspect.signature(command.callback or run).parameters.items()
+        if "Path" in str(get_args(parameter.annotation)[0])
+    }
+    assert named == read | verbs.OUTPUTS
+
+
+def test_no_input_is_replaced(
+    model: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not even with --force, and under no other name."""
+    monkeypatch.chdir(tmp_path)
+    claim, link, run_folder = tmp_path / "claim.jsonl", tmp_path / "link", tmp_path / "run"
+    assert call(capsys, "certify", model, "--data", "digits", "--levels", 1, "-n", 3, "-o", claim)[
+        0
+    ] == 0  # fmt: skip
+    link.symlink_to(model)
+    run_folder.mkdir()
+    weights = run_folder / "model.safetensors"
+    weights.write_bytes(b"precious")
+    images, labels = np.zeros((2, 8, 8, 1), np.uint8), np.arange(2)
+    parts = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
+    np.savez(tmp_path / "data.npz", **parts)
+    before = {path.name: path.read_bytes() for path in (model, claim, weights)}
+    about = ["--data", "digits", "--levels", 1]
+    for arguments, named in (
+        (["certify", model, *about, "-o", model], "give --output another name"),
+        (["certify", model, *about, "-o", Path("run") / ".." / model.name], "read by this command"),
+        (["certify", model, *about, "-o", link], "read by this command"),
+        (["certify", model, "--data", "data.npz", "--levels", 1, "-o", "./data.npz"], "data.npz"),
+        (["merge", claim, "-o", claim], "read by this command"),
+        (["report", claim, model, "-o", claim], "read by this command"),
+        (["report", claim, model, "--card", model], "give --card another name"),
+        (["report", tmp_path, "-o", claim], "read by this command"),
+        (["convert", run_folder, "-o", weights], "read by this command"),
+        (["sweep", model, *about, "-o", "one", "--svg", "./one"], "files of their own"),
+        (["report", claim, model, "-o", "a.html", "--bom", "run/../a.html"], "files of their own"),
+        (["certify", model, *about, "-o", run_folder], "is a folder; give the name of a file"),
+        (["certify", model, *about, "-o", claim / "x"], "claim.jsonl is not a folder"),
+        (["certify", model, *about, "-o", "/dev/null"], "not a regular file"),
+    ):
+        code, _, err = call(capsys, *arguments, "--force")
+        assert (code, named in " ".join(err.split())) == (2, True), (arguments, err)
+    assert {path.name: path.read_bytes() for path in (model, claim, weights)} == before
+    assert not (tmp_path / "one").exists() and not (tmp_path / "a.html").exists()
 
 
 def test_a_verb_without_an_example_would_be_found() -> None:

@@ -20,6 +20,7 @@ from cactus_edge.certify.faults_layer import Layer
 from cactus_edge.certify.faults_search import Batch, Effort, Outcome, decide
 from cactus_edge.certify.faults_sites import BIAS, Sites, linear_layers, shared
 from cactus_edge.certify.faults_suffix import Whole
+from cactus_edge.certify.shards import selected
 from cactus_edge.constraints import ACCUMULATOR_LIMIT, accumulator_bounds, validate
 from cactus_edge.datasets import Dataset
 from cactus_edge.errors import DataError, InvalidGraphError, UnsupportedModelError, UsageError
@@ -379,13 +380,8 @@ def certify_faults(
     faults = FaultModel(layers, bits, request.bias_bits, effort.counted, request.folded)
     certifier = FaultCertifier(graph, faults, request.profiles, effort)
     data = request.data
-    total = len(data.labels)
-    count = total - request.first if request.count is None else request.count
-    if not (0 <= request.first < total and 0 < count <= total - request.first):
-        raise UsageError(
-            f"samples {request.first}..{request.first + count - 1} are not in "
-            f"'{data.name}' {data.split}, which has {total}"
-        )
+    about = f"'{data.name}' {data.split}"
+    count = selected(request.first, request.count, len(data.labels), about)
     samples: list[Sample] = []
     for start in range(request.first, request.first + count, CHUNK):
         part = slice(start, min(start + CHUNK, request.first + count))

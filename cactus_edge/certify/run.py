@@ -22,7 +22,7 @@ from cactus_edge.certify.engine import CHUNK, attack_boxes, chunks, cover
 from cactus_edge.certify.heads import Claim, head_of
 from cactus_edge.certify.linear.search import Budget
 from cactus_edge.certify.parallel import pool
-from cactus_edge.certify.shards import shard
+from cactus_edge.certify.shards import selected, shard
 from cactus_edge.certify.top import check_top
 from cactus_edge.datasets import Dataset, Images, check_unchanged
 from cactus_edge.datasets.mapped import forget
@@ -197,9 +197,8 @@ def _logits(graph: Graph) -> int:
 
 def _narrowed(request: Request) -> Request:
     """With the range of samples filled in and cut down to the shard."""
-    total = len(request.data.labels)
-    count = total - request.first if request.count is None else request.count
-    _check_range(request, count)
+    about = f"'{request.data.name}' {request.data.split}"
+    count = selected(request.first, request.count, len(request.data.labels), about)
     first, count = shard(request.first, count, request.shard)
     return dataclasses.replace(request, first=first, count=count, shard=(1, 1))
 
@@ -261,20 +260,11 @@ def _property(request: Request, graph: Graph) -> certificate.Property:
     )
 
 
-def _check_range(request: Request, count: int) -> None:
-    total = len(request.data.labels)
-    if not (0 <= request.first < total and 0 < count <= total - request.first):
-        raise UsageError(
-            f"samples {request.first}..{request.first + count - 1} are not in "
-            f"'{request.data.name}' {request.data.split}, which has {total}"
-        )
-
-
 def _selected(graph: Graph, request: Request) -> tuple[Images, Int64Array]:
     for name in request.profiles or ():
         profiles.profile_of(name)
-    count = len(request.data.labels) - request.first if request.count is None else request.count
-    _check_range(request, count)
+    about = f"'{request.data.name}' {request.data.split}"
+    count = selected(request.first, request.count, len(request.data.labels), about)
     check_top(graph, request.top)
     part = slice(request.first, request.first + count)
     labels = request.data.labels[part].astype(np.int64, copy=False)

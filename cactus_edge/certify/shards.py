@@ -1,4 +1,4 @@
-"""Certificates in parts: consecutive ranges of samples, certified apart and joined into one."""
+"""Consecutive ranges of samples; certificates in parts, made apart and joined into one."""
 
 from __future__ import annotations
 
@@ -19,6 +19,24 @@ class Merged(NamedTuple):
 
     head: Head
     summary: Summary
+
+
+def selected(first: int, count: int | None, total: int, about: str) -> int:
+    """How many samples from ``first`` on are asked for: ``count``, or without it all of them.
+
+    Raises:
+        UsageError: they are not among the ``total`` samples of ``about``.
+    """
+    if not 0 <= first < total:
+        raise UsageError(f"--first {first}: samples 0 to {total - 1} are in {about}")
+    found = total - first if count is None else count
+    if found < 1:
+        raise UsageError(f"--samples {found}: at least one is needed")
+    if found > total - first:
+        raise UsageError(
+            f"samples {first} to {first + found - 1} are not in {about}, which has {total}"
+        )
+    return found
 
 
 def shard(first: int, count: int, part: tuple[int, int]) -> tuple[int, int]:

@@ -11,8 +11,8 @@ import typer
 from cactus_edge import datasets, files, flatbuffer, inputs
 from cactus_edge.cli.making import require_training
 from cactus_edge.cli.options import split_of
-from cactus_edge.cli.output import JsonOption, bar, console, emit, percent, say, table
-from cactus_edge.errors import DataError, UsageError
+from cactus_edge.cli.output import JsonOption, bar, console, emit, percent, say, share, table
+from cactus_edge.errors import DataError, UsageError, meant
 from cactus_edge.inputs import Perturbation
 
 if TYPE_CHECKING:
@@ -139,10 +139,11 @@ def compare(
 
 
 def _split(name: str) -> datasets.Split:
-    for known in ("validation", "test", "train"):
-        if name == known:
-            return known
-    raise UsageError(f"no split '{name}'; use test, validation or train")
+    splits: tuple[datasets.Split, ...] = ("validation", "test", "train")
+    for split in splits:
+        if name == split:
+            return split
+    raise UsageError(f"no split '{name}'{meant(name, splits)} use test, validation or train")
 
 
 def _float(data: Dataset, samples: int) -> FloatArray:
@@ -184,7 +185,7 @@ def _tables(output: CompareOutput, found: Signals, costs: Costs | None) -> list[
         for layer in found.layers
     ]
     shares = (found.float_correct, found.correct, found.alike)
-    floats, integers, alike = (percent(count / found.samples) for count in shares)
+    floats, integers, alike = (share(count / found.samples) for count in shares)
     title = (
         f"{output.model} beside {output.source}, {output.data} {output.split}, {found.samples} "
         f"samples: float {floats} % right, integers {integers} %, alike {alike} %"
@@ -206,8 +207,8 @@ def _line(name: str, variant: Variant, costs: Costs) -> tuple[str, ...]:
         return name, "-", "-", "-", "-", variant.problem
     return (
         name,
-        percent(variant.correct / costs.samples),
-        percent(variant.certified / costs.samples),
+        share(variant.correct / costs.samples),
+        share(variant.certified / costs.samples),
         f"{variant.certified - costs.deployed.certified:+d}",
         f"{variant.bytes:,}",
         f"{variant.nonzero:,}",

@@ -10,7 +10,16 @@ import typer
 
 from cactus_edge import files
 from cactus_edge.cli.making import require_training
-from cactus_edge.cli.output import ForceOption, JsonOption, console, emit, percent, table, working
+from cactus_edge.cli.output import (
+    ForceOption,
+    JsonOption,
+    console,
+    emit,
+    percent,
+    share,
+    table,
+    working,
+)
 from cactus_edge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -163,7 +172,7 @@ def convert(
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     title = (
         f"{_title(output, report.bytes, report.universal)}; decides as the float network on "
-        f"{percent(report.same_decisions)} % of the samples that were compared"
+        f"{share(report.same_decisions)} % of the samples that were compared"
     )
     emit(report, as_json, table(title, _COLUMNS, _rows(report.layers)))
 

@@ -33,8 +33,8 @@ def export_onnx(
     split: SplitOption = "test",
     samples: Annotated[int, typer.Option("--samples", "-n", help="How many to compare.")] = 100,
     index: Annotated[
-        int, typer.Option("--index", help="With --float: the sample of the query.")
-    ] = 0,
+        int | None, typer.Option("--index", help="With --float: the sample of the query; 0.")
+    ] = None,
     eps: EpsilonOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -48,10 +48,12 @@ def export_onnx(
     from cactus_edge.onnx_io import export
 
     files.refuse_existing(output, force)
+    if samples < 0:
+        raise UsageError(f"--samples {samples}: give 0 or more")
     graph, _ = flatbuffer.load(model)
     if not real:
-        if eps is not None:
-            raise UsageError("--eps belongs to the query of --float")
+        if eps is not None or index is not None:
+            raise UsageError("--eps and --index belong to the query of --float")
         content = export.to_qdq(graph, signed=not unsigned)
         stored = np.zeros((0, *graph.tensors[graph.core_input].shape[1:]), np.int64)
         if data is not None:
@@ -67,6 +69,8 @@ def export_onnx(
         )
         emit(report, as_json, table(title, ("profile", "differ", "of"), rows))
         return
+    if unsigned:
+        raise UsageError("--uint8 is about integers; the network of --float has none")
     if (eps is None) != (data is None):
         raise UsageError("a query needs both --data and --eps")
     content = export.to_real(graph)
@@ -74,7 +78,10 @@ def export_onnx(
     query_path = output.with_suffix(".vnnlib")
     text = ""
     if data is not None and eps is not None:
+        if query_path == output:
+            raise UsageError(f"{output} would be the query's name; give -o one that ends in .onnx")
         files.refuse_existing(query_path, force)
+        index = 0 if index is None else index
         chosen = split_of(data, split, graph)
         if not 0 <= index < len(chosen.labels):
             raise UsageError(f"--index {index}: the split has {len(chosen.labels)} samples")

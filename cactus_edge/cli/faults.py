@@ -27,7 +27,7 @@ from cactus_edge.cli.output import (
     bar,
     console,
     emit,
-    percent,
+    share,
     table,
 )
 from cactus_edge.errors import PropertyNotMetError, UsageError
@@ -164,7 +164,7 @@ def faults(
         )
     if require is not None and shown.certified < require:
         raise PropertyNotMetError(
-            f"{percent(shown.certified)} % certified, {percent(require)} % required"
+            f"{share(shown.certified)} % certified, {100 * require:g} % required"
         )
 
 
@@ -215,7 +215,7 @@ def _tables(shown: FaultsResult, title: str) -> tuple[Table, Table]:
         ("bits of a bias", shown.bias_bits),
         ("the flip comes", "after folding" if shown.folded else "before loading"),
         ("sites", shown.sites),
-        ("certified %, all these layers", percent(shown.certified)),
+        ("certified %, all these layers", share(shown.certified)),
         ("report", shown.report),
     ]
     heads = ("layer", "sites", "not covered", *fault_report.VERDICTS, "safe %", "critical, mean")

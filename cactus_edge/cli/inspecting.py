@@ -9,7 +9,17 @@ import typer
 
 from cactus_edge import datasets, files, flatbuffer, manual
 from cactus_edge.analyze import analyze as describe
-from cactus_edge.cli.output import ForceOption, JsonOption, bar, emit, percent, say, table, working
+from cactus_edge.cli.output import (
+    ForceOption,
+    JsonOption,
+    bar,
+    emit,
+    percent,
+    say,
+    share,
+    table,
+    working,
+)
 from cactus_edge.errors import PropertyNotMetError
 
 if TYPE_CHECKING:
@@ -114,7 +124,7 @@ def universalize(
         counts = report.correct_before, report.correct_after
         before, after = (count / report.samples for count in counts)
         title += (
-            f"; accuracy {percent(before)} % before, {percent(after)} % after, "
+            f"; accuracy {share(before)} % before, {share(after)} % after, "
             f"{report.decisions_changed} of {report.samples} decisions changed"
         )
     if report.layers or as_json:
@@ -161,14 +171,19 @@ def supported_ops(
     write: Annotated[
         Path | None, typer.Option("--write", help="Write the manual as Markdown instead.")
     ] = None,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """List the operators, and what each must satisfy.
 
     Example: cactus-edge supported-ops
+
+    Example: cactus-edge supported-ops --write operators.md
     """
     if write is not None:
-        files.write(write, manual.markdown().encode(), force=True)
+        # An earlier version of the manual is nothing to lose.
+        known = write.is_file() and write.read_bytes().startswith(manual.TITLE.encode())
+        files.write(write, manual.markdown().encode(), force=force or known)
         return
     operators = manual.supported()
     rows = [

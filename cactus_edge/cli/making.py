@@ -19,7 +19,7 @@ from cactus_edge.cli.output import (
     announced,
     console,
     emit,
-    percent,
+    share,
     table,
 )
 from cactus_edge.errors import MissingExtraError
@@ -58,8 +58,8 @@ class _Bar:
         self._shown = self._fraction
         self._progress.console.print(
             f"epoch {row.epoch:3d}  epsilon {row.epsilon:.4f}  loss {row.loss:.4f}  "
-            f"validation: standard {percent(row.validation_standard)} %, "
-            f"certified {percent(row.validation_certified)} % (interval, float)",
+            f"validation: standard {share(row.validation_standard)} %, "
+            f"certified {share(row.validation_certified)} % (interval, float)",
             highlight=False,
             soft_wrap=True,
         )
@@ -152,10 +152,10 @@ def train(
     rows = [
         (
             member.member,
-            percent(member.validation.standard),
-            percent(member.validation.certified),
-            percent(member.test.standard),
-            percent(member.test.certified),
+            share(member.validation.standard),
+            share(member.validation.certified),
+            share(member.test.standard),
+            share(member.test.certified),
             f"{member.microseconds_per_sample:.1f}" if member.microseconds_per_sample else "-",
         )
         for member in summary.members

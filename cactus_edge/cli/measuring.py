@@ -10,7 +10,7 @@ import typer
 
 from cactus_edge import files, flatbuffer
 from cactus_edge.cli.options import ModelsArgument, training_samples
-from cactus_edge.cli.output import ForceOption, JsonOption, bar, console, emit, table
+from cactus_edge.cli.output import ForceOption, JsonOption, bar, console, drawn, emit, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -109,7 +109,7 @@ def bench(
     from cactus_edge.bench.peers import all_peers, peer_named
     from cactus_edge.kernels.replay import SAMPLES
 
-    for path in (plot, roofline):
+    for path in (drawn("--plot", plot), drawn("--roofline", roofline)):
         if path is not None:
             files.refuse_existing(path, force)
     candidates = all_peers() if peer is None else [peer_named(name) for name in peer]

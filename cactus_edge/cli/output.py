@@ -23,7 +23,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from cactus_edge import files
+from cactus_edge import files, shares
+from cactus_edge.errors import UsageError
 
 console = Console(stderr=True)
 # A pipe has no width; tables are cut to 80 columns there unless told otherwise.
@@ -75,6 +76,22 @@ def _is_number(cell: object) -> bool:
 def percent(fraction: float | None) -> str:
     """A fraction as percent with two decimals; a dash for None."""
     return "-" if fraction is None else f"{100 * fraction:.2f}"
+
+
+def drawn(option: str, path: Path | None) -> Path | None:
+    """Where a drawing goes; it is SVG, whatever a name says.
+
+    Raises:
+        UsageError: the name says otherwise.
+    """
+    if path is not None and path.suffix.lower() not in ("", ".svg"):
+        raise UsageError(f"{option} {path}: drawings are SVG; give a name that ends in .svg")
+    return path
+
+
+def share(fraction: float | None) -> str:
+    """A share of samples as percent, rounded down; a dash for None."""
+    return "-" if fraction is None else shares.percent(fraction)
 
 
 @contextmanager

@@ -37,9 +37,10 @@ from cactus_edge.cli.output import (
     ForceOption,
     JsonOption,
     bar,
+    drawn,
     emit,
-    percent,
     save_json,
+    share,
     table,
 )
 from cactus_edge.errors import PropertyNotMetError, UsageError
@@ -122,11 +123,10 @@ def _samples(
     graph: Graph, data: str, split: str, first: int, samples: int | None
 ) -> tuple[npt.NDArray[np.generic], Int64Array]:
     """The chosen part of a data set's split, and its labels."""
+    from cactus_edge.certify.shards import selected
+
     dataset = split_of(data, split, graph)
-    total = len(dataset.labels)
-    count = total - first if samples is None else samples
-    if not (0 <= first < total and 0 < count <= total - first):
-        raise UsageError(f"samples {first}..{first + count - 1} are not in '{data}' {split}")
+    count = selected(first, samples, len(dataset.labels), f"'{data}' {split}")
     part = slice(first, first + count)
     return dataset.images[part], dataset.labels[part].astype("int64")
 
@@ -219,7 +219,7 @@ def radius(
         ("samples", shown.samples),
         ("median certified radius", shown.median),
         *(
-            (f"certified at {level} levels, %", percent(count / len(found)))
+            (f"certified at {level} levels, %", share(count / len(found)))
             for level, count in shown.at_least.items()
         ),
         ("counterexample found", shown.refuted),
@@ -283,7 +283,7 @@ def sweep(
         raise UsageError("give radii either with --eps or with --levels")
     perturbations = [Perturbation.epsilon(text) for text in eps or ()]
     perturbations += [Perturbation.levels(count) for count in levels or ()]
-    for path in (output, svg):
+    for path in (output, drawn("--svg", svg)):
         if path is not None:
             files.refuse_existing(path, force)
     graph, content = flatbuffer.load(model)
@@ -304,13 +304,13 @@ def sweep(
     rows = [
         (
             point.radius,
-            percent(point.certified / curve.samples),
-            percent(1 - point.refuted / curve.samples) if attack else "-",
+            share(point.certified / curve.samples),
+            share((curve.samples - point.refuted) / curve.samples) if curve.attacked else "-",
         )
         for point in curve.points
     ]
     columns = ("eps" if eps else "levels", "certified %", "not refuted %")
-    title = f"{model.name} on {data} {split}: {percent(curve.correct / curve.samples)} % correct"
+    title = f"{model.name} on {data} {split}: {share(curve.correct / curve.samples)} % correct"
     emit(curve, as_json, table(title, columns, rows))
 
 
@@ -326,7 +326,9 @@ def verify(
         float, typer.Option("--budget", help="Seconds a box for linear and complete.")
     ] = 60.0,
     memory: MemoryOption = "2G",
-    steps: StepsOption = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Gradient steps of the attack; 40 without it.")
+    ] = None,
     restarts: RestartsOption = None,
     strong: StrongOption = False,
     attack: Annotated[

@@ -52,8 +52,8 @@ from cactus_edge.cli.output import (
     bar,
     console,
     emit,
-    percent,
     save_json,
+    share,
     table,
 )
 from cactus_edge.errors import PropertyNotMetError, ToolError, UsageError
@@ -212,9 +212,9 @@ def _show(
         ("decision", head.property.decision),
         ("rounding", "; ".join(roundings)),
         ("verifier", shown.verifier),
-        ("standard accuracy %", percent(shown.standard_accuracy)),
-        ("certified accuracy %", percent(shown.certified_accuracy)),
-        ("attack accuracy %", percent(shown.attack_accuracy)),
+        ("standard accuracy %", share(shown.standard_accuracy)),
+        ("certified accuracy %", share(shown.certified_accuracy)),
+        ("attack accuracy %", share(shown.attack_accuracy)),
         *((f"verdict {name}", count) for name, count in shown.verdicts.items()),
         ("certificate", shown.certificate),
     ]
@@ -240,7 +240,7 @@ def judge(summary: certificates.Summary, output: Path | None, require: float | N
         raise ToolError(f"{errors} samples could not be treated, see {output}")
     if require is not None and summary.certified_accuracy < require:
         raise PropertyNotMetError(
-            f"{percent(summary.certified_accuracy)} % certified, {percent(require)} % required"
+            f"{share(summary.certified_accuracy)} % certified, {100 * require:g} % required"
         )
 
 
@@ -308,7 +308,7 @@ def check(
     rows = [
         ("certificate", verdict),
         ("samples re-derived", result.samples),
-        ("certified accuracy %", percent(shown.certified_accuracy)),
+        ("certified accuracy %", share(shown.certified_accuracy)),
     ]
     names = ", ".join(path.name for path in models)
     emit(shown, as_json, table(f"{certificate.name} with {names}", ("", "value"), rows))
@@ -388,8 +388,8 @@ def attack(
     )
     rows = [
         ("samples", shown.samples),
-        ("standard accuracy %", percent(shown.standard_accuracy)),
-        ("attack accuracy %", percent(shown.attack_accuracy)),
+        ("standard accuracy %", share(shown.standard_accuracy)),
+        ("attack accuracy %", share(shown.attack_accuracy)),
         ("refuted", shown.verdicts["refuted"]),
     ]
     emit(shown, as_json, table(f"attack on {model.name}", ("", "value"), rows))

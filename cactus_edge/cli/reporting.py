@@ -89,13 +89,14 @@ def report(
     outputs = [path for path in (output, card, bom) if path is not None]
     if not outputs:
         raise UsageError("nothing to write: give -o PAGE.html, --card FILE.md or --bom FILE.json")
-    if len(set(outputs)) < len(outputs):
-        raise UsageError("-o, --card and --bom need files of their own")
     for path in outputs:
         files.refuse_existing(path, force)
     if not 0 <= samples <= _MOST_SAMPLES:
         raise UsageError(f"--samples {samples}: the explorer holds from 0 to {_MOST_SAMPLES}")
     read = reporting.read(sources, samples)
+    for path in (*(claim.path for claim in read.claims), *(model.path for model in read.models)):
+        if path.resolve() in {output.resolve() for output in outputs}:
+            raise UsageError(f"{path} is read by this command; give what it writes another name")
     notes: list[str] = []
     explorer = None
     made: list[tuple[Path, bytes]] = []

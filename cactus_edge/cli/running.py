@@ -20,8 +20,8 @@ from cactus_edge.cli.output import (
     bar,
     console,
     emit,
-    percent,
     say,
+    share,
     table,
 )
 from cactus_edge.errors import RuntimesDisagreeError, UsageError
@@ -346,9 +346,9 @@ def demo(
     rows = [
         (
             row.model,
-            percent(row.standard_accuracy),
-            percent(row.certified_accuracy),
-            percent(row.attack_accuracy),
+            share(row.standard_accuracy),
+            share(row.certified_accuracy),
+            share(row.attack_accuracy),
             f"{row.bytes:,}",
             f"{row.latency:.1f}",
             "-" if row.instructions is None else f"{row.instructions:,}",

@@ -16,8 +16,8 @@ from cactus_edge.cli.output import (
     bar,
     console,
     emit,
-    percent,
     say,
+    share,
     table,
 )
 from cactus_edge.errors import PropertyNotMetError, UsageError
@@ -136,7 +136,7 @@ def search(
         say(
             f"chosen: {test.name}\n"
             f"test split, {test.data.samples} samples: standard "
-            f"{percent(test.standard_accuracy)} %, certified {percent(test.certified_accuracy)} %\n"
+            f"{share(test.standard_accuracy)} %, certified {share(test.certified_accuracy)} %\n"
             + "\n".join(str(output / name) for name in (test.file, test.certificate, "front.svg"))
         )
 
@@ -164,8 +164,8 @@ def _show(found: Report, as_json: bool) -> None:
             f"{row.model.file_bytes:,}",
             f"{row.model.nonzero:,}",
             *_costs(row),
-            percent(row.standard_accuracy),
-            percent(row.certified_accuracy),
+            share(row.standard_accuracy),
+            share(row.certified_accuracy),
             "chosen" if row.name == chosen else "front" if row.front else "",
         )
         for row in sorted(found.rows, key=lambda row: (-row.certified_accuracy, row.size))
@@ -207,17 +207,23 @@ def _shortfall(found: Report) -> str:
 
 def _near(near: Near) -> str:
     misses = " and ".join(
-        f"{miss.value:,.2f} {_UNITS[miss.option]} for {miss.option} {miss.limit:g}"
+        f"{_directed(miss.option, miss.value):,.2f} {_UNITS[miss.option]} for {miss.option} "
+        f"{miss.limit:g}"
         for miss in near.misses
     )
     return f"{near.name} has {misses}"
 
 
 def _rounded(option: str, value: float) -> str:
-    """A value that would do as the option's: up for what may be at most it, else down."""
+    """A value that would do as the option's."""
+    return f"{_directed(option, value):.10g}"
+
+
+def _directed(option: str, value: float) -> float:
+    """In hundredths: up for what may be at most the option's value, else down."""
     hundredths = 100 * value
     whole = int(hundredths) if option == "--min-certified" else -int(-hundredths // 1)
-    return f"{whole / 100:.10g}"
+    return whole / 100
 
 
 def register(app: typer.Typer) -> None:

@@ -1,4 +1,4 @@
-"""What all verbs have in common: ``--quiet``, examples below their help, and Ctrl-C.
+"""What all verbs have in common: ``--quiet``, examples below their help, Ctrl-C, safe inputs.
 
 It is added to every verb when the command line is put together, so that no verb can lack it.
 """
@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cactus_edge.cli.output import console, quieted
+from cactus_edge.errors import UsageError
 
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print errors alone, and what --json asks for.")
@@ -21,6 +24,11 @@ QuietOption = Annotated[
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells have it."""
 
+OUTPUTS = frozenset(("output", "card", "bom", "svg", "plot", "roofline", "write", "new_key"))
+"""Options that name what a verb writes; every other path is read."""
+
+_RUN = "model.safetensors"
+"""Of the folder of a run, what cannot be made again but by training."""
 _EXAMPLE = re.compile(r"\s*\bExample:\s+(cactus-edge .*?)(?=\n\s*\n|\s*\Z)", re.DOTALL)
 
 
@@ -40,12 +48,47 @@ def examples(text: str) -> list[str]:
     return [" ".join(found.split()) for found in _EXAMPLE.findall(text)]
 
 
+def refuse_overwriting(options: Mapping[str, object]) -> None:
+    """Check the paths of a command, by parameter; ``--force`` is no word for the inputs.
+
+    Raises:
+        UsageError: a file would be written twice, or one that is read would be replaced.
+    """
+    written: dict[str, str] = {}
+    for name in sorted(OUTPUTS & options.keys()):
+        if isinstance(path := options[name], Path):
+            place, option = os.path.realpath(path), f"--{name.replace('_', '-')}"
+            if place in written:
+                raise UsageError(f"{path}: {written[place]} and {option} need files of their own")
+            written[place] = option
+    for name, value in options.items():
+        for path in () if name in OUTPUTS else _read(value):
+            if (place := os.path.realpath(path)) in written:
+                raise UsageError(
+                    f"{path} is read by this command, and would be replaced; give {written[place]} "
+                    "another name"
+                )
+
+
+def _read(value: object) -> Iterator[Path]:
+    """Files that the value of an option or argument names."""
+    if isinstance(value, str) and value.endswith(".npz"):
+        yield Path(value)
+    elif isinstance(value, list):
+        for entry in value:  # pyright: ignore[reportUnknownVariableType]
+            yield from _read(entry)
+    elif isinstance(value, Path):
+        yield value
+        yield value / _RUN
+
+
 def _equipped(verb: Callable[..., None]) -> Callable[..., None]:
     """The verb with one more option, and a word and an exit code for Ctrl-C."""
 
     @functools.wraps(verb)
     def call(*, quiet: bool, **options: object) -> None:
         try:
+            refuse_overwriting(options)
             with quieted(quiet):
                 verb(**options)
         except KeyboardInterrupt:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from cactus_edge.shares import percent
+
 WIDTH, HEIGHT = 640.0, 300.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 16.0, 12.0, 46.0
 _TICKS = 6
@@ -80,7 +82,8 @@ def chart(title: str, x_label: str, y_label: str, series: Sequence[Series]) -> C
     for number, one in enumerate(series):
         points = sorted(one.points)
         places = [(across(x), down(y)) for x, y in points]
-        texts = [f"{one.name}: {x:g}, {y:.2f} %" for x, y in points]
+        # Nine digits hide what multiplying by 100 added, and nothing that was counted.
+        texts = [f"{one.name}: {x:g}, {percent(float(f'{y / 100:.9g}'))} %" for x, y in points]
         marks = tuple((x, y, text) for (x, y), text in zip(places, texts, strict=True))
         drawn.append(Drawn(one.name, number % 4, _path(places, one.style), marks))
     return Chart(

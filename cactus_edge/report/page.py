@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from decimal import ROUND_FLOOR, Decimal
 from fractions import Fraction
 from importlib import resources
 
 import msgspec
 
 import cactus_edge
+from cactus_edge import shares
 from cactus_edge.certificate import VERDICTS, Property
 from cactus_edge.errors import MissingExtraError
 from cactus_edge.inputs import rational
@@ -51,6 +51,7 @@ def render(page: Page) -> bytes:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["percent"] = _percent
+    environment.filters["share"] = shares.percent
     environment.filters["radius"] = radius_text
     text = environment.from_string(_resource(TEMPLATE)).render(
         page=page,
@@ -75,9 +76,8 @@ def _percent(fraction: float | None) -> str:
 
 
 def percent(fraction: float) -> str:  # float: reported
-    """Two digits, rounded down: no share is shown that was not reached, 100 % least of all."""
-    hundredths = Decimal(repr(fraction)) * 100  # the shortest decimal: 0.29 is not 28.99 %
-    return f"{hundredths.quantize(Decimal('0.01'), ROUND_FLOOR)} %"
+    """With its sign; rounded down, see ``shares``."""
+    return f"{shares.percent(fraction)} %"
 
 
 def _embedded(explorer: Explorer) -> str:
