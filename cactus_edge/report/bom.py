@@ -13,7 +13,7 @@ from typing import Any
 
 import cactus_edge
 from cactus_edge.errors import MissingExtraError
-from cactus_edge.report.page import radius_text
+from cactus_edge.report.page import certified_text, radius_text
 from cactus_edge.report.sources import Claim, Sources
 
 _SPACE = uuid.UUID("9f2c6d0e-7a51-4b0e-8d0b-6b9a5b0c1e77")
@@ -87,7 +87,7 @@ def _model_card(claim: Claim) -> dict[str, Any]:
     if data is not None:
         parameters["datasets"] = [{"ref": "data"}]
         measured = [("standard accuracy", summary.standard_accuracy)]
-        measured.append(("certified accuracy", summary.certified_accuracy))
+        measured.append((certified_text(claim.head.property), summary.certified_accuracy))
         if summary.attack_accuracy is not None:
             measured.append(("accuracy under attack", summary.attack_accuracy))
         where = f"{data.count} samples; {radius_text(claim.head.property)}"

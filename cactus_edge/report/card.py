@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import cactus_edge
 from cactus_edge.certificate import SIDE_CONDITIONS, VERDICTS
 from cactus_edge.graph import Linear
-from cactus_edge.report.page import percent, radius_text
+from cactus_edge.report.page import certified_text, percent, radius_text
 from cactus_edge.report.sources import Claim, Model, Sources
 
 _TAGS = ("tflite", "quantized", "certified-robustness")
@@ -48,11 +48,14 @@ def _head(sources: Sources) -> dict[str, object]:
     head: dict[str, object] = {"tags": list(_TAGS)}
     if data is None:
         return head
+    what = claim.head.property
+    certified = certified_text(what)
+    certified += "" if what.kind == "radius" else f", {radius_text(what)}"
     metrics: list[dict[str, object]] = [
         {"type": "accuracy", "name": "standard accuracy", "value": summary.standard_accuracy},
         {
             "type": "accuracy",
-            "name": f"certified accuracy, {radius_text(claim.head.property)}",
+            "name": certified,
             "value": summary.certified_accuracy,
         },
     ]
@@ -83,7 +86,7 @@ def _claimed(claim: Claim) -> Iterator[str]:
         rows.append(("data", f"{data.name}, {data.split}, samples {data.first} to {last}"))
         rows.append(("data, SHA-256", data.sha256))
         rows.append(("standard accuracy", percent(summary.standard_accuracy)))
-        rows.append(("certified accuracy", percent(summary.certified_accuracy)))
+        rows.append((certified_text(head.property), percent(summary.certified_accuracy)))
         if summary.attack_accuracy is not None:
             rows.append(("accuracy under attack", percent(summary.attack_accuracy)))
     if head.query is not None:

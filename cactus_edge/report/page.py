@@ -53,6 +53,7 @@ def render(page: Page) -> bytes:
     environment.filters["percent"] = _percent
     environment.filters["share"] = shares.percent
     environment.filters["radius"] = radius_text
+    environment.filters["certified"] = certified_text
     text = environment.from_string(_resource(TEMPLATE)).render(
         page=page,
         claims=page.sources.claims,
@@ -97,6 +98,12 @@ def radius_text(what: Property) -> str:
     patch = ", in a window of {} x {}, stride {}".format(*what.patch) if what.patch else ""
     top = f", label among the {what.top} greatest" if what.top > 1 else ""
     return f"{radius}{unit}{patch}{top}"
+
+
+def certified_text(what: Property) -> str:
+    """What the share of certified samples is a share of: those with the largest radius, or all."""
+    reach = f"certified up to {what.radius} levels"
+    return reach if what.kind == "radius" else "certified accuracy"
 
 
 def _readable(exact: str) -> str:

@@ -11,31 +11,16 @@ import pytest
 import yaml
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
-from hypothesis import given
-from hypothesis import strategies as st
 from report.conftest import Made
+from report.html import parse
 
 from cactus_edge import report
 from cactus_edge.cli import run
-from cactus_edge.report.page import percent
 
 
 @pytest.fixture(scope="module")
 def sources(made: Made) -> report.Sources:
     return report.read([made.certificate, made.model], 10)
-
-
-@given(st.integers(1, 10**6), st.data())
-def test_shares_are_rounded_down(total: int, data: st.DataObject) -> None:
-    count = data.draw(st.integers(0, total))
-    whole, _, rest = percent(count / total).removesuffix(" %").partition(".")
-    shown = 100 * int(whole) + int(rest)
-    assert 0 <= 10_000 * count - shown * total < total
-
-
-def test_a_share_below_all_is_not_all() -> None:
-    assert percent(99_996 / 100_000) == "99.99 %" and percent(1.0) == "100.00 %"
-    assert percent(0.29) == "29.00 %" and percent(1e-9) == "0.00 %"
 
 
 def test_the_card(sources: report.Sources, made: Made) -> None:
@@ -52,6 +37,23 @@ def test_the_card(sources: report.Sources, made: Made) -> None:
     for fact in (made.claim.head.models[0].sha256, sources.main.sha256):
         assert fact in body
     assert report.card(report.read([made.certificate, made.model], 10)) == text.encode()
+
+
+def test_radii_are_named_as_such(sources: report.Sources, made: Made) -> None:
+    """What counts as certified then is the largest radius, not the certificate's accuracy."""
+    claim = sources.main
+    what = msgspec.structs.replace(claim.head.property, kind="radius", radius="7")
+    head = msgspec.structs.replace(claim.head, property=what)
+    found = replace(sources, claims=(replace(claim, head=head), sources.main))
+    text = report.card(found).decode()
+    assert "| certified up to 7 levels |" in text and "| certified accuracy |" not in text
+    names = yaml.safe_load(text.split("---\n", 2)[1])["model-index"][0]["results"][0]["metrics"]
+    assert names[1]["name"] == "certified up to 7 levels"
+    root = parse(report.render(report.Page("radii", found, None, None)))
+    assert [dt.text for dt in root.every("dt")][::4][:2] == [
+        "certified up to 7 levels",
+        "certified accuracy",
+    ]
 
 
 def test_names_are_no_markup(sources: report.Sources) -> None:

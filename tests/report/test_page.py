@@ -23,6 +23,7 @@ from cactus_edge.graph import Graph
 from cactus_edge.inputs import Perturbation
 from cactus_edge.report import Page, opened, read, render, widths
 from cactus_edge.report.charts import Series, chart
+from cactus_edge.shares import percent
 
 
 def graph_of(made: Made) -> Graph:
@@ -48,7 +49,7 @@ def test_numbers_are_those_of_the_certificate(made: Made) -> None:
         right = sum(line.label == line.prediction for line in lines)
         expected = [sum(line.verdict == verdict for line in lines) for verdict in VERDICTS]
         assert [int(cell) for cell in row[1:7]] == [len(lines), right, *expected]
-        assert row[7] == f"{100 * expected[0] / len(lines):.2f}"
+        assert row[7] == percent(expected[0] / len(lines))
 
 
 def test_explorer_repeats_the_certificate(made: Made) -> None:
