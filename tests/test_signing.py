@@ -225,7 +225,7 @@ def test_nothing_is_signed_that_does_not_belong_together(
         ("was changed", [model, "--certificate", damaged, "--data", data, *known]),
         ("same name", [*signed(made, "--with", model, "-o", output)[1:]]),
         ("another name", [*signed(made, "-o", tmp_path / "model.tflite")[1:]]),
-        ("give it alone", ["--new-key", output, *known]),
+        ("give it alone", ["--new-key", tmp_path / "new.pem", *known]),
         ("give MODEL", [model, *known]),
         ("no such private key", [*signed(made, "--key", made / "none.pem", "-o", output)[1:]]),
     ]

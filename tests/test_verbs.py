@@ -19,7 +19,8 @@ import pytest
 from rich.console import Console
 from typer.main import get_command
 
-from cactus_edge import flatbuffer
+import cactus_edge
+from cactus_edge import __main__, flatbuffer
 from cactus_edge.bench.peers import peer_named
 from cactus_edge.cli import app, options, output, run, verbs
 from cactus_edge.datasets import load
@@ -194,6 +195,39 @@ def test_ctrl_c_has_a_word_and_a_code_of_its_own(
     assert call(capsys, "analyze", model) == (130, "", "")
 
 
+def test_ctrl_c_while_the_command_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped() -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cactus_edge.cli.run", stopped)
+    with pytest.raises(SystemExit) as end:
+        __main__.main()
+    assert end.value.code == 130
+    command = [sys.executable, "-m", "cactus_edge", "--version"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert shown.strip() == cactus_edge.__version__
+
+
+def test_what_resumes_a_training_can_be_pasted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quoted, and with the options that have to be the same."""
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cactus_edge.train.train", stopped)
+    recipe, folder = ROOT / "recipes" / "digits.toml", tmp_path / "my run's"
+    options_ = ["--device", "cpu", "--devices", "2", "--checkpoint-every", "5.0", "--tensorboard"]
+    code, _, err = call(capsys, "train", recipe, "-o", folder, *options_)
+    assert code == 130
+    again = err.split("go on with: ")[1]
+    assert shlex.split(again) == [
+        *("cactus-edge", "train", str(recipe), "-o", str(folder), "--resume"),
+        *options_,
+    ]
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
     screen = StringIO()
@@ -206,12 +240,15 @@ def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch, terminal: bo
             progress(done, 20)
     with output.working("convert"):
         pass
+    with output.bar("radius"):
+        pass
     shown = screen.getvalue()
     assert bool(shown) == terminal
     if terminal:
         assert "certify" in shown and "samples/s" in shown and "20/20" in shown
         assert re.search(r"0:00:\d\d.*\d:\d\d", shown)
         assert "convert" in shown
+        assert re.search(r"radius .*preparing", shown)
 
 
 def test_typing_mistakes(

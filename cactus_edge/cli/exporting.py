@@ -10,7 +10,7 @@ import typer
 
 from cactus_edge import files, flatbuffer, inputs
 from cactus_edge.cli.options import EpsilonOption, ModelArgument, SplitOption, split_of
-from cactus_edge.cli.output import ForceOption, JsonOption, emit, table
+from cactus_edge.cli.output import ForceOption, JsonOption, emit, table, working
 from cactus_edge.errors import UsageError
 from cactus_edge.graph import Int64Array
 from cactus_edge.inputs import Perturbation
@@ -59,7 +59,8 @@ def export_onnx(
         if data is not None:
             images = split_of(data, split, graph).images[:samples]
             stored: Int64Array = inputs.stored(graph, images)
-        report = export.compare(graph, content, stored, signed=not unsigned)
+        with working("compare with ONNX Runtime"):
+            report = export.compare(graph, content, stored, signed=not unsigned)
         files.write(output, content, force=force)
         rows = [(name, count, report.elements) for name, count in report.differences.items()]
         title = (

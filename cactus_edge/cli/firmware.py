@@ -10,7 +10,7 @@ import typer
 
 from cactus_edge import flatbuffer, profiles
 from cactus_edge.cli.options import ModelArgument
-from cactus_edge.cli.output import ForceOption, JsonOption, emit, table
+from cactus_edge.cli.output import ForceOption, JsonOption, emit, table, working
 from cactus_edge.csource import CLayer, Layout, generate
 
 
@@ -63,15 +63,16 @@ def export_c(
     Example: cactus-edge export-c model.tflite -o firmware --prefix wake_word
     """
     graph, _ = flatbuffer.load(model)
-    source = generate(
-        graph, profile, layout=layout, prefix=prefix, certified=certified, serial=serial
-    )
     flash = ram = None
-    if board is not None:
-        from firmware_sim import fit
+    with working("export"):
+        source = generate(
+            graph, profile, layout=layout, prefix=prefix, certified=certified, serial=serial
+        )
+        if board is not None:
+            from firmware_sim import fit
 
-        image = fit(generate(graph, profile, layout=layout, certified=certified), board)
-        flash, ram = image.flash_bytes, image.static_bytes
+            image = fit(generate(graph, profile, layout=layout, certified=certified), board)
+            flash, ram = image.flash_bytes, image.static_bytes
     source.write(output, force=force)
     shown = ExportOutput(
         str(output),

@@ -11,7 +11,7 @@ import typer
 
 from cactus_edge import flatbuffer, profiles
 from cactus_edge.cli.options import ModelArgument, training_samples
-from cactus_edge.cli.output import JsonOption, bar, emit, table
+from cactus_edge.cli.output import JsonOption, bar, emit, table, working
 
 TierOption = Annotated[
     str | None, typer.Option("--tier", help="Instructions to use; the fastest there are without.")
@@ -28,7 +28,7 @@ class WarmUpOutput(msgspec.Struct, frozen=True):
 
 def warm_up(
     models: Annotated[
-        list[Path] | None, typer.Argument(help=".tflite files to load too.", metavar="MODEL...")
+        list[Path] | None, typer.Argument(help=".tflite files to load too.", metavar="MODEL")
     ] = None,
     tier: TierOption = None,
     as_json: JsonOption = False,
@@ -123,12 +123,13 @@ def explain(
 
     graph, _ = flatbuffer.load(model)
     samples = None if data is None else training_samples(data, SAMPLES, graph)
-    session = Session(graph, tier=tier, layout=layout, calibration=samples)
-    try:
-        best = ceilings.measure().products
-    except ToolError:
-        best = None
-    found = session.explain(batch=batch)
+    with working("explain"):
+        session = Session(graph, tier=tier, layout=layout, calibration=samples)
+        try:
+            best = ceilings.measure().products
+        except ToolError:
+            best = None
+        found = session.explain(batch=batch)
     layers = tuple(
         ExplainedLayer(
             layer.name,

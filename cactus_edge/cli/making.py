@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -140,15 +142,23 @@ def train(
                 checkpoint_seconds=checkpoint_every,
             )
     except KeyboardInterrupt:
-        same = f" --devices {devices}" if devices > 1 else ""
-        same += "" if precision == "32-true" else f" --precision {precision}"
+        again = ["cactus-edge", "train", str(recipe), "-o", str(output), "--resume"]
+        for option, value, default in (
+            ("--device", device, "auto"),
+            ("--devices", devices, 1),
+            ("--precision", precision, "32-true"),
+            ("--checkpoint-every", checkpoint_every, 600.0),
+        ):
+            again += [] if value == default else [option, f"{value}"]
+        again += ["--serve"] if serve else ["--tensorboard"] if tensorboard else []
         console.print(
-            f"interrupted; go on with: cactus-edge train {recipe} -o {output} --resume{same}",
+            f"interrupted; go on with: {shlex.join(again)}",
             highlight=False,
             markup=False,
             soft_wrap=True,
         )
         raise typer.Exit(130) from None
+    summary = msgspec.structs.replace(summary, output=str(output))  # it may have been moved
     rows = [
         (
             member.member,

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 ModelArgument = Annotated[Path, typer.Argument(help="A .tflite file.", metavar="MODEL")]
 ModelsArgument = Annotated[
-    list[Path], typer.Argument(help="One or more .tflite files.", metavar="MODEL...")
+    list[Path], typer.Argument(help="One or more .tflite files.", metavar="MODEL")
 ]
 JobsOption = Annotated[int | None, typer.Option("--jobs", help="Work with this many processes.")]
 EpsilonOption = Annotated[

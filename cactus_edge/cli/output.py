@@ -16,7 +16,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -132,22 +131,17 @@ def bar(title: str, unit: str = "samples") -> Generator[Callable[[int, int], Non
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    task: list[TaskID] = []
-    try:
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        # At first use kernels are compiled, and large files take a while to be read and hashed.
+        task = progress.add_task(title, total=None, rate="preparing")
 
         def update(done: int, total: int) -> None:
-            if not task:  # nothing is shown before there is something to show
-                progress.start()
-                task.append(progress.add_task(title, total=total, rate=""))
             speed = progress.tasks[0].finished_speed or progress.tasks[0].speed
             rate = f"{speed:,.0f} {unit}/s" if speed else ""
-            progress.update(task[0], completed=done, total=total, rate=rate)
+            progress.update(task, completed=done, total=total, rate=rate)
 
         yield update
-    finally:
-        if task:
-            progress.stop()
 
 
 @contextmanager

@@ -55,6 +55,7 @@ from cactus_edge.cli.output import (
     save_json,
     share,
     table,
+    working,
 )
 from cactus_edge.errors import PropertyNotMetError, ToolError, UsageError
 
@@ -246,7 +247,7 @@ def judge(summary: certificates.Summary, output: Path | None, require: float | N
 
 def merge(
     shards: Annotated[
-        list[Path], typer.Argument(help="Certificates of consecutive shards.", metavar="SHARD...")
+        list[Path], typer.Argument(help="Certificates of consecutive shards.", metavar="SHARD")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the whole goes.")],
     force: ForceOption = False,
@@ -258,7 +259,8 @@ def merge(
     """
     from cactus_edge.certify import merge as run
 
-    result = run(shards, output, force=force)
+    with working("merge"):
+        result = run(shards, output, force=force)
     _show(result.head, result.summary, output, as_json, f"{len(shards)} shards")
     judge(result.summary, output, None)
 

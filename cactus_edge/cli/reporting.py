@@ -44,7 +44,7 @@ def report(
         typer.Argument(
             help="Certificates, their model, and results of sweep -o, search, bench --json and "
             "validate --json; or folders that hold them.",
-            metavar="FILE|FOLDER...",
+            metavar="FILE|FOLDER",
         ),
     ],
     output: Annotated[

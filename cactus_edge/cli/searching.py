@@ -39,7 +39,7 @@ _UNITS = {
 def search(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="Directories of one or more training runs.", metavar="RUN..."),
+        typer.Argument(help="Directories of one or more training runs.", metavar="RUN"),
     ],
     data: DataOption,
     eps: Annotated[

@@ -11,7 +11,7 @@ import typer
 from cactus_edge import files, flatbuffer, signing
 from cactus_edge.certificate import Data
 from cactus_edge.cli.options import split_of
-from cactus_edge.cli.output import ForceOption, JsonOption, console, emit, table
+from cactus_edge.cli.output import ForceOption, JsonOption, console, emit, table, working
 from cactus_edge.errors import DataError, PropertyNotMetError, UsageError
 
 DataFileOption = Annotated[
@@ -31,7 +31,7 @@ class SignOutput(msgspec.Struct, frozen=True):
 def sign(
     models: Annotated[
         list[Path] | None,
-        typer.Argument(help="The .tflite files of the certificate.", metavar="MODEL..."),
+        typer.Argument(help="The .tflite files of the certificate.", metavar="MODEL"),
     ] = None,
     certificate: Annotated[
         Path | None, typer.Option("--certificate", help="The certificate to sign.")
@@ -75,8 +75,9 @@ def sign(
         raise UsageError("give MODEL, --certificate, --key and -o, or --new-key")
     files.refuse_existing(output, force)
     private = signing.private_key(key)
-    evidence = _evidence(data, query, models[0], certificate)
-    statement = signing.state(certificate, models, evidence, other or ())
+    with working("sign"):
+        evidence = _evidence(data, query, models[0], certificate)
+        statement = signing.state(certificate, models, evidence, other or ())
     if output.name in {subject.name for subject in statement.subject}:
         raise UsageError(f"{output.name} is to be signed; give the signature another name")
     files.write(output, signing.seal(statement, private), force=force)
@@ -114,14 +115,17 @@ def verify_signature(
     public = signing.public_key(key)
     statement = signing.opened(files.read(signature, "signature"), public, str(signature))
     where = signature.parent if folder is None else folder
-    found = tuple(signing.problems(statement, where, signing.Evidence()))
+    with working("verify"):
+        found = tuple(signing.problems(statement, where, signing.Evidence()))
     about = statement.predicate
     if data is not None:
         if about.data is None:
             raise UsageError(f"{signature} signs a certificate about a query, not about --data")
         if not found:
             model, claim = where / about.models[0], where / about.certificate
-            found = tuple(signing.problems(statement, where, _evidence(data, None, model, claim)))
+            with working("compare the data"):
+                evidence = _evidence(data, None, model, claim)
+                found = tuple(signing.problems(statement, where, evidence))
     hashes = {subject.name: subject.digest.sha256 for subject in statement.subject}
     shown = VerifySignatureOutput(
         not found, signing.key_id(public), hashes, about.data, data is not None, found
