@@ -14,6 +14,7 @@ from cactus_edge.certify.sweep import sweep
 from cactus_edge.errors import DataError
 from cactus_edge.flatbuffer import read_tflite
 from cactus_edge.inputs import Perturbation
+from cactus_edge.shares import percent
 from cactus_edge.train.checkpoint import load_model
 from cactus_edge.train.recipe import load_recipe
 from tools.zoo import ENTRIES, MODELS, Claim, overview
@@ -31,8 +32,8 @@ def test_a_model_is_what_its_card_says(name: str) -> None:
     card = (folder / "README.md").read_text()
     for text in (
         f"{len(content):,} bytes",
-        f"{100 * claim.summary.standard_accuracy:.2f} %",
-        f"{100 * claim.summary.certified_accuracy:.2f} %",
+        f"{percent(claim.summary.standard_accuracy)} %",
+        f"{percent(claim.summary.certified_accuracy)} %",
         f"{sum(claim.summary.verdicts.values()):,} samples",
     ):
         assert text in card

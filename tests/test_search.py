@@ -21,6 +21,7 @@ from cactus_edge.search import measure as measuring
 from cactus_edge.search.budget import choose, meets, nearest, needed, objectives
 from cactus_edge.search.drawing import apart
 from cactus_edge.search.space import Space
+from cactus_edge.shares import percent
 from cactus_edge.train import parse_recipe, train
 from cactus_edge.train.lower import convert
 
@@ -230,6 +231,8 @@ def test_stopped_search_goes_on(
     assert report.chosen is None
     least = min(row.size for row in report.rows) / 1024
     assert report.needed == {"--max-size": least}
+    for row in report.rows:
+        assert f"{row.name}: {percent(row.certified_accuracy)} % certified" in err
     assert not (output / "chosen.tflite").exists()
 
 

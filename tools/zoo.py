@@ -22,6 +22,7 @@ from cactus_edge import files  # noqa: E402
 from cactus_edge.certificate import Head, Summary  # noqa: E402
 from cactus_edge.certificate_stream import reading  # noqa: E402
 from cactus_edge.cli import run  # noqa: E402
+from cactus_edge.shares import percent  # noqa: E402
 
 BUILD, MODELS = ROOT / "build" / "zoo", ROOT / "models"
 
@@ -109,8 +110,8 @@ def card(name: str, entry: Entry, summary: Summary, metrics: Metrics, size: int)
 | network | {metrics.parameters:,} parameters before pruning; recipe `recipes/{entry.recipe}.toml` |
 | file | `model.tflite`, {size:,} bytes, made with `convert {options}` |
 | test split | {total:,} samples |
-| standard accuracy | {100 * summary.standard_accuracy:.2f} % |
-| certified at {entry.epsilon} | {100 * summary.certified_accuracy:.2f} % |
+| standard accuracy | {percent(summary.standard_accuracy)} % |
+| certified at {entry.epsilon} | {percent(summary.certified_accuracy)} % |
 
 Certified are the integers of `model.tflite`, by interval bounds with elided margin: for every input
 within {entry.epsilon} of a sample, in units of the input's range, each runtime that the certificate
@@ -135,8 +136,9 @@ def overview() -> str:
         "# Trained models",
         "",
         "The deployed integers on the whole test split, certified by interval bounds with elided",
-        "margin. Each folder has the `.tflite` file, checkpoint, recipe, certificate and card. Of",
-        "one training run each; `make zoo` makes them anew.",
+        "margin. Each folder has the `.tflite` file, checkpoint, recipe and card, and of the",
+        "certificate the head and summary (`certificate.json`; the card says how to make it all,",
+        "which `check` takes). Of one training run each; `make zoo` makes them anew.",
         "",
         "| model | data | radius | file, bytes | standard % | certified % |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -150,7 +152,7 @@ def overview() -> str:
         lines.append(
             f"| [{name}]({name}/README.md) | {entry.title} | {entry.epsilon} | "
             f"{(folder / 'model.tflite').stat().st_size:,} | "
-            + " | ".join(f"{100 * share:.2f}" for share in shares)
+            + " | ".join(percent(share) for share in shares)
             + " |"
         )
     return "\n".join(lines) + "\n"

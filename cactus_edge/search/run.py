@@ -44,6 +44,7 @@ from cactus_edge.search.report import (
 )
 from cactus_edge.search.space import Option, Space
 from cactus_edge.search.store import Store, key_of
+from cactus_edge.shares import percent
 from cactus_edge.train.checkpoint import MODEL_FILE, Model, load_model
 from firmware_sim import Board
 
@@ -147,7 +148,7 @@ def search(
             say(f"{task.name}: {error}")
         else:
             found.append((task, made))
-            say(f"{task.name}: {100 * made.certified / samples:.2f} % certified")
+            say(f"{task.name}: {percent(made.certified / samples)} % certified")
         report(samples, samples)
     if not found:
         raise next(iter(failed.values()))
