@@ -228,6 +228,41 @@ def test_what_resumes_a_training_can_be_pasted(
     ]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_stdout_that_is_full_or_closed() -> None:
+    """Said as what it is, and without a traceback."""
+    command = f"{shlex.quote(sys.executable)} -m cactus_edge supported-ops"
+    for redirected, code, said in ((">/dev/full", 5, "No space left"), (">&-", 0, "")):
+        result = subprocess.run(
+            ["sh", "-c", f"{command} {redirected}"], capture_output=True, text=True, cwd=ROOT
+        )
+        assert (result.returncode, said in result.stderr) == (code, True), result.stderr
+        assert "Traceback" not in result.stderr and "defect" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("cactus-edge cert", "certify"),
+        ("cactus-edge certify --meth", "--method"),
+        ("cactus-edge certify --method li", "linear"),
+        ("cactus-edge check --data fash", "fashion-mnist"),
+        ("cactus-edge simulate --profile tflite-mi", "tflite-micro"),
+        ("cactus-edge radius --split v", "validation"),
+    ],
+)
+def test_shells_complete(
+    words: str, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_CACTUS_EDGE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    with pytest.raises(SystemExit) as end:
+        app(args=[], prog_name="cactus-edge")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.split() == [expected]
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
     screen = StringIO()

@@ -92,6 +92,11 @@ def run(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
+    except OSError as error:  # such as a full disk behind stdout
+        logging.getLogger(__name__).info("the refusal, in full", exc_info=True)
+        text = f"{error}; the system refused this, --verbose shows where"
+        console.print(f"[red]error:[/red] {_plain(text)}", highlight=False, soft_wrap=True)
+        return ToolError.exit_code
     except KeyboardInterrupt:  # between the verbs: while they are read or when they are done
         return verbs.INTERRUPTED
     except Exception as error:  # a defect: still one line, and never the code of a verdict

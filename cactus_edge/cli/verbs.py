@@ -1,4 +1,4 @@
-"""What all verbs have in common: ``--quiet``, examples below their help, Ctrl-C, safe inputs.
+"""What all verbs have in common: ``--quiet``, examples, completion, Ctrl-C, safe inputs.
 
 It is added to every verb when the command line is put together, so that no verb can lack it.
 """
@@ -9,12 +9,14 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
+from typer.models import OptionInfo
 
+from cactus_edge import certificate, datasets, profiles
 from cactus_edge.cli.output import console, quieted
 from cactus_edge.errors import UsageError
 
@@ -26,6 +28,15 @@ INTERRUPTED = 130
 
 OUTPUTS = frozenset(("output", "card", "bom", "svg", "plot", "roofline", "write", "new_key"))
 """Options that name what a verb writes; every other path is read."""
+
+KNOWN: Mapping[str, Iterable[str]] = {
+    "calibration": datasets.NAMES,
+    "data": datasets.NAMES,
+    "method": certificate.VERIFIERS,
+    "profile": profiles.PROFILES,
+    "split": ("test", "validation", "train"),
+}
+"""What shells complete the values of options with, by parameter."""
 
 _RUN = "model.safetensors"
 """Of the folder of a run, what cannot be made again but by training."""
@@ -82,6 +93,13 @@ def _read(value: object) -> Iterator[Path]:
         yield value / _RUN
 
 
+def _completion(known: Iterable[str]) -> Callable[[str], list[str]]:
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in known if name.startswith(incomplete)]
+
+    return complete
+
+
 def _equipped(verb: Callable[..., None]) -> Callable[..., None]:
     """The verb with one more option, and a word and an exit code for Ctrl-C."""
 
@@ -101,6 +119,10 @@ def _equipped(verb: Callable[..., None]) -> Callable[..., None]:
     kind = inspect.Parameter.KEYWORD_ONLY
     quiet = inspect.Parameter("quiet", kind, default=False, annotation=QuietOption)
     parameters = [*signature.parameters.values(), quiet]
+    for parameter in parameters:
+        for info in get_args(parameter.annotation):
+            if isinstance(info, OptionInfo) and parameter.name in KNOWN:
+                info.autocompletion = _completion(KNOWN[parameter.name])
     call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
