@@ -307,11 +307,12 @@ def check(
         accuracy = claim.tail.summary.certified_accuracy if claim.tail else None
     shown = CheckOutput(result.agrees, result.samples, accuracy, result.problems)
     verdict = "agrees" if result.agrees else "does NOT agree"
-    rows = [
-        ("certificate", verdict),
-        ("samples re-derived", result.samples),
-        ("certified accuracy %", share(shown.certified_accuracy)),
-    ]
+    rows: list[tuple[str, object]] = [("certificate", verdict)]
+    if asks:
+        rows.append(("boxes of the query re-derived", result.samples))
+    else:
+        rows.append(("samples re-derived", result.samples))
+        rows.append(("certified accuracy %", share(shown.certified_accuracy)))
     names = ", ".join(path.name for path in models)
     emit(shown, as_json, table(f"{certificate.name} with {names}", ("", "value"), rows))
     if not result.agrees:

@@ -23,6 +23,7 @@ from cactus_edge.inputs import Perturbation
 from cactus_edge.report import Page, read, render, sources
 from cactus_edge.search.budget import Limits
 from cactus_edge.search.report import FORMAT, Candidate, Data, Device, Report, Row
+from cactus_edge.shares import percent
 from cactus_edge.validate.compare import PeerResult, Validation
 
 
@@ -98,7 +99,7 @@ def test_a_folder_of_all_results(results: Path, capsys: pytest.CaptureFixture[st
         assert wanted in text
     curve = json.loads((results / "sweep.json").read_text())
     for point in curve["points"]:
-        share = f"{100 * point['certified'] / curve['samples']:.2f} %"
+        share = f"{percent(point['certified'] / curve['samples'])} %"
         assert f"certified (digits test, 30 samples): {point['radius']}, {share}" in text
     candidates = root.by_id("curves").every("table")[0]
     assert rows(candidates) == [
@@ -268,8 +269,10 @@ def test_radii_and_patches(made: Made, tmp_path: Path, capsys: pytest.CaptureFix
     assert [step["exact"] for step in shown["radii"]] == ["0", "40"]
 
 
-def test_a_claim_about_a_query(made: Made, tmp_path: Path) -> None:
-    """Summary and claim alone, without samples to explore."""
+def test_a_claim_about_a_query(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Summary and claim alone, without samples to explore, and without accuracies."""
     graph = flatbuffer.load(made.model)[0]
     query = tmp_path / "q.vnnlib"
     names = [f"(declare-const X_{i} Real)" for i in range(graph.tensors[graph.core_input].size)]
@@ -282,3 +285,9 @@ def test_a_claim_about_a_query(made: Made, tmp_path: Path) -> None:
     sources = read([certificate, made.model], 10)
     page = parse(render(Page("a query", sources, None, None)))
     assert "query q.vnnlib" in page.text and "certified 1" in " ".join(page.text.split())
+    assert "accuracy" not in page.text
+    capsys.readouterr()
+    checked = ["check", certificate, made.model, "--query", query]
+    assert run([str(argument) for argument in checked]) == 0
+    shown = capsys.readouterr().out
+    assert "boxes of the query re-derived" in shown and "accuracy" not in shown
