@@ -126,8 +126,14 @@ def faults(
     """
     if (output is None) == (check is None):
         raise UsageError("give either -o for a new report or --check for an existing one")
+    if require is not None and not 0 <= require <= 1:
+        raise UsageError(f"--require {require}: a fraction from 0 to 1 is needed")
     if check is not None:
-        _check(check, model, data, as_json)
+        flips = (layer, bit, bias_bits, folded, count, attack)
+        ranged = (eps is not None, levels is not None, first, samples is not None, profile)
+        if any((*flips, *ranged)):
+            raise UsageError(f"{check} says itself which flips, boxes and samples it is about")
+        _check(check, model, data, require, as_json)
         return
     from cactus_edge.certify import Settings
     from cactus_edge.certify.faults import FaultRequest, certify_faults
@@ -135,8 +141,6 @@ def faults(
 
     assert output is not None
     files.refuse_existing(output, force)
-    if require is not None and not 0 <= require <= 1:
-        raise UsageError(f"--require {require}: a fraction from 0 to 1 is needed")
     if eps is not None and levels is not None:
         raise UsageError("give either --eps or --levels, or none for the samples themselves")
     graph, content = flatbuffer.load(model)
@@ -162,6 +166,11 @@ def faults(
         console.print(
             f"not covered: {name}: {reason}", highlight=False, markup=False, soft_wrap=True
         )
+    _judge(shown, require)
+
+
+def _judge(shown: FaultsResult, require: float | None) -> None:
+    """Raise where fewer samples are certified than are required."""
     if require is not None and shown.certified < require:
         raise PropertyNotMetError(
             f"{share(shown.certified)} % certified, {100 * require:g} % required"
@@ -233,7 +242,7 @@ def _tables(shown: FaultsResult, title: str) -> tuple[Table, Table]:
     return table(title, ("", "value"), rows), table("by layer", heads, lines)
 
 
-def _check(path: Path, model: Path, data: str, as_json: bool) -> None:
+def _check(path: Path, model: Path, data: str, require: float | None, as_json: bool) -> None:
     from cactus_edge.check_faults import check_faults
 
     report = fault_report.load(path)
@@ -251,6 +260,8 @@ def _check(path: Path, model: Path, data: str, as_json: bool) -> None:
         for problem in result.problems:
             console.print(f"- {problem}", highlight=False, markup=False, soft_wrap=True)
         raise PropertyNotMetError(f"{path}: {len(result.problems)} problems, see above")
+    if stated is not None:
+        _judge(stated, require)
 
 
 def register(app: typer.Typer) -> None:

@@ -348,6 +348,15 @@ def test_command_writes_and_checks(tmp_path: Path) -> None:
         len(linear_layers(graph, None)),
     )
     assert (stated["bits"], stated["first"], stated["samples"]) == ([0], 0, 6)
+    certified = shown["stated"]["certified"]  # type: ignore[index]
+    assert 0 < certified < 1
+    _, error = command(*base, "--check", output, "--require", certified)
+    assert error is None
+    _, error = command(*base, "--check", output, "--require", 1)
+    assert isinstance(error, PropertyNotMetError) and "100 % required" in str(error)
+    for more in (("--eps", "0.1"), ("--bit", 3), ("--samples", 2), ("--first", 1)):
+        _, error = command(*base, "--check", output, *more)
+        assert isinstance(error, UsageError) and "says itself" in str(error)
     text = output.read_text()
     output.write_text(text.replace('"radius":"0"', '"radius":"1"'))
     shown, error = command(*base, "--check", output)
