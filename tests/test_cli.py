@@ -148,6 +148,7 @@ def test_require_makes_the_exit_code(model: Path, capsys: pytest.CaptureFixture[
         (("--eps", "1e-999999999"), 2, "not a number"),
         (("--eps", "0.1", "--require", "nan"), 2, "fraction"),
         (("--eps", "0.1", "--attack", "--steps", "0"), 2, "needs a step"),
+        (("--eps", "0.1", "--steps", "5"), 2, "give --attack, too"),
         (("--eps", "0.1", "--attack", "--restarts", "-1"), 2, "no negative"),
         (("--eps", "0.1", "--samples", "99999"), 2, "which has"),
         (("--eps", "0.1", "--first", "-1"), 2, "samples 0 to 449 are in 'digits' test"),

@@ -155,6 +155,21 @@ def settings_of(steps: int | None, restarts: int | None, strong: bool) -> Settin
     return replace(settings, **{name: n for name, n in given.items() if n is not None})
 
 
+def attack_of(
+    attack: bool, steps: int | None, restarts: int | None, strong: bool
+) -> Settings | None:
+    """The attack that was asked for, by ``--attack`` or ``--strong``; None for no attack.
+
+    Raises:
+        UsageError: its strength without the attack.
+    """
+    if attack or strong:
+        return settings_of(steps, restarts, strong)
+    if steps is not None or restarts is not None:
+        raise UsageError("--steps and --restarts are about the attack; give --attack, too")
+    return None
+
+
 def shard_of(text: str) -> tuple[int, int]:
     """The numbers of ``i/n``."""
     found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)

@@ -27,6 +27,7 @@ from cactus_edge.cli.options import (
     SplitOption,
     StepsOption,
     StrongOption,
+    attack_of,
     bytes_of,
     method_of,
     settings_of,
@@ -187,7 +188,7 @@ def radius(
         first=first,
         count=samples,
         profiles=tuple(dict.fromkeys(profile)) if profile else None,
-        attack=settings_of(steps, restarts, strong) if attack or strong else None,
+        attack=attack_of(attack, steps, restarts, strong),
         models=((model.name, content),),
         method=method_of(method),
         budget=budget,
@@ -289,7 +290,7 @@ def sweep(
     graph, content = flatbuffer.load(model)
     images, labels = _samples(graph, data, split, first, samples)
     certifier, _ = _certifier(graph, profile)
-    settings = settings_of(steps, restarts, strong) if attack or strong else None
+    settings = attack_of(attack, steps, restarts, strong)
     with bar("sweep") as progress:
         curve = sweeping.sweep(
             certifier, images, labels, perturbations, settings=settings, progress=progress
