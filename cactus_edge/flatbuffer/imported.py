@@ -6,6 +6,7 @@ Source: ``kernels/strided_slice.cc``, ``slice.cc``, ``reduce.cc``, ``concatenati
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,6 +46,8 @@ from cactus_edge.operators import (
 )
 
 _ONE_BITS = 0x3F800000
+_MOST_AVERAGED = 1 << 20
+"""Elements that a MEAN may read; each has a weight in memory, whatever the file's size."""
 
 
 @dataclass(frozen=True)
@@ -317,6 +320,10 @@ def _mean(node: Node) -> Operator | Split:
     if sorted(axes) != [1, 2] or len(shape) != 4:
         raise node.place.unsupported(
             f"over axes {axes} of {list(shape)}; supported: height and width, written as 1 and 2"
+        )
+    if math.prod(shape) > _MOST_AVERAGED:
+        raise node.place.unsupported(
+            f"over {math.prod(shape):,} elements; supported: up to {_MOST_AVERAGED:,}"
         )
     kept = (1, 1, 1, shape[3])
     if node.target.shape != (kept if node.integer("keep_dims") else (1, shape[3])):

@@ -156,7 +156,12 @@ def read(content: bytes) -> File:
         )
     output = graph.output[0].name
     shape, batch = _input_shape(inputs[0])
-    return File(inputs[0].name, output, shape, batch, _needed(graph, output), constants, model)
+    nodes = _needed(graph, output)
+    if not nodes:
+        raise UnsupportedModelError(
+            f"output '{shortened(output)}' is no node's; a classifier computes it"
+        )
+    return File(inputs[0].name, output, shape, batch, nodes, constants, model)
 
 
 def _refuse_other_files(graph: onnx.GraphProto) -> None:
