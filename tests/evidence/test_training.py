@@ -131,7 +131,7 @@ def test_the_guide_quotes_fashion_mnist() -> None:
     paragraph = guide[guide.index("\nOn Fashion-MNIST") :].split("\n\n")[0]
     shares = re.findall(r"\d\d\.\d", paragraph)
     assert len(shares) > 10 and set(shares) <= measured
-    assert {row["seeds"] for row in found} == {1} and "one seed)" in paragraph
+    assert {row["seeds"] for row in found} == {3} and "three seeds)" in paragraph
 
 
 def compare(
