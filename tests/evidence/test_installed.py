@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +142,6 @@ def test_the_wheel_in_fresh_environments(tmp_path: Path) -> None:
 
 def installed(wheel: Path, extra: str, folder: Path) -> dict[str, object]:
     """A row: an environment with an extra, or with none."""
-    begun = time.monotonic()
     environment = Environment(folder / f"environment-{extra}", folder / f"work-{extra}")
     filled(environment.work)
     environment.install(wheel, extra)
@@ -169,7 +167,6 @@ def installed(wheel: Path, extra: str, folder: Path) -> dict[str, object]:
         "commands": ", ".join(dict.fromkeys(f"`{words.split()[0]}`" for words in commands)),
         "modules": ", ".join(f"`{name}`" for name in MODULES.get(extra, ())) or "-",
         "says what to install without": ", ".join(f"`{name}`" for name in others) or "-",
-        "seconds": round(time.monotonic() - begun),
     }
     shutil.rmtree(environment.folder)  # with torch, a gigabyte
     return row

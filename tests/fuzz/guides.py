@@ -13,6 +13,8 @@ GUIDED = {
         "cactus_edge.flatbuffer.reader",
         "cactus_edge.flatbuffer.node",
         "cactus_edge.flatbuffer.operators",
+        "cactus_edge.flatbuffer.imported",
+        "cactus_edge.flatbuffer.packing",
         "cactus_edge.flatbuffer.wire",
         "cactus_edge.constraints",
     ),
