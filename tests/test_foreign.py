@@ -470,6 +470,12 @@ def _outside(file: File) -> int:
     return file.sliced(file.input(), INPUT, rows)
 
 
+def _one_element_backwards(file: File) -> int:
+    """TFLite's kernel copies nothing then: the output holds what was in memory."""
+    rows = (0, 2, 0, 0), (1, 3, 5, CHANNELS), (1, -1, 1, 1)
+    return file.dense(file.sliced(file.input(), (1, 5, CHANNELS), rows, shrink_axis_mask=2))
+
+
 def _broadcast(file: File) -> int:
     source = file.input()
     column = file.pool("MAX_POOL_2D", source, (1, 5), padding=1)
@@ -508,6 +514,7 @@ REFUSED: list[tuple[Callable[[File], int], str]] = [
     (_joined_scales, "one type, scale and zero point"),
     (_logistic_scale, "LOGISTIC's output has scale 1/256"),
     (_outside, "takes nothing of axis 0"),
+    (_one_element_backwards, "takes one element with a stride of -1"),
     (_broadcast, "Operands have the output's shape"),
     (_negative_slope, "alpha that is not a positive"),
     (_other_padding, "a padding other than the zero point"),

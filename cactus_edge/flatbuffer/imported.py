@@ -272,6 +272,8 @@ def _strided_slice(node: Node) -> Operator | Split:
             index = begin[axis] + (extents[axis] if begin[axis] < 0 else 0)
             if opened or not 0 <= index < extents[axis]:
                 raise node.place.unsupported(f"takes element {begin[axis]} of {extents[axis]}")
+            if stride[axis] < 0:  # kernels then copy nothing, and leave what was there
+                raise node.place.unsupported(f"takes one element with a stride of {stride[axis]}")
             taken = range(index, index + 1)
             stride[axis] = 1
         else:
