@@ -64,7 +64,7 @@ def test_digits_split_is_stratified_and_the_same_everywhere() -> None:
 
 def test_digits_without_scikit_learn_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'cactus-edge\[train\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'cactus-edge\[digits\]'"):
         datasets.load("digits", "test")
 
 
