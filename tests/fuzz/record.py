@@ -23,7 +23,8 @@ are those of the present readers, at most 500 a run fewer than were made."""
 
 _WARNED = """\
 *As warned*: read with a warning that TFLite and LiteRT refuse the file, such as convolutions
-without a bias, which TFLite Micro computes with zeros as the reader does (`docs/importing.md`)."""
+without a bias, which TFLite Micro computes with zeros as the reader does (`docs/importing.md`).
+One more had another result, a STRIDED_SLICE that takes one element backwards: it is refused now."""
 
 
 def left(folder: Path, name: str) -> int:
