@@ -51,7 +51,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 	@mkdir -p build
-	$(BIN)/cactus-edge supported-ops --write build/operators.md
+	$(BIN)/cactus-edge supported-ops --write build/operators.md --force
 	diff -u docs/operators.md build/operators.md
 	$(MKDOCS)
 
@@ -103,7 +103,7 @@ fuzz: $(STAMP)
 
 # The documentation as a site in build/site; no page of it needs a network.
 docs: $(STAMP)
-	$(BIN)/cactus-edge supported-ops --write docs/operators.md
+	$(BIN)/cactus-edge supported-ops --write docs/operators.md --force
 	$(BIN)/python tools/picture.py
 	$(MKDOCS)
 	@echo "python3 -m http.server --bind 127.0.0.1 --directory build/site   shows it"
