@@ -106,6 +106,12 @@ class Reader:
         self.tail: Tail | None = None
         self.tally = Tally()
         line = self._line()
+        if line.rstrip() == b"{":
+            raise DataError(
+                f"{name}: not a certificate, whose lines are one JSON object each; a "
+                "certificate.json beside a model has its head and summary only, and the model's "
+                "README.md says how to make the certificate"
+            )
         versioned = _VERSIONED.match(line)
         if versioned and (versioned[1], int(versioned[2])) != (FORMAT.encode(), VERSION):
             raise DataError(

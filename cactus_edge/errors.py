@@ -19,7 +19,8 @@ A message says what is wrong, where (file, layer, tensor) and what to do.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 
 __all__ = [
     "CactusEdgeError",
@@ -34,6 +35,9 @@ __all__ = [
     "ToolError",
     "UnsupportedModelError",
     "UsageError",
+    "about",
+    "meant",
+    "shortened",
 ]
 
 
@@ -122,3 +126,12 @@ class ToolError(CactusEdgeError):
     """A compiler, an emulator or a runtime failed."""
 
     exit_code = 5
+
+
+@contextmanager
+def about(name: object) -> Generator[None]:
+    """Say of errors about a model which file it is."""
+    try:
+        yield
+    except UnsupportedModelError as error:
+        raise type(error)(f"{name}: {error}") from error

@@ -492,6 +492,11 @@ def test_files_that_are_no_certificate(content: bytes, end: bytes, tmp_path: Pat
         load(path)
 
 
+def test_the_summary_beside_a_model_is_told_from_a_certificate() -> None:
+    with pytest.raises(DataError, match=r"certificate\.json beside a model"):
+        load(Path("models/digits-0.05/certificate.json"))
+
+
 @pytest.mark.parametrize("version", [1, 3, 99])
 def test_another_version_is_named(made: Made, tmp_path: Path, version: int) -> None:
     path = tmp_path / "certificate.jsonl"

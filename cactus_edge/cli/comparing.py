@@ -10,9 +10,9 @@ import typer
 
 from cactus_edge import datasets, files, flatbuffer, inputs
 from cactus_edge.cli.making import require_training
-from cactus_edge.cli.options import split_of
+from cactus_edge.cli.options import a_radius, split_of
 from cactus_edge.cli.output import JsonOption, bar, console, emit, percent, say, share, table
-from cactus_edge.errors import DataError, UsageError, meant
+from cactus_edge.errors import DataError, UsageError, about, meant
 from cactus_edge.inputs import Perturbation
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def compare(
         int, typer.Option("--samples", "-n", help="How many samples at most.")
     ] = 500,
     eps: Annotated[
-        str | None, typer.Option("--eps", help="Radius to certify; the one of conversion.")
+        str | None,
+        typer.Option("--eps", callback=a_radius, help="Radius to certify; the one of conversion."),
     ] = None,
     with_costs: Annotated[
         bool,
@@ -158,7 +159,8 @@ def _of_onnx(source: Path, data: Dataset, samples: int) -> tuple[list[Stage], Fl
     from cactus_edge.onnx_io.samples import Samples, real
     from cactus_edge.onnx_io.translate import translate
 
-    translation = translate(read(files.read(source, "ONNX file")))
+    with about(source):
+        translation = translate(read(files.read(source, "ONNX file")))
     given = Samples(data.name, data.images[:samples], data.sha256)
     return list(translation.stages), real(given, translation.shape)
 

@@ -20,7 +20,7 @@ from cactus_edge.cli.output import (
     table,
     working,
 )
-from cactus_edge.errors import UsageError
+from cactus_edge.errors import UsageError, about
 
 if TYPE_CHECKING:
     from cactus_edge.lowering.weighted import LayerReport
@@ -166,7 +166,7 @@ def convert(
         correct_bias=not keep_biases,
         clip_weights=None if clipping is None else clipping == "mse",
     )
-    with working("convert"):
+    with working("convert"), about(source):
         report = onnx_convert.convert(source, output, calibration, settings, force=force)
     for note in () if as_json else report.notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
@@ -185,13 +185,15 @@ def _convert_quantized(
     from cactus_edge.onnx_io.quantized import is_quantized
     from cactus_edge.onnx_io.reading import read
 
-    if not is_quantized(read(files.read(source, "ONNX file"))):
+    with about(source):
+        quantized = is_quantized(read(files.read(source, "ONNX file")))
+    if not quantized:
         raise UsageError(
             f"{source} holds floats: give --calibration, a data set's name or an .npz with "
             "samples as x"
         )
     _refuse(given, source, "float networks")
-    with working("convert"):
+    with working("convert"), about(source):
         report = convert_quantized.convert(source, output, force=force)
     title = _title(output, report.bytes, report.universal)
     row = (report.runtime, report.profile, report.elements, 0)

@@ -28,9 +28,23 @@ ModelsArgument = Annotated[
     list[Path], typer.Argument(help="One or more .tflite files.", metavar="MODEL")
 ]
 JobsOption = Annotated[int | None, typer.Option("--jobs", help="Work with this many processes.")]
+
+
+def a_radius(given: str | list[str] | None) -> str | list[str] | None:
+    """Refuse radii that are no number, with the option's name."""
+    for text in [given] if isinstance(given, str) else given or []:
+        try:
+            inputs.rational(text)
+        except UsageError as error:
+            raise typer.BadParameter(str(error)) from None
+    return given
+
+
 EpsilonOption = Annotated[
     str | None,
-    typer.Option("--eps", help="Radius on real inputs in [0, 1], such as 0.1 or 8/255."),
+    typer.Option(
+        "--eps", callback=a_radius, help="Radius on real inputs in [0, 1], such as 0.1 or 8/255."
+    ),
 ]
 LevelsOption = Annotated[
     int | None, typer.Option("--levels", help="Radius in stored integer levels instead.")

@@ -27,6 +27,7 @@ from cactus_edge.cli.options import (
     SplitOption,
     StepsOption,
     StrongOption,
+    a_radius,
     attack_of,
     bytes_of,
     method_of,
@@ -256,7 +257,8 @@ def sweep(
     model: ModelArgument,
     data: DataOption,
     eps: Annotated[
-        list[str] | None, typer.Option("--eps", help="A radius on real inputs; repeatable.")
+        list[str] | None,
+        typer.Option("--eps", callback=a_radius, help="A radius on real inputs; repeatable."),
     ] = None,
     levels: Annotated[
         list[int] | None, typer.Option("--levels", help="A radius in stored levels; repeatable.")

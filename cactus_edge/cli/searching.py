@@ -9,6 +9,7 @@ import typer
 
 from cactus_edge import files
 from cactus_edge.cli.making import require_training
+from cactus_edge.cli.options import a_radius
 from cactus_edge.cli.output import (
     DataOption,
     ForceOption,
@@ -43,7 +44,12 @@ def search(
     ],
     data: DataOption,
     eps: Annotated[
-        str, typer.Option("--eps", help="Radius on real inputs in [0, 1], such as 0.1 or 8/255.")
+        str,
+        typer.Option(
+            "--eps",
+            callback=a_radius,
+            help="Radius on real inputs in [0, 1], such as 0.1 or 8/255.",
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="A directory for all results.")],
     sparsity: Annotated[

@@ -260,8 +260,12 @@ def load_recipe(path: Path) -> Recipe:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot read the recipe: {error}") from error
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such recipe") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the recipe ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: the recipe is not UTF-8 text: {error}") from None
     return parse_recipe(text, str(path))
 
 

@@ -242,7 +242,12 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert run([*call, "--calibration", str(data), *extra]) == 2, extra
         assert extra[0] in capsys.readouterr().err or extra[0] == "-n"
     assert run(["convert", str(bad), "-o", str(output), "--calibration", str(data)]) == 3
-    assert "'sigmoid1' (Sigmoid)" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {bad}: ")
+    assert "'sigmoid1' (Sigmoid)" in message
+    bad.write_bytes(b"no model")
+    assert run(["convert", str(bad), "-o", str(output)]) == 3
+    assert f"{bad}: not an ONNX file" in capsys.readouterr().err
     assert run(["convert", str(tmp_path), "-o", str(output), "--calibration", "digits"]) == 2
     assert not output.parent.exists()
     assert run([*call, "--calibration", str(data), "--ranges", "minmax", "--bits", "4"]) == 0

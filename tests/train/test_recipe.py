@@ -130,7 +130,7 @@ def test_mistakes_are_named(tiny_text: str, old: str, new: str, expected: str) -
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nothing.toml: cannot read the recipe"):
+    with pytest.raises(DataError, match="nothing.toml: no such recipe"):
         load_recipe(tmp_path / "nothing.toml")
 
 
