@@ -11,12 +11,15 @@ import resource
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+import libfaketime
 import numpy as np
 import pytest
 from typer.main import get_command
@@ -336,6 +339,57 @@ def test_wall_clocks_are_found() -> None:
     source = "import time\nimport datetime\na = time.time()\nb = time.monotonic()\n"
     assert wall_clocks(source) == [2, 3]
     assert wall_clocks("from time import time") == [1]
+
+
+class TurningClock:
+    """Runs commands for which it becomes a day earlier every tenth of a second."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "clock"
+        preload = libfaketime.get_reload_information()[1]
+        self._environment = {**os.environ, **preload, "FAKETIME_NO_CACHE": "1"}
+        self._environment |= {"FAKETIME_TIMESTAMP_FILE": str(self._file)}
+        self._environment |= {"DONT_FAKE_MONOTONIC": "1"}  # which nobody can set, either
+
+    def run(self, *arguments: object) -> tuple[int, str]:
+        """Python with these arguments: its exit code, and what it printed."""
+        self._file.write_text("-0d")
+        words = [sys.executable, *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = subprocess.Popen(words, env=self._environment, **pipes)
+        days = 0
+        while True:
+            try:
+                printed, _ = process.communicate(timeout=0.1)
+                return process.returncode, printed
+            except subprocess.TimeoutExpired:
+                days += 1
+                files.write(self._file, f"-{days}d".encode(), force=True)
+
+
+def test_the_clock_is_set_back(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = TurningClock(tmp_path)
+    ask = "import time; a = time.time(); time.sleep(0.5); print(time.time() < a - 86000)"
+    assert clock.run("-c", ask) == (0, "True\n")
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    assert call(capsys, *command(place, "certify", whole))[0] == 0
+    lines = whole.read_bytes().splitlines(keepends=True)
+    partial_of(parts).write_bytes(b"".join(lines[:3]))  # of a year ahead
+    later = time.time() + 365 * 86400
+    os.utime(partial_of(parts), (later, later))
+    code, printed = clock.run("-m", "cactus_edge", *command(place, "certify", parts), "--resume")
+    assert code == 0, printed
+    assert parts.read_bytes() == whole.read_bytes()
+    recipe, run_whole, run_parts = tmp_path / "recipe.toml", tmp_path / "a", tmp_path / "b"
+    recipe.write_text(RECIPE)
+    train = ["train", recipe, "--device", "cpu", "-o"]
+    assert call(capsys, *train, run_whole)[0] == 0
+    code, printed = clock.run("-m", "cactus_edge", *train, run_parts, "--tensorboard")
+    assert code == 0, printed
+    for name in (MODEL_FILE, STATE_FILE, HISTORY_FILE):
+        assert (run_whole / name).read_bytes() == (run_parts / name).read_bytes(), name
 
 
 def test_the_platform_is_one_that_these_tests_know() -> None:

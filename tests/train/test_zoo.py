@@ -24,6 +24,7 @@ def test_sizes_are_the_documented_ones() -> None:
     sizes = {name: parameter_count(build(name, (1, 28, 28), 10)) for name in NETWORKS}
     assert sizes["cnn-small"] == 166_550
     assert sizes["cnn-medium"] == 893_418
+    assert sizes["cnn-strided"] == 23_328
     assert sizes["cnn-5"] == 820_954
     assert parameter_count(build("cnn-tiny", (1, 8, 8), 10)) == 41_866
     assert parameter_count(build("cnn-7", (3, 32, 32), 10)) == 17_192_650

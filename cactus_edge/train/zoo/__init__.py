@@ -28,7 +28,7 @@ from cactus_edge.train.zoo.network import (
     parameter_count,
 )
 from cactus_edge.train.zoo.resnet_8 import resnet_8
-from cactus_edge.train.zoo.small import cnn_small, cnn_small_bn, cnn_tiny
+from cactus_edge.train.zoo.small import cnn_small, cnn_small_bn, cnn_strided, cnn_tiny
 
 __all__ = [
     "LAYERS",
@@ -52,6 +52,7 @@ NETWORKS: Mapping[str, Callable[[Shape, int, float], Layers]] = MappingProxyType
         "cnn-tiny": cnn_tiny,
         "cnn-small": cnn_small,
         "cnn-small-bn": cnn_small_bn,
+        "cnn-strided": cnn_strided,
         "cnn-medium": cnn_medium,
         "cnn-5": cnn_5,
         "cnn-7": cnn_7,
