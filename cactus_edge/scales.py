@@ -46,6 +46,8 @@ class ScaleArithmetic(Enum):
 
 _PRECISION = {32: 24, 64: 53}
 _MINIMUM_EXPONENT = {32: -149, 64: -1074}
+_FLOAT32_BITS = 128
+"""Every finite float32 is less than 2 to this power."""
 
 
 def nearest(numerator: int, denominator: int, width: int) -> Binary:
@@ -101,7 +103,15 @@ def divide(a: Binary, b: Binary, width: int) -> Binary:
 def _scaled(x: Binary, exponent: int, width: int) -> Binary:
     if x.exponent + exponent < _MINIMUM_EXPONENT[width]:
         raise InvalidGraphError("a product of scales is too small for float32; rescale the model")
-    return Binary(x.significand, x.exponent + exponent)
+    scaled = Binary(x.significand, x.exponent + exponent)
+    return _finite(scaled) if width == 32 else scaled
+
+
+def _finite(x: Binary) -> Binary:
+    """``x``, which a runtime holds in float32: where that overflows, runtimes abort."""
+    if x.significand.bit_length() + x.exponent > _FLOAT32_BITS:
+        raise InvalidGraphError("a product of scales is too large for float32; rescale the model")
+    return x
 
 
 def effective(
@@ -207,7 +217,8 @@ def add_parameters(
     """The six integers of ``semantics.ADD[rounding]`` for two input scales and an output scale.
 
     Raises:
-        InvalidGraphError: an output multiplier of 1 or more, or one that does not fit.
+        InvalidGraphError: an output multiplier of 1 or more, or one that does not fit, or scales
+            that leave float32 when TFLite doubles or shifts them.
     """
     if rounding is semantics.AddRounding.FIXED_POINT:
         ratio_a, ratio_b = divide(a, output, 32), divide(b, output, 32)
@@ -222,9 +233,9 @@ def add_parameters(
             raise InvalidGraphError("ADD: the ratio of scales does not fit XNNPACK's fixed point")
         return _half_even(ratio_a, shift), 0, _half_even(ratio_b, shift), 0, 1, shift
     largest = max(a, b, key=Binary.fraction)
-    twice = Binary(largest.significand, largest.exponent + 1)
+    twice = _finite(Binary(largest.significand, largest.exponent + 1))
     raised = 15 if rounding is semantics.AddRounding.INT16 else 20
-    shifted = Binary(output.significand, output.exponent + raised)
+    shifted = _finite(Binary(output.significand, output.exponent + raised))
     triples = [
         quantize_multiplier(divide(a, twice, 64)),
         quantize_multiplier(divide(b, twice, 64)),

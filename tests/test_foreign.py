@@ -476,6 +476,24 @@ def _one_element_backwards(file: File) -> int:
     return file.dense(file.sliced(file.input(), (1, 5, CHANNELS), rows, shrink_axis_mask=2))
 
 
+def _squeezed_elsewhere(file: File) -> int:
+    pooled = file.pool("AVERAGE_POOL_2D", file.input(), (HEIGHT, 5), padding=1)
+    dims = np.array([64513, 2], np.int32)
+    return file.dense(file.moved("SQUEEZE", [pooled], (1, CHANNELS), squeeze_dims=dims))
+
+
+def _squeezed_too_little(file: File) -> int:
+    pooled = file.pool("AVERAGE_POOL_2D", file.input(), (HEIGHT, 5), padding=1)
+    dims = np.array([1], np.int32)
+    return file.dense(file.moved("SQUEEZE", [pooled], (1, CHANNELS), squeeze_dims=dims))
+
+
+def _expanded_elsewhere(file: File) -> int:
+    hidden = file.dense(file.input(), 12)
+    axis = file.tensor((), None, "INT32", np.array(4, np.int32))
+    return file.dense(file.moved("EXPAND_DIMS", [hidden, axis], (1, 1, 12)))
+
+
 def _broadcast(file: File) -> int:
     source = file.input()
     column = file.pool("MAX_POOL_2D", source, (1, 5), padding=1)
@@ -515,6 +533,9 @@ REFUSED: list[tuple[Callable[[File], int], str]] = [
     (_logistic_scale, "LOGISTIC's output has scale 1/256"),
     (_outside, "takes nothing of axis 0"),
     (_one_element_backwards, "takes one element with a stride of -1"),
+    (_squeezed_elsewhere, r"SQUEEZE.*removes axes \[64513, 2\] of \[1, 1, 1, 6\]"),
+    (_squeezed_too_little, r"its output is \[1, 6\], not \[1, 1, 6\]"),
+    (_expanded_elsewhere, r"EXPAND_DIMS.*adds axes \[4\] to \[1, 12\]"),
     (_broadcast, "Operands have the output's shape"),
     (_negative_slope, "alpha that is not a positive"),
     (_other_padding, "a padding other than the zero point"),

@@ -87,6 +87,19 @@ def test_products_that_would_be_subnormal_are_refused() -> None:
         scales.multiply(tiny, tiny, 32)
 
 
+def test_products_that_leave_float32_are_refused() -> None:
+    """TFLite's ADD shifts its output's scale in float32, and aborts where it becomes infinite."""
+    large, one = decoded(np.float32(2.0**108)), decoded(np.float32(1))
+    with pytest.raises(InvalidGraphError, match="too large"):
+        scales.multiply(large, large, 32)
+    with pytest.raises(InvalidGraphError, match="too large"):
+        scales.add_parameters(AddRounding.DOUBLE_HALF_AWAY, one, one, large)
+    with pytest.raises(InvalidGraphError, match="too large"):
+        scales.add_parameters(AddRounding.SINGLE, decoded(np.float32(2.0**127)), one, one)
+    less = decoded(np.float32(2.0**107))
+    assert scales.add_parameters(AddRounding.DOUBLE_HALF_AWAY, one, one, less)
+
+
 @given(float32, float32, float32)
 def test_xnnpack_add_parameters(a: float, b: float, c: float) -> None:
     x, y, z = (np.float32(v) for v in (a, b, c))

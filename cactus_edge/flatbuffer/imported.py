@@ -49,6 +49,9 @@ _ONE_BITS = 0x3F800000
 _MOST_AVERAGED = 1 << 20
 """Elements that a MEAN may read; each has a weight in memory, whatever the file's size."""
 
+_MOST_SQUEEZED = 8
+"""Axes that TFLite's SQUEEZE has room for."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -366,11 +369,32 @@ def padded(node: Node, rows: list[list[int]]) -> Operator:
     return (Pad if plane else PadAxes)(**head, paddings=paddings)  # pyright: ignore
 
 
-def _axes_only(node: Node) -> Operator:
-    """SQUEEZE and EXPAND_DIMS, whose output's shape says all."""
-    given, target = node.source.shape, node.target.shape
-    if [e for e in given if e != 1] != [e for e in target if e != 1]:
-        raise node.place.malformed(f"takes {list(given)} to {list(target)}")
+def _squeeze(node: Node) -> Operator:
+    plain(node)
+    given = node.source.shape
+    dims = node.options.integers("squeeze_dims") if node.options is not None else ()
+    axes = {dim + len(given) if dim < 0 else dim for dim in dims}
+    if len(dims) > _MOST_SQUEEZED or any(
+        not 0 <= axis < len(given) or given[axis] != 1 for axis in axes
+    ):
+        raise node.place.malformed(f"removes axes {list(dims)} of {list(given)}")
+    gone = axes or {axis for axis, extent in enumerate(given) if extent == 1}
+    return _of_shape(node, tuple(e for axis, e in enumerate(given) if axis not in gone))
+
+
+def _expand_dims(node: Node) -> Operator:
+    plain(node, 1)
+    given = node.source.shape
+    axes = integers(node, 0, "the axis")
+    if len(axes) != 1 or not -len(given) - 1 <= axes[0] <= len(given):
+        raise node.place.malformed(f"adds axes {axes} to {list(given)}")
+    at = axes[0] % (len(given) + 1)
+    return _of_shape(node, (*given[:at], 1, *given[at:]))
+
+
+def _of_shape(node: Node, shape: tuple[int, ...]) -> Operator:
+    if node.target.shape != shape:
+        raise node.place.malformed(f"its output is {list(node.target.shape)}, not {list(shape)}")
     return Reshape(name=node.target.name, inputs=node.inputs, output=node.output)
 
 
@@ -400,8 +424,8 @@ DECODERS: dict[str, Callable[[Node], Operator | Split]] = {
     "SLICE": _slice,
     "MEAN": _mean,
     "PADV2": _padv2,
-    "SQUEEZE": _axes_only,
-    "EXPAND_DIMS": _axes_only,
+    "SQUEEZE": _squeeze,
+    "EXPAND_DIMS": _expand_dims,
     "ARG_MAX": _arg_max,
     "SHAPE": _unknown_shape,
     "PACK": _unknown_shape,

@@ -81,7 +81,7 @@ def case(data: bytes) -> Case | None:
     return Case(data, graph, inputs, execute(graph, inputs, PROFILE), warnings.any)
 
 
-def compare(cases: list[Case], tally: Counter[str], wrong: list[Case]) -> None:
+def compare(cases: list[Case], tally: Counter[str], wrong: list[Case], refused: list[Case]) -> None:
     """Run all in one process; where that fails, halves of them."""
     try:
         found = Given({id(c.graph): c.data for c in cases}).run(
@@ -90,11 +90,13 @@ def compare(cases: list[Case], tally: Counter[str], wrong: list[Case]) -> None:
     except ToolError as error:
         if len(cases) > 1:
             middle = len(cases) // 2
-            compare(cases[:middle], tally, wrong)
-            compare(cases[middle:], tally, wrong)
+            compare(cases[:middle], tally, wrong, refused)
+            compare(cases[middle:], tally, wrong, refused)
             return
         what = "LiteRT crashes" if "signal" in str(error) else "LiteRT refuses"
         tally[f"{what} as warned" if cases[0].warned else what] += 1
+        if not cases[0].warned:
+            refused.append(cases[0])
         return
     for made, output in zip(cases, found, strict=True):
         equal = np.array_equal(output.reshape(made.expected.shape), made.expected)
@@ -113,6 +115,7 @@ def main() -> int:
         return 0
     tally: Counter[str] = Counter()
     wrong: list[Case] = []
+    refused: list[Case] = []
     made: list[Case] = []
     for path in sorted(given.folder.iterdir())[: given.most]:
         found = case(path.read_bytes())
@@ -121,9 +124,10 @@ def main() -> int:
         else:
             made.append(found)
     for start in range(0, len(made), _BATCH):
-        compare(made[start : start + _BATCH], tally, wrong)
-    for number, one in enumerate(wrong):
-        (given.folder.parent / f"different-{number}.tflite").write_bytes(one.data)
+        compare(made[start : start + _BATCH], tally, wrong, refused)
+    for kind, cases in (("different", wrong), ("refused", refused)):
+        for number, one in enumerate(cases):
+            (given.folder.parent / f"{kind}-{number}.tflite").write_bytes(one.data)
     text = json.dumps(tally)
     (given.folder.parent / "compare.json").write_text(text)
     print(text)

@@ -15,8 +15,9 @@ def cnn_tiny(shape: Shape, classes: int, width: float) -> Layers:
 
 
 def cnn_strided(shape: Shape, classes: int, width: float) -> Layers:
-    """conv16 5x5 /2, conv22 4x4 /2, conv28 4x4 /2, fc28: few weights behind the convolutions, so
-    that a file of 4 bits has less than 20 kB (23,328 parameters on MNIST).
+    """conv16 5x5 /2, conv22 4x4 /2, conv28 4x4 /2, fc28 (23,328 parameters on MNIST).
+
+    Few weights behind the convolutions, so that a file of 4 bits has less than 20 kB.
     """
     plan = ((16, 5, 2, 2), (22, 4, 2, 1), (28, 4, 2, 1))
     layers, shape = convolutions(shape, width, plan)
