@@ -29,13 +29,14 @@ BUILD, MODELS = ROOT / "build" / "zoo", ROOT / "models"
 
 @dataclass(frozen=True)
 class Entry:
-    """One model: its recipe, how it is converted, and what is certified."""
+    """One model: its recipe, how it is trained and converted, and what is certified."""
 
     title: str
     recipe: str
     data: str
     epsilon: str
     convert: tuple[str, ...]
+    train: tuple[str, ...] = ()
 
 
 ENTRIES = {
@@ -43,6 +44,13 @@ ENTRIES = {
         "8x8 digits, embedded in scikit-learn", "digits", "digits", "0.05", ("--member", "2")
     ),
     "mnist-0.1": Entry("MNIST", "mnist-cactus", "mnist", "0.1", ("--sparsity", "0.95")),
+    "mnist-medium-0.1": Entry(
+        "MNIST, a network of 893,418 parameters", "mnist-medium", "mnist", "0.1",
+        ("--sparsity", "0.8"), ("--precision", "bf16-mixed"),
+    ),
+    "mnist-20kb-0.1": Entry(
+        "MNIST in less than 20 kB", "mnist-20kb", "mnist", "0.1", ("--bits", "4"),
+    ),
     "mnist-0.3": Entry("MNIST", "mnist-0.3", "mnist", "0.3", ("--sparsity", "0.8")),
     "fashion-mnist-0.1": Entry(
         "Fashion-MNIST", "fashion-quick", "fashion-mnist", "0.1", ("--sparsity", "0.5")
@@ -78,7 +86,7 @@ def make(name: str) -> None:
     """Everything about one model."""
     entry, work, target = ENTRIES[name], BUILD / name, MODELS / name
     recipe = ROOT / "recipes" / f"{entry.recipe}.toml"
-    call("train", recipe, "--output", work / "run", "--resume")
+    call("train", recipe, *entry.train, "--output", work / "run", "--resume")
     model, certificate = work / "model.tflite", work / "certificate.jsonl"
     call("convert", work / "run", *entry.convert, "-o", model, "--force")
     samples = ("--data", entry.data, "--eps", entry.epsilon)
