@@ -20,6 +20,7 @@ from pathlib import Path
 from string import Template
 from typing import Any, Protocol
 
+from cactus_edge.csource import CSource
 from cactus_edge.errors import CactusEdgeError, ToolError, UsageError
 from firmware_sim import build
 from firmware_sim.boards import KIB, Board, Cpu, board_named
@@ -231,6 +232,13 @@ def console_texts(folder: Path) -> dict[str, str]:
         return {name: (folder / name).read_text(encoding="utf-8") for name in names}
     except OSError as error:
         raise UsageError(f"{folder}: {error.strerror}: {error.filename}") from None
+
+
+def texts_of(source: CSource) -> dict[str, str]:
+    """Sources of model and console of what was generated; none where it has no console."""
+    names = (f"{source.prefix}_console.c", f"{source.prefix}_console.h")
+    found = {name: source.surroundings[name] for name in names if name in source.surroundings}
+    return {**source.files, **found} if found else {}
 
 
 def console_program(

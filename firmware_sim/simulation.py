@@ -13,7 +13,7 @@ import numpy.typing as npt
 from cactus_edge import Graph, profiles
 from cactus_edge.csource import CSource, Layout, generate
 from cactus_edge.errors import DataError
-from firmware_sim import build
+from firmware_sim import build, console
 from firmware_sim.boards import Board, board_named, board_of
 from firmware_sim.emulator import BlockCounter, Machine
 from firmware_sim.host import Stored, as_tensor, split_trace, stored_inputs
@@ -103,6 +103,8 @@ def simulate(
 def fit(source: CSource, board: str | Board) -> Image:
     """Compile C with the default prefix for a board; what the image takes.
 
+    With a console, where there is one: its code, its buffers, and a driver of a few instructions.
+
     Raises:
         UsageError: no board of this name.
         DoesNotFitError: the board is too small; the message says what needs most.
@@ -111,7 +113,11 @@ def fit(source: CSource, board: str | Board) -> Image:
     """
     target = board_named(board)
     with tempfile.TemporaryDirectory(prefix="cactus-edge-") as name:
-        image = read_image(build.firmware(source.files, Path(name), target))
+        if texts := console.texts_of(source):
+            program = console.console_program(texts, Path(name), target)
+        else:
+            program = build.firmware(source.files, Path(name), target)
+        image = read_image(program)
     check_fit(image, target, source.layers)
     return image
 

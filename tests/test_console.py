@@ -27,7 +27,8 @@ from cactus_edge.validate import Console, opened, validate_device
 from cactus_edge.validate.frames import Decoder, Frame, decode, encode
 from firmware_sim import BOARDS, Board, build
 from firmware_sim.boards import board_named
-from firmware_sim.console import Socket, console_texts, serving
+from firmware_sim.console import Socket, console_program, console_texts, serving
+from firmware_sim.image import read_image
 
 ROOT = Path(__file__).resolve().parent.parent
 WRITE = """\
@@ -411,6 +412,40 @@ def test_the_command_line_and_an_emulated_board(
             assert "stack" in capsys.readouterr().out
         finally:
             server.terminate()
+
+
+def test_a_board_is_asked_for_what_is_written(
+    case: tuple[str, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The sizes that ``--board`` shows are those of the build with the console."""
+    export = ["export-c", case[0], "-o", str(tmp_path / "fw"), "--prefix", "wake", "--json"]
+    sizes: list[tuple[int, int]] = []
+    for more in ([], ["--console"]):
+        capsys.readouterr()
+        assert cli([*export, "--board", "rp2040", "--force", *more]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        sizes.append((shown["flash_bytes"], shown["ram_bytes"]))
+    program = console_program(console_texts(tmp_path / "fw"), tmp_path, BOARDS["RP2040"])
+    image = read_image(program)
+    assert sizes[1] == (image.flash_bytes, image.static_bytes)
+    assert sizes[1][0] > sizes[0][0] + 1000
+
+
+def test_a_console_that_does_not_fit_is_refused(
+    case: tuple[str, str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    export = ["export-c", case[0], "-o", str(tmp_path / "fw"), "--json", "--board", "tiny"]
+    capsys.readouterr()
+    monkeypatch.setitem(BOARDS, "tiny", replace(BOARDS["RP2040"], name="tiny"))
+    assert cli(export) == 0
+    flash = json.loads(capsys.readouterr().out)["flash_bytes"]
+    monkeypatch.setitem(BOARDS, "tiny", replace(BOARDS["RP2040"], name="tiny", flash_bytes=flash))
+    assert cli([*export, "--force"]) == 0
+    assert cli([*export, "--force", "--console"]) == 3
+    assert "does not fit tiny" in capsys.readouterr().err
 
 
 def test_wrong_calls(case: tuple[str, str, str], capsys: pytest.CaptureFixture[str]) -> None:

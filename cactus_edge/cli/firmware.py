@@ -71,7 +71,8 @@ def export_c(
         if board is not None:
             from firmware_sim import fit
 
-            image = fit(generate(graph, profile, layout=layout, certified=certified), board)
+            plain = generate(graph, profile, layout=layout, certified=certified, serial=serial)
+            image = fit(plain, board)
             flash, ram = image.flash_bytes, image.static_bytes
     source.write(output, force=force)
     shown = ExportOutput(
