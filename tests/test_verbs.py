@@ -22,7 +22,7 @@ from typer.main import get_command
 import cactus_edge
 from cactus_edge import __main__, flatbuffer
 from cactus_edge.bench.peers import peer_named
-from cactus_edge.cli import app, options, output, run, verbs
+from cactus_edge.cli import app, ignored, options, output, run, verbs
 from cactus_edge.datasets import load
 from cactus_edge.errors import CactusEdgeError, UsageError, meant
 from cactus_edge.kernels.simd.tiers import choose
@@ -82,9 +82,76 @@ def test_paths_are_read_or_written() -> None:
         name
         for command in app.registered_commands
         for name, parameter in inspect.signature(command.callback or run).parameters.items()
-        if "Path" in str(get_args(parameter.annotation)[0])
+        if "Path" in str(get_args(parameter.annotation)[:1])
     }
     assert named == read | verbs.OUTPUTS
+
+
+IGNORED = (
+    ("train r.toml -o run --port 8000", "--port", "--serve"),
+    ("certify m.tflite --data digits --eps 0.1 -o c --port 0", "--port", "--serve"),
+    ("certify m.tflite --data digits --eps 0 -o c --radii-kind levels", "--radii-kind", "--radii"),
+    ("certify m.tflite --data digits --eps 0.1 -o c --budget 60", "--budget", "--method complete"),
+    ("radius m.tflite --data digits --memory 1G", "--memory", "--method complete"),
+    ("verify m.tflite q.vnnlib --method interval --budget 1", "--budget", "--method linear"),
+    ("verify m.tflite q.vnnlib --no-attack --steps 3", "--steps", "--no-attack"),
+    ("verify m.tflite q.vnnlib --no-attack --strong", "--strong", "--no-attack"),
+    ("convert m.onnx -o t --ranges mse --percentile 0.9", "--percentile", "--ranges percentile"),
+    ("export-onnx m.tflite -o o.onnx -n 5", "--samples", "--data"),
+    ("export-onnx m.tflite -o o.onnx --split train", "--split", "--data"),
+    ("export-onnx m.tflite -o o.onnx --float --index 1", "--index", "--eps"),
+    ("export-onnx m.tflite -o o.onnx --float --data digits --eps 0 -n 5", "--samples", "--index"),
+    ("supported-ops --write ops.md --json", "--json", "--write"),
+    ("faults m.tflite --data digits --check f.json --split test", "--split", "says itself"),
+    ("faults m.tflite --data digits --check f.json --bit 1", "--bit", "leave it out of --check"),
+    ("faults m.tflite --data digits -o f.json --attack", "--attack", "--levels"),
+    ("explain m.tflite --batch --data digits", "--data", "--batch"),
+    ("compare run m.tflite --no-costs --eps 0.1", "--eps", "--no-costs"),
+    ("validate --learn-profile --device /dev/ttyACM0", "--device", "leave it out"),
+    ("validate --learn-profile -n 100", "--samples", "leave it out"),
+    ("validate m.tflite --data digits --device x --onnx", "--onnx", "without --device"),
+    ("validate m.tflite --data digits --device x --profile ideal", "--profile", "without --device"),
+    ("validate m.tflite --data digits --baud 9600", "--baud", "--device"),
+    ("simulate m.tflite --data digits --volts 1.8", "--volts", "--microamp-per-mhz"),
+    ("bench m.tflite --threads 2 --roofline r.svg", "--roofline", "--threads 1"),
+    ("bench m.tflite --threads 2 --ceilings", "--ceilings", "--threads 1"),
+    ("report c.jsonl --card README.md --data digits", "--data", "-o PAGE.html"),
+    ("report c.jsonl --bom bom.json --title x", "--title", "-o PAGE.html"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "option", "remedy"), IGNORED)
+def test_no_option_is_ignored(
+    command: str, option: str, remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found before any file is opened, so that nothing is written and no time is lost."""
+    code, out, err = call(capsys, *command.split())
+    assert (code, out) == (2, "")
+    assert f"{option} would be ignored: " in err and remedy in err
+
+
+def test_rules_name_what_there_is() -> None:
+    for rule in ignored.RULES:
+        for verb in rule.verbs:
+            found = {parameter.name for parameter in command_of(verb).command.params}
+            assert set(rule.options) <= found, (rule, verb)
+        assert any(
+            command.split()[0] in rule.verbs and err == f"would be ignored: {rule.remedy}"
+            for command, err in _refused()
+        ), f"no case above for {rule}"
+
+
+def _refused() -> list[tuple[str, str]]:
+    """The cases above with the ends of their messages."""
+    found: list[tuple[str, str]] = []
+    for command, _, _ in IGNORED:
+        verb, *arguments = command.split()
+        context = command_of(verb).command.make_context(verb, arguments)
+        given = verbs._given(context)
+        with pytest.raises(UsageError) as caught:
+            ignored.refuse_ignored(verb, given, context.params)
+        found.append((command, str(caught.value).split(maxsplit=1)[1]))
+    return found
 
 
 def test_no_input_is_replaced(

@@ -69,9 +69,12 @@ def convert(
         ),
     ] = None,
     universal: Annotated[
-        bool,
-        typer.Option("--universal/--plain", help="Choose scales on which all runtimes agree."),
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--universal/--plain",
+            help="Choose scales on which all runtimes agree, the default.",
+        ),
+    ] = None,
     wide_layer: Annotated[
         list[str] | None,
         typer.Option("--wide-layer", help="Of a run: a layer to keep at 8 bits; repeatable."),
@@ -134,8 +137,8 @@ def convert(
         _refuse(of_onnx, source, ".onnx files")
         spared = (wide_layer or [], whole_layer or [])
         _convert_run(
-            source, output, bits, sparsity or 0.0, member, eps, universal, clipping, spared, force,
-            as_json,
+            source, output, bits, sparsity or 0.0, member, eps, universal is not False, clipping,
+            spared, force, as_json,
         )  # fmt: skip
         return
     of_runs = {"--sparsity": sparsity, "--member": member}
@@ -143,6 +146,7 @@ def convert(
     _refuse(of_runs, source, "runs")
     if calibration is None:
         given = {**of_onnx, "--bits": bits, "--eps": eps, "--clipping": clipping}
+        given["--universal" if universal else "--plain"] = universal
         _convert_quantized(source, output, given, force, as_json)
         return
     if clipping not in (None, "mse", "none"):
@@ -160,7 +164,7 @@ def convert(
         bits=8 if bits is None else bits,
         calibration=chosen,
         samples=onnx_convert.Settings.samples if samples is None else samples,
-        universal=universal,
+        universal=universal is not False,
         per_tensor=per_tensor,
         equalize=equalize,
         correct_bias=not keep_biases,

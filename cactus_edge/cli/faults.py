@@ -129,10 +129,6 @@ def faults(
     if require is not None and not 0 <= require <= 1:
         raise UsageError(f"--require {require}: a fraction from 0 to 1 is needed")
     if check is not None:
-        flips = (layer, bit, bias_bits, folded, count, attack)
-        ranged = (eps is not None, levels is not None, first, samples is not None, profile)
-        if any((*flips, *ranged)):
-            raise UsageError(f"{check} says itself which flips, boxes and samples it is about")
         _check(check, model, data, require, as_json)
         return
     from cactus_edge.certify import Settings

@@ -1,6 +1,7 @@
 """What all verbs have in common: ``--quiet``, examples, completion, Ctrl-C, safe inputs.
 
-It is added to every verb when the command line is put together, so that no verb can lack it.
+Options that would be ignored are refused, too. All of it is added to every verb when the command
+line is put together, so that no verb can lack it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import typer
 from typer.models import OptionInfo
 
 from cactus_edge import certificate, datasets, profiles
+from cactus_edge.cli.ignored import refuse_ignored
 from cactus_edge.cli.output import console, quieted
 from cactus_edge.errors import UsageError
 
@@ -93,6 +95,16 @@ def _read(value: object) -> Iterator[Path]:
         yield value / _RUN
 
 
+def _given(context: typer.Context) -> dict[str, str]:
+    """Options on the command line, by parameter, as their long names have it."""
+    source = context.get_parameter_source
+    return {
+        parameter.name: max(parameter.opts, key=len)
+        for parameter in context.command.params
+        if parameter.name and getattr(source(parameter.name), "name", "") == "COMMANDLINE"
+    }
+
+
 def _completion(known: Iterable[str]) -> Callable[[str], list[str]]:
     def complete(incomplete: str) -> list[str]:
         return [name for name in known if name.startswith(incomplete)]
@@ -104,8 +116,9 @@ def _equipped(verb: Callable[..., None]) -> Callable[..., None]:
     """The verb with one more option, and a word and an exit code for Ctrl-C."""
 
     @functools.wraps(verb)
-    def call(*, quiet: bool, **options: object) -> None:
+    def call(*, context: typer.Context, quiet: bool, **options: object) -> None:
         try:
+            refuse_ignored(context.info_name or "", _given(context), options)
             refuse_overwriting(options)
             with quieted(quiet):
                 verb(**options)
@@ -118,7 +131,8 @@ def _equipped(verb: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(verb, eval_str=True)
     kind = inspect.Parameter.KEYWORD_ONLY
     quiet = inspect.Parameter("quiet", kind, default=False, annotation=QuietOption)
-    parameters = [*signature.parameters.values(), quiet]
+    context = inspect.Parameter("context", kind, annotation=typer.Context)
+    parameters = [*signature.parameters.values(), quiet, context]
     for parameter in parameters:
         for info in get_args(parameter.annotation):
             if isinstance(info, OptionInfo) and parameter.name in KNOWN:

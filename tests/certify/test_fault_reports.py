@@ -8,7 +8,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from cactus_edge import decision, fault_report, flatbuffer, inputs
@@ -19,7 +18,7 @@ from cactus_edge.certify.faults_sites import (
     stored_width,
 )
 from cactus_edge.check_faults import check_faults
-from cactus_edge.cli import faults as cli
+from cactus_edge.cli import app
 from cactus_edge.datasets import Dataset
 from cactus_edge.errors import DataError, PropertyNotMetError, UsageError
 from cactus_edge.execute import execute
@@ -317,9 +316,7 @@ def test_a_report_that_is_none(tmp_path: Path) -> None:
 
 def command(*arguments: object) -> tuple[dict[str, object], BaseException | None]:
     """What ``faults --json`` prints, and what it raises."""
-    app = typer.Typer()
-    cli.register(app)
-    result = CliRunner().invoke(app, [str(a) for a in (*arguments, "--json")])
+    result = CliRunner().invoke(app, ["faults", *(str(a) for a in arguments), "--json"])
     start = result.stdout.find("{")
     shown = json.loads(result.stdout[start:]) if start >= 0 else {}
     return shown, result.exception

@@ -529,7 +529,8 @@ def test_shards_and_several_models(
         ("--budget", "inf", "finite"),
         ("--jobs", "0", "at least 1"),
     ):
-        assert call(*common, option, value, "-o", tmp_path / "none.jsonl") == 2
+        searching = ("--method", "complete") if option in ("--memory", "--budget") else ()
+        assert call(*common, *searching, option, value, "-o", tmp_path / "none.jsonl") == 2
         assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("none*"))
 

@@ -127,6 +127,9 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     call = ["convert", str(tmp_path / "quantized.onnx"), "-o", str(output)]
     assert cli([*call, "--bits", "4"]) == 2
     assert "--bits is for float networks" in capsys.readouterr().err
+    for scales in ("--plain", "--universal"):
+        assert cli([*call, scales]) == 2
+        assert f"{scales} is for float networks" in capsys.readouterr().err
     assert cli([*call, "--calibration", "digits"]) == 3
     assert "without --calibration" in capsys.readouterr().err
     assert not output.exists()
