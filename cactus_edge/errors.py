@@ -54,6 +54,11 @@ def meant(name: str, known: Iterable[str]) -> str:
     return f"; did you mean '{folded[near[0]]}'?" if near else ";"
 
 
+def counted(count: int, noun: str) -> str:
+    """Such as ``1 sample`` and ``2,000 samples``."""
+    return f"{count:,} {noun if count == 1 else f'{noun}s'}"
+
+
 def shortened(text: object, most: int = 300) -> str:
     """What a stranger's file makes a message say, on one line of at most ``most`` characters."""
     line = " ".join(str(text)[: 2 * most].split())

@@ -294,7 +294,7 @@ def test_a_silent_board_times_out() -> None:
     with pytest.raises(ToolError, match=r"loopback: no answer to HELLO within 11.1 s; .*9600 baud"):
         board_of(line, baud=9600).hello()
     assert 8 < line.now < 15
-    with pytest.raises(ToolError, match=r"no answer to HELLO, but \d+ bytes that are no frame"):
+    with pytest.raises(ToolError, match=r"no answer to HELLO, but \d+ bytes outside of frames"):
         board_of(Dead(b"U\0")).hello()
 
 

@@ -68,7 +68,7 @@ def test_soundness_and_runtimes_are_measured() -> None:
     said = f"{distinct} distinct outputs on {len(names)} executors, {plain['mismatches']} of "
     assert f"{said}{plain['logits']:,} logits differ" in README
     universal = [row for model, row in between.items() if model.endswith("universal")]
-    assert {(row["profile"], row["mismatches"]) for row in universal} == {("1 distinct outputs", 0)}
+    assert {(row["profile"], row["mismatches"]) for row in universal} == {("1 distinct output", 0)}
     assert f"[1 output on {len(names)} executors]" in README
 
 

@@ -24,7 +24,7 @@ from cactus_edge import __main__, flatbuffer
 from cactus_edge.bench.peers import peer_named
 from cactus_edge.cli import app, ignored, options, output, run, verbs
 from cactus_edge.datasets import load
-from cactus_edge.errors import CactusEdgeError, UsageError, meant
+from cactus_edge.errors import CactusEdgeError, UsageError, counted, meant
 from cactus_edge.kernels.simd.tiers import choose
 from cactus_edge.lowering.calibration import method_of
 from cactus_edge.profiles import profile_of
@@ -351,6 +351,35 @@ def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch, terminal: bo
         assert re.search(r"0:00:\d\d.*\d:\d\d", shown)
         assert "convert" in shown
         assert re.search(r"radius .*preparing", shown)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_titles_stand_above_narrow_tables(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    """Whole, as text: on a terminal broken between words, in a pipe nowhere."""
+    screen = StringIO()
+    width = 60
+    monkeypatch.setattr(
+        output, "stdout", Console(file=screen, force_terminal=terminal, width=width, no_color=True)
+    )
+    words = " ".join(f"word{n}" for n in range(30))
+    names = ("a[0]", "[bold]b", "c[/d]")
+    output.emit(None, False, output.table(words, ("", "n"), [(name, 1) for name in names]))
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())
+    above, _, below = shown.partition("┏")
+    assert " ".join(above.split()) == words
+    lines = above.splitlines()
+    assert len(lines) == (4 if terminal else 1)
+    assert all(len(line) <= width for line in lines) == terminal
+    assert all(name in below for name in names)
+
+
+def test_numbers_agree_with_their_nouns() -> None:
+    assert counted(1, "sample") == "1 sample"
+    assert (counted(0, "sample"), counted(2000, "sample")) == ("0 samples", "2,000 samples")
+    nouns = "problem|sample|thread|shard|profile|output|logit|decision|verdict|element|level|layer"
+    for path in (ROOT / "cactus_edge" / "cli").glob("*.py"):
+        wrong = re.search(rf"\}} ({nouns})s\b(?!/)", path.read_text(encoding="utf-8"))
+        assert wrong is None, f"{path.name}: '{wrong}'; write counted(number, noun)"
 
 
 def test_typing_mistakes(

@@ -20,7 +20,7 @@ import numpy as np
 from cactus_edge.bench import machine
 from cactus_edge.bench.machine import State
 from cactus_edge.bench.run import Benchmark
-from cactus_edge.errors import UsageError
+from cactus_edge.errors import UsageError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,9 @@ def pinned(threads: int) -> Generator[tuple[int, ...]]:
         return
     allowed = sorted(os.sched_getaffinity(0))
     if not 1 <= threads <= len(allowed):
-        raise UsageError(f"{threads} threads, but the process may use {len(allowed)} cores")
+        raise UsageError(
+            f"{threads} threads, but the process may use {counted(len(allowed), 'core')}"
+        )
     chosen = allowed[-threads:]
     os.sched_setaffinity(0, chosen)
     try:

@@ -26,7 +26,7 @@ from cactus_edge.bench.peers import (
 )
 from cactus_edge.bench.timing import Contender, Samples
 from cactus_edge.bench.work import Work, work
-from cactus_edge.errors import CactusEdgeError, DataError, ToolError, UsageError
+from cactus_edge.errors import CactusEdgeError, DataError, ToolError, UsageError, counted
 from cactus_edge.execute import check_input
 from cactus_edge.flatbuffer import write_tflite
 from cactus_edge.graph import Graph
@@ -143,7 +143,8 @@ def benchmark(
     """
     if min(rounds, batch, threads) < 1:
         raise UsageError(
-            f"{rounds} rounds of batch {batch} on {threads} threads: all must be at least 1"
+            f"{counted(rounds, 'round')} of batch {batch} on {counted(threads, 'thread')}: "
+            "all must be at least 1"
         )
     before = machine.state()
     whole = Model(graph, write_tflite(graph) if model is None else model)
@@ -259,7 +260,9 @@ def _stored_images(graph: Graph, count: int, samples: Array | None) -> tuple[Arr
 
     known = check_input(graph, samples).astype(tensor.dtype.value)
     if len(known) < 2:
-        raise DataError(f"{len(known)} samples: give at least 2, one of which calibrates")
+        raise DataError(
+            f"{counted(len(known), 'sample')}: give at least 2, one of which calibrates"
+        )
     split = min(SAMPLES, len(known) // 2)
     return known[:split], np.resize(known[split:], (count, *known.shape[1:]))
 

@@ -11,7 +11,7 @@ import msgspec
 from cactus_edge import files
 from cactus_edge.certificate import Data, Head, Summary
 from cactus_edge.certificate_stream import Writer, reading
-from cactus_edge.errors import DataError, UsageError
+from cactus_edge.errors import DataError, UsageError, counted
 
 
 class Merged(NamedTuple):
@@ -50,7 +50,9 @@ def shard(first: int, count: int, part: tuple[int, int]) -> tuple[int, int]:
         raise UsageError(f"shard {number}/{parts}: give i/n with i from 1 to n")
     start, end = (count * i // parts for i in (number - 1, number))
     if start == end:
-        raise UsageError(f"shard {number}/{parts} of {count} samples is empty; use fewer shards")
+        raise UsageError(
+            f"shard {number}/{parts} of {counted(count, 'sample')} is empty; use fewer shards"
+        )
     return first + start, end - start
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from cactus_edge import files, inputs
 from cactus_edge.certify.attack import Settings
 from cactus_edge.certify.engine import Certifier, chunks
-from cactus_edge.errors import DataError, MissingExtraError, UsageError
+from cactus_edge.errors import DataError, MissingExtraError, UsageError, counted
 from cactus_edge.graph import Int64Array
 from cactus_edge.inputs import Perturbation
 
@@ -123,7 +123,7 @@ def draw(curve: Curve, path: Path, title: str, *, force: bool = False) -> None:
         axes.plot(radius, survived, marker="s", label="not refuted")
     axes.axhline(share * curve.correct, linestyle=":", color="gray", label="standard")
     axes.set_xlabel("radius on real inputs" if kinds == {"epsilon"} else "radius in levels")
-    axes.set_ylabel(f"% of {curve.samples} samples")
+    axes.set_ylabel(f"% of {counted(curve.samples, 'sample')}")
     axes.set_ylim(0, 101)
     axes.set_title(title)
     axes.legend()

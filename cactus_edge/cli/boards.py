@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cactus_edge.cli.output import bar, console, emit, table
-from cactus_edge.errors import RuntimesDisagreeError, UsageError
+from cactus_edge.errors import RuntimesDisagreeError, UsageError, counted
 
 if TYPE_CHECKING:
     from cactus_edge.graph import Graph, Int64Array
@@ -73,8 +73,8 @@ def validate_board(
     if not report.agrees:
         wrong = report.mismatches + report.layer_mismatches
         raise RuntimesDisagreeError(
-            f"{options.device}: {wrong} elements and {report.verdict_mismatches} verdicts are not "
-            f"those of {model}"
+            f"{options.device}: not those of {model}: {counted(wrong, 'element')}, "
+            f"{counted(report.verdict_mismatches, 'verdict')}"
         )
 
 

@@ -12,7 +12,7 @@ from cactus_edge import datasets, files, flatbuffer, inputs
 from cactus_edge.cli.making import require_training
 from cactus_edge.cli.options import a_radius, split_of
 from cactus_edge.cli.output import JsonOption, bar, console, emit, percent, say, share, table
-from cactus_edge.errors import DataError, UsageError, about, meant
+from cactus_edge.errors import DataError, UsageError, about, counted, meant
 from cactus_edge.inputs import Perturbation
 
 if TYPE_CHECKING:
@@ -189,15 +189,17 @@ def _tables(output: CompareOutput, found: Signals, costs: Costs | None) -> list[
     shares = (found.float_correct, found.correct, found.alike)
     floats, integers, alike = (share(count / found.samples) for count in shares)
     title = (
-        f"{output.model} beside {output.source}, {output.data} {output.split}, {found.samples} "
-        f"samples: float {floats} % right, integers {integers} %, alike {alike} %"
+        f"{output.model} beside {output.source}, {output.data} {output.split}, "
+        f"{counted(found.samples, 'sample')}: float {floats} % right, integers {integers} %, "
+        f"alike {alike} %"
     )
     columns = ("layer", "bits", "zeros %", "signal, dB", "of the layer alone, dB", "weights, dB")
     tables = [table(title, columns, rows)]
     if costs is not None and costs.variants:
         named = [("as deployed", costs.deployed), ("all spared", costs.spared)]
         named += [(f"{v.layer} {v.change}", v) for v in costs.variants]
-        title = f"radius {costs.epsilon}, {costs.samples} samples, one layer spared at a time"
+        number = counted(costs.samples, "sample")
+        title = f"radius {costs.epsilon}, {number}, one layer spared at a time"
         columns = ("model", "right %", "certified %", "gain", "file bytes", "non-zero weights")
         lines = [_line(name, v, costs) for name, v in named]
         tables.append(table(title, columns, lines))

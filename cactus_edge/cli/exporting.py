@@ -11,7 +11,7 @@ import typer
 from cactus_edge import files, flatbuffer, inputs
 from cactus_edge.cli.options import EpsilonOption, ModelArgument, SplitOption, split_of
 from cactus_edge.cli.output import ForceOption, JsonOption, emit, table, working
-from cactus_edge.errors import UsageError
+from cactus_edge.errors import UsageError, counted
 from cactus_edge.graph import Int64Array
 from cactus_edge.inputs import Perturbation
 
@@ -65,7 +65,8 @@ def export_onnx(
         rows = [(name, count, report.elements) for name, count in report.differences.items()]
         title = (
             f"{output}: {len(content):,} bytes; in ONNX Runtime {report.runtime} as it is set up, "
-            f"decisions differ on {report.decisions_differ} of {report.samples} samples, "
+            f"decisions differ on {report.decisions_differ} of "
+            f"{counted(report.samples, 'sample')}, "
             f"logits by {report.largest} at most"
         )
         emit(report, as_json, table(title, ("profile", "differ", "of"), rows))
@@ -85,7 +86,9 @@ def export_onnx(
         index = 0 if index is None else index
         chosen = split_of(data, split, graph)
         if not 0 <= index < len(chosen.labels):
-            raise UsageError(f"--index {index}: the split has {len(chosen.labels)} samples")
+            raise UsageError(
+                f"--index {index}: the split has {counted(len(chosen.labels), 'sample')}"
+            )
         remark = f"{chosen.name}, {split} sample {index}, radius {eps}, for {output.name}"
         label = int(chosen.labels[index])
         perturbation = Perturbation.epsilon(eps)

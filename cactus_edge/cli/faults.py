@@ -30,7 +30,7 @@ from cactus_edge.cli.output import (
     share,
     table,
 )
-from cactus_edge.errors import PropertyNotMetError, UsageError
+from cactus_edge.errors import PropertyNotMetError, UsageError, counted
 from cactus_edge.fault_report import Report
 from cactus_edge.graph import Graph, Linear
 from cactus_edge.inputs import Perturbation
@@ -255,7 +255,7 @@ def _check(path: Path, model: Path, data: str, require: float | None, as_json: b
     if not result.agrees:
         for problem in result.problems:
             console.print(f"- {problem}", highlight=False, markup=False, soft_wrap=True)
-        raise PropertyNotMetError(f"{path}: {len(result.problems)} problems, see above")
+        raise PropertyNotMetError(f"{path}: {counted(len(result.problems), 'problem')}, see above")
     if stated is not None:
         _judge(stated, require)
 

@@ -12,6 +12,7 @@ from cactus_edge import flatbuffer, profiles
 from cactus_edge.cli.options import ModelArgument
 from cactus_edge.cli.output import ForceOption, JsonOption, emit, table, working
 from cactus_edge.csource import CLayer, Layout, generate
+from cactus_edge.errors import counted
 
 
 class ExportOutput(msgspec.Struct, frozen=True):
@@ -97,9 +98,9 @@ def export_c(
     columns = ("", "operator", "name", "layout", "weights", "all constants", "alive in arena")
     fits = f"; on {board} {flash:,} bytes of flash and {ram:,} of RAM" if board else ""
     title = (
-        f"{output}: {source.table_bytes:,} bytes of constants, CRC {source.crc32:08x}; arena "
-        f"{source.arena_bytes:,} bytes, of which {source.arena_lower_bound:,} are alive at once"
-        f"{fits}"
+        f"{output}: {counted(source.table_bytes, 'byte')} of constants, CRC {source.crc32:08x}; "
+        f"arena {counted(source.arena_bytes, 'byte')}, of which {source.arena_lower_bound:,} are "
+        f"alive at once{fits}"
     )
     emit(shown, as_json, table(title, columns, rows))
 

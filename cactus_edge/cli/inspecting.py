@@ -20,7 +20,7 @@ from cactus_edge.cli.output import (
     table,
     working,
 )
-from cactus_edge.errors import PropertyNotMetError
+from cactus_edge.errors import PropertyNotMetError, counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,7 +66,9 @@ def analyze(
         "disagreeing",
     )
     agreement = "universal" if result.universal else "runtimes disagree"
-    title = f"{model.name}: {result.bytes:,} bytes, {result.macs:,} MACs, {agreement}"
+    title = (
+        f"{model.name}: {counted(result.bytes, 'byte')}, {counted(result.macs, 'MAC')}, {agreement}"
+    )
     emit(result, as_json, table(title, columns, rows))
 
 
@@ -125,7 +127,7 @@ def universalize(
         before, after = (count / report.samples for count in counts)
         title += (
             f"; accuracy {share(before)} % before, {share(after)} % after, "
-            f"{report.decisions_changed} of {report.samples} decisions changed"
+            f"{report.decisions_changed} of {counted(report.samples, 'decision')} changed"
         )
     if report.layers or as_json:
         emit(report, as_json, _moved(title, report))

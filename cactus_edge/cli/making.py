@@ -24,7 +24,7 @@ from cactus_edge.cli.output import (
     share,
     table,
 )
-from cactus_edge.errors import MissingExtraError
+from cactus_edge.errors import MissingExtraError, counted
 
 if TYPE_CHECKING:
     from cactus_edge.train import EpochRow, StepReport
@@ -171,8 +171,8 @@ def train(
         for member in summary.members
     ]
     title = (
-        f"{summary.output}: {summary.parameters:,} parameters, {summary.seconds:.0f} s; certified "
-        f"at epsilon {summary.epsilon:g} by {summary.domain} bounds ({summary.verifier})"
+        f"{summary.output}: {counted(summary.parameters, 'parameter')}, {summary.seconds:.0f} s; "
+        f"certified at epsilon {summary.epsilon:g} by {summary.domain} bounds ({summary.verifier})"
         f"{_cost(summary.cost)}"
     )
     columns = ("member", "val std %", "val cert %", "test std %", "test cert %", "us/sample")

@@ -11,6 +11,7 @@ import typer
 from cactus_edge import files, flatbuffer
 from cactus_edge.cli.options import ModelsArgument, training_samples
 from cactus_edge.cli.output import ForceOption, JsonOption, bar, console, drawn, emit, table
+from cactus_edge.errors import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -175,7 +176,7 @@ def _draw(
     from cactus_edge.bench import drawing
 
     if plot is not None:
-        title = f"{results[0][1].machine}, {first[0].threads} threads"
+        title = f"{results[0][1].machine}, {counted(first[0].threads, 'thread')}"
         drawing.draw_sparsity(first, plot, title, force=force)
     if roofline is not None and best is not None:
         roofs = {path.stem: roof for path, r in results if (roof := _roof(r, best)) is not None}
@@ -242,7 +243,7 @@ def _table(path: Path, result: Benchmark) -> Table:
     work = result.work
     energy = "" if result.microjoules is None else f"; {result.microjoules:.1f} uJ an image"
     title = (
-        f"{path.name} on {result.machine}, {result.threads} threads: "
+        f"{path.name} on {result.machine}, {counted(result.threads, 'thread')}: "
         f"{work.multiplications / 1e6:.2f} million products, "
         f"{100 * work.sparsity:.0f} % of weights zero; batches of {result.batch}{energy}"
         f"{_conditions(result.before, result.after)}"

@@ -21,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from cactus_edge import files, shares
 from cactus_edge.errors import UsageError
@@ -48,23 +49,31 @@ DataOption = Annotated[
 
 
 def emit(result: object, as_json: bool, *tables: Table) -> None:
-    """Print ``result`` as JSON, or the tables."""
+    """Print ``result`` as JSON, or the tables, each below its title.
+
+    A title is text of its own: rich would break it where the table ends. It is cut nowhere in a
+    pipe, and at words on a terminal.
+    """
     if as_json:
         text = msgspec.json.format(msgspec.json.encode(result), indent=2)
         typer.echo(text.decode())
         return
     for table in tables:
+        title, table.title = table.title, None
+        if title:
+            line = Text(str(title), style="table.title")
+            stdout.print(line, soft_wrap=not stdout.is_terminal)
         stdout.print(table)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """A rich table; numbers stand to the right."""
-    result = Table(title=title, title_justify="left")
+    """A rich table; numbers stand to the right. Names are shown as they are, not as markup."""
+    result = Table(title=title)
     for position, column in enumerate(columns):
         numeric = bool(rows) and all(_is_number(row[position]) for row in rows)
         result.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        result.add_row(*(str(cell) for cell in row))
+        result.add_row(*(Text(str(cell)) for cell in row))
     return result
 
 

@@ -45,7 +45,7 @@ from cactus_edge.cli.output import (
     share,
     table,
 )
-from cactus_edge.errors import PropertyNotMetError, UsageError
+from cactus_edge.errors import PropertyNotMetError, UsageError, counted
 from cactus_edge.inputs import Perturbation
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def radius(
         ("samples", shown.samples),
         ("median certified radius", shown.median),
         *(
-            (f"certified at {level} levels, %", share(count / len(found)))
+            (f"certified at {counted(level, 'level')}, %", share(count / len(found)))
             for level, count in shown.at_least.items()
         ),
         ("counterexample found", shown.refuted),

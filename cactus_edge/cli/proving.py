@@ -58,7 +58,7 @@ from cactus_edge.cli.output import (
     table,
     working,
 )
-from cactus_edge.errors import PropertyNotMetError, ToolError, UsageError
+from cactus_edge.errors import PropertyNotMetError, ToolError, UsageError, counted
 
 _INTERRUPTED = 130  # as shells have it
 
@@ -207,7 +207,7 @@ def _show(
         attack_accuracy=summary.attack_accuracy,
         verdicts=summary.verdicts,
     )
-    roundings = (f"{a.rounding}, {len(a.profiles)} profiles" for a in head.arithmetic)
+    roundings = (f"{a.rounding}, {counted(len(a.profiles), 'profile')}" for a in head.arithmetic)
     rows = [
         ("samples", f"{head.data.first}..{head.data.first + head.data.count - 1}"),
         ("perturbation", f"{shown.property} {shown.radius}{_patch(shown.patch)}"),
@@ -239,7 +239,7 @@ def judge(summary: certificates.Summary, output: Path | None, require: float | N
     """Raise where the run does not deserve exit code 0."""
     errors = summary.verdicts["error"]
     if errors:
-        raise ToolError(f"{errors} samples could not be treated, see {output}")
+        raise ToolError(f"{counted(errors, 'sample')} could not be treated, see {output}")
     if require is not None and summary.certified_accuracy < require:
         raise PropertyNotMetError(
             f"{share(summary.certified_accuracy)} % certified, {100 * require:g} % required"
@@ -262,7 +262,7 @@ def merge(
 
     with working("merge"):
         result = run(shards, output, force=force)
-    _show(result.head, result.summary, output, as_json, f"{len(shards)} shards")
+    _show(result.head, result.summary, output, as_json, counted(len(shards), "shard"))
     judge(result.summary, output, None)
 
 
@@ -319,7 +319,8 @@ def check(
     if not result.agrees:
         for problem in result.problems:
             console.print(f"- {problem}", highlight=False, markup=False, soft_wrap=True)
-        raise PropertyNotMetError(f"{certificate}: {len(result.problems)} problems, see above")
+        found = counted(len(result.problems), "problem")
+        raise PropertyNotMetError(f"{certificate}: {found}, see above")
 
 
 def _mapper(jobs: int | None) -> AbstractContextManager[Mapper]:

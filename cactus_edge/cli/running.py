@@ -24,7 +24,7 @@ from cactus_edge.cli.output import (
     share,
     table,
 )
-from cactus_edge.errors import RuntimesDisagreeError, UsageError
+from cactus_edge.errors import RuntimesDisagreeError, UsageError, counted
 from cactus_edge.execute import execute
 
 if TYPE_CHECKING:
@@ -142,8 +142,10 @@ def validate(
     )
     kind = "universal" if result.universal else "not universal"
     title = (
-        f"{model.name}, {kind}, {result.samples} samples: {result.outputs} distinct outputs; "
-        f"runtimes differ in {result.runtimes_differ} logits, {result.decisions_differ} decisions"
+        f"{model.name}, {kind}, {counted(result.samples, 'sample')}: "
+        f"{counted(result.outputs, 'distinct output')}; "
+        f"runtimes differ in {counted(result.runtimes_differ, 'logit')}, "
+        f"{counted(result.decisions_differ, 'decision')}"
     )
     emit(result, as_json, table(title, columns, rows))
     for peer in result.peers:
@@ -303,7 +305,7 @@ def simulate(
     emit(shown, as_json, *tables)
     if shown.mismatches:
         raise RuntimesDisagreeError(
-            f"{model}: {shown.mismatches} outputs differ from the reference"
+            f"{model}: not those of the reference: {counted(shown.mismatches, 'output')}"
         )
 
 
@@ -365,8 +367,8 @@ def demo(
         "Cortex-M4 instructions",
     )
     title = (
-        f"{result.data}, {result.samples} samples, epsilon {result.epsilon}; certified: interval "
-        f"bounds with elided margin ({result.seconds:.0f} s)"
+        f"{result.data}, {counted(result.samples, 'sample')}, epsilon {result.epsilon}; certified: "
+        f"interval bounds with elided margin ({result.seconds:.0f} s)"
     )
     emit(result, as_json, table(title, columns, rows))
     if not as_json:

@@ -21,7 +21,7 @@ from cactus_edge.cli.output import (
     share,
     table,
 )
-from cactus_edge.errors import PropertyNotMetError, UsageError
+from cactus_edge.errors import PropertyNotMetError, UsageError, counted
 
 if TYPE_CHECKING:
     from cactus_edge.search import Report
@@ -141,7 +141,7 @@ def search(
         test = found.chosen
         say(
             f"chosen: {test.name}\n"
-            f"test split, {test.data.samples} samples: standard "
+            f"test split, {counted(test.data.samples, 'sample')}: standard "
             f"{share(test.standard_accuracy)} %, certified {share(test.certified_accuracy)} %\n"
             + "\n".join(str(output / name) for name in (test.file, test.certificate, "front.svg"))
         )
@@ -179,7 +179,7 @@ def _show(found: Report, as_json: bool) -> None:
     costs = ("packed bytes", "us") if host else ("flash", "RAM", "instructions")
     columns = ("model", "file bytes", "non-zero", *costs, "standard %", "certified %", "")
     title = (
-        f"{found.data.name} {found.data.split}, {found.data.samples} samples, radius "
+        f"{found.data.name} {found.data.split}, {counted(found.data.samples, 'sample')}, radius "
         f"{found.epsilon}, {found.device.processor}; {found.verifier}"
     )
     emit(found, as_json, table(title, columns, rows))

@@ -12,7 +12,7 @@ from cactus_edge import files, flatbuffer, signing
 from cactus_edge.certificate import Data
 from cactus_edge.cli.options import split_of
 from cactus_edge.cli.output import ForceOption, JsonOption, console, emit, table, working
-from cactus_edge.errors import DataError, PropertyNotMetError, UsageError
+from cactus_edge.errors import DataError, PropertyNotMetError, UsageError, counted
 
 DataFileOption = Annotated[
     str | None,
@@ -139,7 +139,7 @@ def verify_signature(
     if found:
         for problem in found:
             console.print(f"- {problem}", highlight=False, markup=False, soft_wrap=True)
-        raise PropertyNotMetError(f"{signature}: {len(found)} problems, see above")
+        raise PropertyNotMetError(f"{signature}: {counted(len(found), 'problem')}, see above")
 
 
 def _evidence(

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from cactus_edge import profiles
-from cactus_edge.errors import DataError, UnsupportedModelError
+from cactus_edge.errors import DataError, UnsupportedModelError, counted
 from cactus_edge.graph import DepthwiseConv2D, Graph, Int64Array, Linear, Tensor
 from cactus_edge.lowering.stages import (
     INPUT,
@@ -181,8 +181,9 @@ def _found(deployed: _Deployed, stage: Layer | Sum, like: FloatArray) -> FloatAr
     values, shape = deployed.values[name], deployed.tensors[name].shape
     if like[0].size != values.shape[1]:
         raise DataError(
-            f"layer '{name}' has {values.shape[1]} outputs in the model and {like[0].size} in the "
-            "float network; it was made of another network, or its channels were removed"
+            f"layer '{name}' has {counted(values.shape[1], 'output')} in the model and "
+            f"{like[0].size} in the float network; it was made of another network, or "
+            "its channels were removed"
         )
     if like.ndim == 4:
         values = values.reshape(len(values), *shape[1:]).transpose(0, 3, 1, 2)

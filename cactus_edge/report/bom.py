@@ -12,7 +12,7 @@ import uuid
 from typing import Any
 
 import cactus_edge
-from cactus_edge.errors import MissingExtraError
+from cactus_edge.errors import MissingExtraError, counted
 from cactus_edge.report.page import certified_text, radius_text
 from cactus_edge.report.sources import Claim, Sources
 
@@ -90,7 +90,7 @@ def _model_card(claim: Claim) -> dict[str, Any]:
         measured.append((certified_text(claim.head.property), summary.certified_accuracy))
         if summary.attack_accuracy is not None:
             measured.append(("accuracy under attack", summary.attack_accuracy))
-        where = f"{data.count} samples; {radius_text(claim.head.property)}"
+        where = f"{counted(data.count, 'sample')}; {radius_text(claim.head.property)}"
         found["quantitativeAnalysis"] = {
             "performanceMetrics": [
                 {"type": name, "value": repr(value), "slice": where} for name, value in measured

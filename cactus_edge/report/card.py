@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import cactus_edge
 from cactus_edge.certificate import SIDE_CONDITIONS, VERDICTS
+from cactus_edge.errors import counted
 from cactus_edge.graph import Linear
 from cactus_edge.report.page import certified_text, percent, radius_text
 from cactus_edge.report.sources import Claim, Model, Sources
@@ -108,7 +109,9 @@ def _files(models: Sequence[Model], claim: Claim) -> Iterator[str]:
     yield "## Files"
     rows = [(m.file, m.bytes, m.sha256) for m in claim.head.models]
     total = sum(claim.summary.verdicts.values())
-    rows.append((f"{claim.path.name} ({total} samples)", claim.path.stat().st_size, claim.sha256))
+    rows.append(
+        (f"{claim.path.name} ({counted(total, 'sample')})", claim.path.stat().st_size, claim.sha256)
+    )
     yield _table(("file", "bytes", "SHA-256"), rows)
 
 

@@ -86,7 +86,8 @@ function explorer(data) {
         || (index !== "" && String(sample.index) !== index);
       count += row.hidden ? 0 : 1;
     }
-    find("count").textContent = `${count} of ${data.samples.length} samples shown`;
+    const total = data.samples.length;
+    find("count").textContent = `${count} of ${total} ${total === 1 ? "sample" : "samples"} shown`;
     if (index !== "" && count === 1 && byIndex.has(Number(index))) {
       show(byIndex.get(Number(index)));
     }
@@ -109,7 +110,8 @@ function explorer(data) {
       const middle = data.levels / 2;
       paint(find("difference"), before.map((byte, at) =>
         Math.round(middle + (middle * (after[at] - byte)) / sample.distance)));
-      find("broken-text").textContent = `counterexample, ${sample.distance} levels away: `
+      find("broken-text").textContent = `counterexample, ${sample.distance} `
+        + `${sample.distance === 1 ? "level" : "levels"} away: `
         + `class ${winner(sample.wrong)} under ${sample.profile}`;
       find("counterexample").setAttribute(
         "aria-label", `Counterexample to sample ${sample.index}, of class ${winner(sample.wrong)}`);

@@ -16,7 +16,7 @@ import msgspec
 import cactus_edge
 from cactus_edge import shares
 from cactus_edge.certificate import VERDICTS, Property
-from cactus_edge.errors import MissingExtraError
+from cactus_edge.errors import MissingExtraError, counted
 from cactus_edge.inputs import rational
 from cactus_edge.report.charts import Chart, Series, chart
 from cactus_edge.report.explorer import Explorer
@@ -56,6 +56,7 @@ def render(page: Page) -> bytes:
     environment.filters["certified"] = certified_text
     text = environment.from_string(_resource(TEMPLATE)).render(
         page=page,
+        counted=counted,
         claims=page.sources.claims,
         main=page.sources.main,
         verdicts=VERDICTS,
@@ -102,8 +103,9 @@ def radius_text(what: Property) -> str:
 
 def certified_text(what: Property) -> str:
     """What the share of certified samples is a share of: those with the largest radius, or all."""
-    reach = f"certified up to {what.radius} levels"
-    return reach if what.kind == "radius" else "certified accuracy"
+    if what.kind != "radius":
+        return "certified accuracy"
+    return f"certified up to {counted(int(what.radius), 'level')}"
 
 
 def _readable(exact: str) -> str:
@@ -132,7 +134,7 @@ def _over_radius(sources: Sources, kind: str, label: str) -> list[Chart]:
         points = [p for p in curve.points if p.kind == kind and _is_number(p.radius)]
         if not points:
             continue
-        about = f"{curve.data}, {curve.samples:,} samples"
+        about = f"{curve.data}, {counted(curve.samples, 'sample')}"
         radii = [float(rational(point.radius)) for point in points]
         counts = {"certified": [point.certified for point in points]}
         if curve.attacked:
@@ -181,7 +183,9 @@ def _over_sparsity(search: Search) -> list[Chart]:
         f"radius {search.epsilon}"
     )
     lines = [Series(name, tuple(points), "points") for name, points in series.items()]
-    return [chart(title, "zero weights, %", f"of {search.data.samples:,} samples, %", lines)]
+    return [
+        chart(title, "zero weights, %", f"of {counted(search.data.samples, 'sample')}, %", lines)
+    ]
 
 
 def _is_number(text: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cactus_edge import files
-from cactus_edge.errors import MissingExtraError
+from cactus_edge.errors import MissingExtraError, counted
 from cactus_edge.search.budget import KIB
 from cactus_edge.search.front import front
 from cactus_edge.search.report import Report, Row
@@ -50,7 +50,7 @@ def draw(report: Report, path: Path) -> None:
         _labels(axes, rows, report)
         axes.legend(fontsize="x-small", loc="lower right")
     axes.set_xlabel("KiB of the file" if host else "KiB of flash")
-    axes.set_ylabel(f"% certified of {report.data.samples} {report.data.split} samples")
+    axes.set_ylabel(f"% certified of {counted(report.data.samples, f'{report.data.split} sample')}")
     axes.set_title(f"{report.data.name}, radius {report.epsilon}, {report.device.processor}")
     axes.grid(alpha=0.3)
     # No date and fixed identifiers: the same report is the same file.

@@ -25,7 +25,7 @@ from cactus_edge.bench.machine import machine_name
 from cactus_edge.certify import Request as Certification
 from cactus_edge.certify import certify
 from cactus_edge.datasets import Dataset
-from cactus_edge.errors import DataError, ToolError, UnsupportedModelError, UsageError
+from cactus_edge.errors import DataError, ToolError, UnsupportedModelError, UsageError, counted
 from cactus_edge.inputs import Perturbation, rational
 from cactus_edge.search import budget, drawing, measure
 from cactus_edge.search.budget import Limits
@@ -233,7 +233,8 @@ def _count(request: Request, validation: Dataset) -> int:
     samples = total if request.samples is None else request.samples
     if not 0 < samples <= total:
         raise UsageError(
-            f"--samples {samples}: the validation split of '{request.data}' has {total} samples"
+            f"--samples {samples}: the validation split of '{request.data}' has "
+            f"{counted(total, 'sample')}"
         )
     return samples
 

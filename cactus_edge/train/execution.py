@@ -21,7 +21,7 @@ import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
 from cactus_edge import files
-from cactus_edge.errors import DataError, MissingExtraError, OutputError, UsageError, meant
+from cactus_edge.errors import DataError, MissingExtraError, OutputError, UsageError, counted, meant
 from cactus_edge.train import checkpoint, logs
 from cactus_edge.train.recipe import Recipe
 
@@ -86,8 +86,9 @@ def check(execution: Execution, recipe: Recipe) -> None:
         )
     if recipe.optimizer.batch_size % devices:
         raise DataError(
-            f"[optimizer] batch_size: {recipe.optimizer.batch_size} samples cannot be shared "
-            f"equally by {devices} processes; use a multiple of {devices}, or other --devices"
+            f"[optimizer] batch_size: {counted(recipe.optimizer.batch_size, 'sample')} cannot be "
+            f"shared equally by {devices} processes; use a multiple of {devices}, or "
+            "other --devices"
         )
     if execution.precision not in PRECISIONS:
         raise UsageError(

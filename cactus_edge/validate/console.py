@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from cactus_edge.csource.console import ANSWER, PROTOCOL, Feature, Kind, Status
-from cactus_edge.errors import MissingExtraError, ToolError, UsageError
+from cactus_edge.errors import MissingExtraError, ToolError, UsageError, counted
 from cactus_edge.graph import BoolArray, Int64Array
 from cactus_edge.validate.frames import OVERHEAD_BYTES, Decoder, Frame, encode
 
@@ -146,7 +146,7 @@ class Console:
             )
         text = payload[_HELLO.size :].decode("ascii", "replace")
         if len(text) < _FINGERPRINT:
-            raise ToolError(f"{self._name}: an answer to HELLO of {len(payload)} bytes")
+            raise ToolError(f"{self._name}: an answer to HELLO of {counted(len(payload), 'byte')}")
         _, features, *numbers = _HELLO.unpack_from(payload)
         return Hello(
             Feature(features),
@@ -186,7 +186,9 @@ class Console:
         request = struct.pack("<i", levels) + data
         payload = self._ask(Kind.CERTIFY, request, 12 + 15 * classes).payload
         if len(payload) != 12 + 15 * classes:
-            raise ToolError(f"{self._name}: an answer to CERTIFY of {len(payload)} bytes")
+            raise ToolError(
+                f"{self._name}: an answer to CERTIFY of {counted(len(payload), 'byte')}"
+            )
         ticks, label, certified = struct.unpack_from("<Iii", payload)
         ends = [payload[12 + n * classes : 12 + (n + 1) * classes] for n in range(3)]
         leads = np.frombuffer(payload, "<i4", classes, 12 + 3 * classes).astype(np.int64)
@@ -244,9 +246,9 @@ class Console:
                     return frame
         noise = self._decoder.discarded - before
         if damaged:
-            what = f"{attempts} requests ({kind.name}) arrived damaged"
+            what = f"{counted(attempts, 'request')} ({kind.name}) arrived damaged"
         elif noise:
-            what = f"no answer to {kind.name}, but {noise} bytes that are no frame"
+            what = f"no answer to {kind.name}, but {counted(noise, 'byte')} outside of frames"
         else:
             what = f"no answer to {kind.name} within {wait:.1f} s"
         raise ToolError(

@@ -11,7 +11,7 @@ import numpy as np
 from cactus_edge import decision, inputs, profiles
 from cactus_edge.certify import Certifier
 from cactus_edge.csource.console import Feature
-from cactus_edge.errors import CactusEdgeError, ToolError, UsageError
+from cactus_edge.errors import CactusEdgeError, ToolError, UsageError, counted
 from cactus_edge.execute import execute, execute_all
 from cactus_edge.graph import Graph, Int64Array
 from cactus_edge.validate.compare import LAYER_SAMPLES, Difference
@@ -169,10 +169,10 @@ def _same_model(graph: Graph, hello: Hello, name: str) -> Graph:
     theirs = (hello.fingerprint, hello.input_bytes, hello.output_bytes, hello.layers)
     if ours != theirs:
         raise UsageError(
-            f"{name}: the board runs another model: graph {theirs[0][:12]} with {theirs[1]} inputs "
-            f"and {theirs[2]} outputs, the file is {ours[0][:12]} with {ours[1]} and {ours[2]} "
-            f"under profile {hello.profile}; write this model's firmware to the board, or give its "
-            "file"
+            f"{name}: the board runs another model: graph {theirs[0][:12]} with "
+            f"{counted(theirs[1], 'input')} and {counted(theirs[2], 'output')}, the file is "
+            f"{ours[0][:12]} with {ours[1]} and {ours[2]} under profile {hello.profile}; write "
+            "this model's firmware to the board, or give its file"
         )
     return resolved
 

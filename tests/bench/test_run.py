@@ -50,7 +50,7 @@ def test_benchmark_on_samples(small_graph: Graph) -> None:
         small_graph, samples=samples, layout="skipping", candidates=(), rounds=1, batch=4
     )
     assert result.ours.start is not None
-    with pytest.raises(DataError, match="1 samples: give at least 2"):
+    with pytest.raises(DataError, match="1 sample: give at least 2"):
         benchmark(small_graph, samples=samples[:1], candidates=(), rounds=1)
     with pytest.raises(DataError, match="outside int8"):
         benchmark(small_graph, samples=samples + 300, candidates=(), rounds=1)
@@ -78,7 +78,7 @@ def test_benchmark_compares_on_the_same_images(small_graph: Graph, threads: int)
 
 
 def test_benchmark_wants_rounds_images_and_threads(small_graph: Graph) -> None:
-    with pytest.raises(UsageError, match="0 rounds of batch 4 on 1 threads"):
+    with pytest.raises(UsageError, match="0 rounds of batch 4 on 1 thread:"):
         benchmark(small_graph, rounds=0, batch=4)
     with pytest.raises(UsageError, match="no layout 'dusty'"):
         benchmark(small_graph, layout="dusty", candidates=(), rounds=1)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from cactus_edge.cli import run
+from cactus_edge.errors import counted
 from tests.evidence import results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,7 +132,7 @@ def test_every_runtime_computes_the_same(
                 "model": f"int{bits}, {round(100 * sparsity)} % sparse, {scales}",
                 "runtime": "between runtimes",
                 "version": "",
-                "profile": f"{outcome['outputs']} distinct outputs",
+                "profile": counted(outcome["outputs"], "distinct output"),
                 "logits": runtimes[0]["elements"],
                 "mismatches": outcome["runtimes_differ"],
                 "layer elements": "",
