@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -146,15 +146,19 @@ class Session:
         self._require_kernels()
         return self._single.program
 
-    def explain(self, *, batch: bool = False) -> list[Explanation]:
+    def explain(
+        self, *, batch: bool = False, progress: Callable[[int, int], None] | None = None
+    ) -> list[Explanation]:
         """What each layer runs as and how long it takes, for one image or in batches.
+
+        ``progress`` is called with (layers done, layers in all).
 
         Raises:
             UsageError: see ``program``.
         """
         self._require_kernels()
         program = self._batched().program if batch else self.program
-        return explain(self._narrow, program, None if batch else self._samples)
+        return explain(self._narrow, program, None if batch else self._samples, progress)
 
     def run(self, batch: npt.ArrayLike) -> Stored:
         """Logits of a batch of stored integers.

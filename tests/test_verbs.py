@@ -21,6 +21,7 @@ from typer.main import get_command
 
 import cactus_edge
 from cactus_edge import __main__, flatbuffer
+from cactus_edge.bench import ceilings
 from cactus_edge.bench.peers import peer_named
 from cactus_edge.cli import app, ignored, options, output, run, verbs
 from cactus_edge.datasets import load
@@ -351,6 +352,31 @@ def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch, terminal: bo
         assert re.search(r"0:00:\d\d.*\d:\d\d", shown)
         assert "convert" in shown
         assert re.search(r"radius .*preparing", shown)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_is_counted_is_shown(
+    model: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    quiet: bool,
+) -> None:
+    """Layers that are timed, samples that are joined: done, in all, and a rate."""
+    screen = StringIO()
+    monkeypatch.setattr(output, "console", Console(file=screen, force_terminal=True, width=120))
+    monkeypatch.setattr(
+        "cactus_edge.bench.ceilings.measure", lambda: ceilings.Ceilings("", 1, {}, {})
+    )
+    parts = [model.with_name(f"{n}.jsonl") for n in (1, 2)]
+    for n, part in enumerate(parts, 1):
+        shard = ("--shard", f"{n}/2", "--levels", 1, "-n", 9, "--quiet")
+        assert call(capsys, "certify", model, "--data", "digits", "-o", part, *shard)[0] == 0
+    more = ("--quiet",) if quiet else ()
+    assert call(capsys, "merge", *parts, "-o", model.with_name("whole.jsonl"), *more)[0] == 0
+    assert call(capsys, "explain", model, *more)[0] == 0
+    shown = screen.getvalue()
+    for text in ("merge", "9/9", "explain", "3/3", "layers/s"):
+        assert (text in shown) != quiet, text
 
 
 @pytest.mark.parametrize("terminal", [True, False])

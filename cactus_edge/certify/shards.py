@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,9 @@ from cactus_edge import files
 from cactus_edge.certificate import Data, Head, Summary
 from cactus_edge.certificate_stream import Writer, reading
 from cactus_edge.errors import DataError, UsageError, counted
+
+_SHOWN = 256
+"""Progress is told after so many samples."""
 
 
 class Merged(NamedTuple):
@@ -56,10 +60,17 @@ def shard(first: int, count: int, part: tuple[int, int]) -> tuple[int, int]:
     return first + start, end - start
 
 
-def merge(shards: Sequence[Path], output: Path, *, force: bool = False) -> Merged:
+def merge(
+    shards: Sequence[Path],
+    output: Path,
+    *,
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Merged:
     """Join the certificates of consecutive ranges into the certificate of the whole run.
 
     The shards may be given in any order. The result has the bytes that one run would have written.
+    ``progress`` is called with (samples done, samples in all).
 
     Raises:
         DataError: shards that are not about the same claim, leave a gap or overlap; a damaged one.
@@ -90,12 +101,21 @@ def merge(shards: Sequence[Path], output: Path, *, force: bool = False) -> Merge
     with files.writing(output, force=force) as stream:
         writer = Writer(stream, whole)
         for data, _, path in heads:
-            _append(writer, path, data)
+            _append(writer, path, data, partial(_report, progress, first, following))
         summary = writer.finish()
     return Merged(whole, summary)
 
 
-def _append(writer: Writer, path: Path, data: Data) -> None:
+def _report(
+    progress: Callable[[int, int], None] | None, first: int, end: int, following: int
+) -> None:
+    """Of the samples ``first`` to ``end``, those before ``following`` are done."""
+    done, total = following - first, end - first
+    if progress is not None and (done == total or not done % _SHOWN):
+        progress(done, total)
+
+
+def _append(writer: Writer, path: Path, data: Data, done: Callable[[int], None]) -> None:
     """All samples of one shard; its own tail has to follow from them."""
     expected = data.first
     with reading(path) as reader:
@@ -104,6 +124,7 @@ def _append(writer: Writer, path: Path, data: Data) -> None:
             if index != expected:
                 raise DataError(f"{path}: holds sample {index} where {expected} should be")
             expected += 1
+            done(expected)
         problems = reader.problems()
     if expected != data.first + data.count:
         problems.append(f"{expected - data.first} samples, the head says {data.count}")

@@ -13,6 +13,7 @@ from cactus_edge.cli.making import require_training
 from cactus_edge.cli.output import (
     ForceOption,
     JsonOption,
+    bar,
     console,
     emit,
     percent,
@@ -226,7 +227,7 @@ def _convert_run(
     require_training("conversion")
     from cactus_edge.train import lower
 
-    with working("convert"):
+    with bar("convert", "steps") as progress:
         report = lower.convert(
             checkpoint,
             output,
@@ -239,6 +240,7 @@ def _convert_run(
             wide=spared[0],
             whole=spared[1],
             force=force,
+            progress=progress,
         )
     title = _title(output, report.bytes, report.universal)
     emit(report, as_json, table(title, _COLUMNS, _rows(report.layers)))

@@ -11,7 +11,7 @@ import typer
 
 from cactus_edge import flatbuffer, profiles
 from cactus_edge.cli.options import ModelArgument, training_samples
-from cactus_edge.cli.output import JsonOption, bar, emit, table, working
+from cactus_edge.cli.output import JsonOption, bar, emit, table
 
 TierOption = Annotated[
     str | None, typer.Option("--tier", help="Instructions to use; the fastest there are without.")
@@ -123,13 +123,13 @@ def explain(
 
     graph, _ = flatbuffer.load(model)
     samples = None if data is None else training_samples(data, SAMPLES, graph)
-    with working("explain"):
+    with bar("explain", "layers") as progress:
         session = Session(graph, tier=tier, layout=layout, calibration=samples)
         try:
             best = ceilings.measure().products
         except ToolError:
             best = None
-        found = session.explain(batch=batch)
+        found = session.explain(batch=batch, progress=progress)
     layers = tuple(
         ExplainedLayer(
             layer.name,

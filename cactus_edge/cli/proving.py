@@ -56,7 +56,6 @@ from cactus_edge.cli.output import (
     save_json,
     share,
     table,
-    working,
 )
 from cactus_edge.errors import PropertyNotMetError, ToolError, UsageError, counted
 
@@ -260,8 +259,8 @@ def merge(
     """
     from cactus_edge.certify import merge as run
 
-    with working("merge"):
-        result = run(shards, output, force=force)
+    with bar("merge") as progress:
+        result = run(shards, output, force=force, progress=progress)
     _show(result.head, result.summary, output, as_json, counted(len(shards), "shard"))
     judge(result.summary, output, None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +56,10 @@ class Explanation:
 
 
 def explain(
-    graph: Graph, program: Program, images: npt.NDArray[np.uint8] | None = None
+    graph: Graph,
+    program: Program,
+    images: npt.NDArray[np.uint8] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Explanation]:
     """Time every operator by itself.
 
@@ -64,9 +68,12 @@ def explain(
         program: see ``program``.
         images: uint8 [samples, bytes of an image], on which steps are timed whose time depends on
             their inputs.
+        progress: called with (operators done, operators in all), those included that take no step.
     """
     found: list[Explanation] = []
     for number, op in enumerate(graph.core):
+        if progress is not None:
+            progress(number, len(graph.core))
         if number not in program.operators:
             continue
         position = program.operators.index(number)
@@ -95,6 +102,8 @@ def explain(
                 live=live,
             )
         )
+    if progress is not None:
+        progress(len(graph.core), len(graph.core))
     return found
 
 

@@ -9,7 +9,7 @@ FULLY_CONNECTED.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -104,8 +104,12 @@ class Assembly:
         self.shadows: list[Shadow] = []
         self.scales: dict[str, tuple[ScaleBits, LayerReport]] = {}
 
-    def build(self, universal: bool) -> tuple[Graph, list[LayerReport]]:
+    def build(
+        self, universal: bool, progress: Callable[[int, int], None] | None = None
+    ) -> tuple[Graph, list[LayerReport]]:
         """The graph without metadata, and a report for each weighted layer.
+
+        ``progress`` is called with (weighted layers done, weighted layers in all).
 
         Raises:
             UnsupportedModelError: an order of layers that has no deployed form.
@@ -118,10 +122,13 @@ class Assembly:
                     f"layer '{stage.name}': a sum at the end has no deployed form; a layer must "
                     "make the logits"
                 )
+        total = sum(isinstance(stage, Layer) for stage in self._stages)
         for index, stage in enumerate(self._stages):
             match stage:
                 case Layer():
                     self._layer(stage, index == last, universal)
+                    if progress is not None:
+                        progress(len(self._reports), total)
                 case Pool():
                     self._pool(stage)
                 case Flatten():

@@ -129,13 +129,20 @@ class Settings:
             raise UsageError(f"--eps {self.epsilon}: a radius in [0, 1] is needed")
 
 
-def lower(model: Model, calibration: datasets.Dataset, settings: Settings) -> Lowering:
+def lower(
+    model: Model,
+    calibration: datasets.Dataset,
+    settings: Settings,
+    progress: Callable[[int, int], None] | None = None,
+) -> Lowering:
     """A trained network as an integer graph.
 
     Args:
         model: as ``checkpoint.load_model`` gives it.
         calibration: samples for activation ranges; never the test split.
         settings: widths, pruning, radius.
+        progress: called with (steps done, steps in all): each weighted layer has two, its range
+            and its scales.
 
     Raises:
         UnsupportedModelError: layers that have no deployed form, or a graph out of range.
@@ -156,9 +163,9 @@ def lower(model: Model, calibration: datasets.Dataset, settings: Settings) -> Lo
     folded = without_unread(whole) if pattern.removes_channels else whole
     folded = _clipped(folded, widths, clipping)
     images = _tensor(calibration, CALIBRATION_SAMPLES)
-    ranges = calibrate(_rounded(folded, widths), images, epsilon)
+    ranges = calibrate(_rounded(folded, widths), images, epsilon, _half(progress, 0))
     assembly = Assembly(folded, ranges, model.network.input_shape, widths)
-    graph, reports = assembly.build(settings.universal)
+    graph, reports = assembly.build(settings.universal, _half(progress, 1))
     agreed = universal.is_universal(graph)
     graph = replace(
         graph, metadata=_metadata(model, calibration, settings, epsilon, clipping, graph)
@@ -178,6 +185,15 @@ def lower(model: Model, calibration: datasets.Dataset, settings: Settings) -> Lo
     return Lowering(graph, report)
 
 
+def _half(
+    progress: Callable[[int, int], None] | None, which: int
+) -> Callable[[int, int], None] | None:
+    """Progress of the first or second pass over the layers."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(which * total + done, 2 * total)
+
+
 def convert(
     checkpoint: Path,
     output: Path,
@@ -192,6 +208,7 @@ def convert(
     wide: Sequence[str] = (),
     whole: Sequence[str] = (),
     force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> LoweringReport:
     """Convert a run's directory (or its ``model.safetensors``) to a ``.tflite`` file.
 
@@ -208,6 +225,7 @@ def convert(
         wide: see ``Settings``.
         whole: see ``Settings``.
         force: replace ``output``.
+        progress: see ``lower``.
 
     Raises:
         UsageError: settings out of range, an unreadable checkpoint, an output that exists.
@@ -227,7 +245,7 @@ def convert(
         frozenset(wide), frozenset(whole),
     )  # fmt: skip
     data = datasets.load(model.recipe.data.name, "train", model.recipe.data.validation)
-    lowering = lower(model, data, settings)
+    lowering = lower(model, data, settings, progress)
     content = flatbuffer.save(lowering.graph, output, force)
     return msgspec.structs.replace(
         lowering.report, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()

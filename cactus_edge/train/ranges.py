@@ -6,7 +6,7 @@ every outlier would waste levels; the quantile is the compromise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,13 +29,19 @@ _SMALLEST = 1e-6
 
 
 @torch.no_grad()
-def calibrate(stages: Sequence[Stage], images: Tensor, epsilon: float) -> dict[str, Range]:
+def calibrate(
+    stages: Sequence[Stage],
+    images: Tensor,
+    epsilon: float,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Range]:
     """Ranges by name of the layer or sum.
 
     Args:
         stages: the folded network, with the weights that ship.
         images: float64 [N, ...] in [0, 1].
         epsilon: radius of the boxes whose bounds are to be covered.
+        progress: called with (layers done, layers in all).
     """
     lower = (images - epsilon).clamp(0, 1)
     upper = (images + epsilon).clamp(0, 1)
@@ -63,6 +69,8 @@ def calibrate(stages: Sequence[Stage], images: Tensor, epsilon: float) -> dict[s
             top = _quantile(upper, fraction)
             bottom = 0.0 if stage.relu else _quantile(lower, 1 - fraction)
             result[stage.name] = Range(bottom, max(top, bottom + _SMALLEST))
+            if progress is not None and isinstance(stage, Layer):
+                progress(1 + layers.index(stage), len(layers))
         else:
             lower, upper = apply(stage, lower), apply(stage, upper)
         if output_of(stage) in sources:

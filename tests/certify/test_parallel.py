@@ -90,7 +90,9 @@ def test_shards_make_the_whole(request_: Request, whole: bytes, parts: int, tmp_
         result = checked(path.read_bytes(), request_.models[0][1], request_.data)
         assert result.agrees, "a shard is a certificate of its own"
     output = tmp_path / "whole.jsonl"
-    merged = merge(paths[::-1], output)
+    told: list[tuple[int, int]] = []
+    merged = merge(paths[::-1], output, progress=lambda *state: told.append(state))
+    assert told[-1] == (merged.head.data.count, merged.head.data.count)  # type: ignore[union-attr]
     assert output.read_bytes() == whole
     assert merged.summary == load(output).tail.summary
 

@@ -94,7 +94,10 @@ def test_every_network_lowers(architecture: str, bits: int, sparsity: float) -> 
     width |= {"mlp": 0.5, "cnn-small": 0.5, "cnn-small-bn": 0.5}
     data = images((side, side, 1))
     made = model(architecture, (1, side, side), width.get(architecture, 1.0))
-    lowering = lower(made, data, Settings(bits, sparsity, 0.05))
+    told: list[tuple[int, int]] = []
+    lowering = lower(made, data, Settings(bits, sparsity, 0.05), lambda *state: told.append(state))
+    steps = 2 * len(lowering.report.layers)
+    assert told == [(n, steps) for n in range(1, steps + 1)]
     graph, report = lowering.graph, lowering.report
     assert report.universal == universal.is_universal(graph)
     assert max(d.largest for d in report.shadow) <= 1
