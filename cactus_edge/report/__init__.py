@@ -3,6 +3,7 @@
 sources   files told apart, and checked to be about one model
 explorer  bounds, verdicts and counterexamples of samples at a grid of radii
 layers    interval widths, and where margin is lost
+sizes     bytes of what ships, beside other forms of the same layers
 charts    curves as coordinates
 page      all of it in one HTML file: template.html, style.css and page.js stand beside it
 """

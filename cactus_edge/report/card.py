@@ -14,6 +14,7 @@ from cactus_edge.certificate import SIDE_CONDITIONS, VERDICTS
 from cactus_edge.errors import counted
 from cactus_edge.graph import Linear
 from cactus_edge.report.page import certified_text, percent, radius_text
+from cactus_edge.report.sizes import sizes
 from cactus_edge.report.sources import Claim, Model, Sources
 
 _TAGS = ("tflite", "quantized", "certified-robustness")
@@ -31,6 +32,7 @@ def card(sources: Sources) -> bytes:
         *_claimed(claim),
         *_files(sources.models, claim),
         *_layers(sources.models),
+        *_sizes(sources),
         *_runtimes(sources),
         "## Check it",
         f"`{_plain(claim.head.how_to_check)}` derives every line of the certificate anew. Side "
@@ -128,6 +130,14 @@ def _layers(models: Sequence[Model]) -> Iterator[str]:
         yield f"## Layers of {_plain(model.path.name)}"
         yield f"The input is {source.dtype.name.lower()} {list(source.shape)}."
         yield _table(("layer", "operator", "weights", "bits", "of them 0"), rows)
+
+
+def _sizes(sources: Sources) -> Iterator[str]:
+    """What ships beside what the same layers take otherwise."""
+    for one in sizes(sources):
+        yield f"## Size of {_plain(one.model)}"
+        rows = [(size.form, size.bytes, f"{size.share:.2f}") for size in one.forms]
+        yield _table(("form", "bytes", "times the file"), rows)
 
 
 def _runtimes(sources: Sources) -> Iterator[str]:

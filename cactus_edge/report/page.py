@@ -21,6 +21,7 @@ from cactus_edge.inputs import rational
 from cactus_edge.report.charts import Chart, Series, chart
 from cactus_edge.report.explorer import Explorer
 from cactus_edge.report.layers import Widths
+from cactus_edge.report.sizes import sizes
 from cactus_edge.report.sources import Claim, Search, Sources
 
 TEMPLATE, STYLE, SCRIPT = "template.html", "style.css", "page.js"
@@ -60,6 +61,7 @@ def render(page: Page) -> bytes:
         claims=page.sources.claims,
         main=page.sources.main,
         verdicts=VERDICTS,
+        sizes=sizes(page.sources),
         charts=_charts(page.sources),
         style=_resource(STYLE),
         script=_resource(SCRIPT),

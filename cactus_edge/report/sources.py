@@ -61,6 +61,18 @@ class Bench(msgspec.Struct, frozen=True):
     absent: dict[str, str]
 
 
+class SearchedFirmware(msgspec.Struct, frozen=True):
+    """What a candidate takes on a microcontroller, program included."""
+
+    flash_bytes: int
+
+
+class SearchedLatency(msgspec.Struct, frozen=True):
+    """What a candidate takes when it is timed on the machine of the search."""
+
+    packed_bytes: int
+
+
 class SearchedModel(msgspec.Struct, frozen=True):
     """A deployed candidate; ``correct`` and ``certified`` count validation samples."""
 
@@ -71,6 +83,7 @@ class SearchedModel(msgspec.Struct, frozen=True):
     samples: int
     correct: int
     certified: int
+    firmware: SearchedFirmware | None = None
 
 
 class SearchedRow(msgspec.Struct, frozen=True):
@@ -81,6 +94,7 @@ class SearchedRow(msgspec.Struct, frozen=True):
     size: int
     cost: float | None
     front: bool
+    latency: SearchedLatency | None = None
 
 
 class SearchedData(msgspec.Struct, frozen=True):

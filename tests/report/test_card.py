@@ -34,6 +34,7 @@ def test_the_card(sources: report.Sources, made: Made) -> None:
         summary.certified_accuracy,
     ]
     assert values["datasets"] == ["digits"]
+    assert f"model.tflite, the file that ships | {made.model.stat().st_size} | 1.00 |" in body
     for fact in (made.claim.head.models[0].sha256, sources.main.sha256):
         assert fact in body
     assert report.card(report.read([made.certificate, made.model], 10)) == text.encode()

@@ -18,8 +18,9 @@ from cactus_edge import datasets, decision, flatbuffer, inputs, profiles
 from cactus_edge.certificate import VERDICTS
 from cactus_edge.certify.twin import twin
 from cactus_edge.cli import run
+from cactus_edge.csource import generate
 from cactus_edge.execute import execute, execute_all
-from cactus_edge.graph import Graph
+from cactus_edge.graph import Graph, Linear
 from cactus_edge.inputs import Perturbation
 from cactus_edge.report import Page, opened, read, render, widths
 from cactus_edge.report.charts import Series, chart
@@ -144,6 +145,28 @@ def test_equal_files_make_equal_bytes(made: Made, tmp_path: Path) -> None:
     arguments = ["report", made.certificate, made.model, "-o", again, "-n", 20, "--quiet"]
     assert run([str(argument) for argument in arguments]) == 0
     assert again.read_bytes() == made.page.read_bytes()
+
+
+def test_sizes_are_counted(made: Made) -> None:
+    """Beside the file: the same weights as float32 and plain int8, and the generated C."""
+    root, graph = parse(made.page.read_bytes()), graph_of(made)
+    layers = [op for op in graph.operators if isinstance(op, Linear)]
+    weights = sum(op.weights.values.size for op in layers)
+    biases = sum(len(op.bias) for op in layers)
+    file = made.model.stat().st_size
+    constants = generate(graph).table_bytes
+    expected = [file, 4 * (weights + biases), weights + 4 * biases, constants]
+    (table,) = root.by_id("speed").every("table")
+    shown = rows(table)
+    assert [int(row[1].replace(",", "")) for row in shown] == expected
+    assert [row[2] for row in shown] == [f"{size / file:.2f}" for size in expected]
+    assert constants < expected[1] and "generated C" in shown[3][0]
+    caption = table.every("caption")[0].text
+    assert f"{weights:,} weights" in caption
+    assert "No latency: no result of bench --json was given." in root.text
+    alone = parse(render(Page("no model", read([made.certificate], 5), None, None)))
+    with pytest.raises(KeyError):
+        alone.by_id("speed")
 
 
 def test_names_cannot_become_markup(made: Made) -> None:

@@ -22,7 +22,7 @@ from cactus_edge.cli.measuring import BenchOutput
 from cactus_edge.inputs import Perturbation
 from cactus_edge.report import Page, read, render, sources
 from cactus_edge.search.budget import Limits
-from cactus_edge.search.report import FORMAT, Candidate, Data, Device, Report, Row
+from cactus_edge.search.report import FORMAT, Candidate, Data, Device, Latency, Report, Row
 from cactus_edge.shares import percent
 from cactus_edge.validate.compare import PeerResult, Validation
 
@@ -64,7 +64,7 @@ def results(made: Made, tmp_path: Path) -> Path:
         limits=Limits(),
         rows=(
             Row("int8, 25 % pruned", "convert", "a.tflite", one, None, 500, 12.5, front=True),
-            Row("int4", "convert", "b.tflite", two, None, 400, None),
+            Row("int4", "convert", "b.tflite", two, Latency(333, 1.5, 1, 2), 400, None),
         ),
         failed={},
         chosen=None,
@@ -107,6 +107,10 @@ def test_a_folder_of_all_results(results: Path, capsys: pytest.CaptureFixture[st
         ["int4", "500", "50", "400", "–", "97.50", "62.50", "", "this model"],
     ]
     assert "int4: 75, 62.50 %" in text and "int8: 25, 75.00 %" in text
+    sizes, speed = root.by_id("speed").every("table")
+    assert rows(sizes)[-1][:2] == ["packed for our kernels on a processor", "333"]
+    assert [row[0] for row in rows(speed)] == ["cactus-edge", "litert"]
+    assert "No latency" not in text
 
 
 def test_results_are_read_with_the_names_they_are_written_with() -> None:
