@@ -1,8 +1,9 @@
 """The code blocks of the documentation: found, parsed, run, and what they show compared.
 
-A tutorial runs from top to bottom in one directory, as a reader would type it. Blocks of other
-pages are parsed: commands against the command line, Python by compiling and by its imports, TOML as
-a recipe. A comment above a block says otherwise:
+A tutorial runs from top to bottom in one directory, as a reader would type it. So do pages for
+which ``stand_ins`` has the reader's files; blocks of the others are parsed: commands against the
+command line, Python by compiling and by its imports, TOML as a recipe. A comment above a block says
+otherwise:
 
     <!-- run -->             run it, with the blocks of this page that ran before it
     <!-- parse -->           only parse it, in a tutorial
@@ -28,6 +29,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import stand_ins
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,9 +54,21 @@ class Block:
     @property
     def runs(self) -> bool:
         """Whether it is run, and not only parsed."""
-        tutorial = self.page.parent.name == "tutorials" and self.mark != "parse"
-        wanted = tutorial or self.mark in ("run", "figures vary")
-        return wanted and self.language in ("bash", "console", "python")
+        if self.language not in ("bash", "console", "python"):
+            return False
+        if self.mark in MARKS:
+            return self.mark != "parse"
+        if self.page.parent.name == "tutorials":
+            return True
+        return self.stands_in and not (
+            self.language == "python" and stand_ins.why_not(self.page, self.text)
+        )
+
+    @property
+    def stands_in(self) -> bool:
+        """Whether it runs with files, and perhaps words, that stand for those of the page."""
+        plain = self.mark == "" and self.language in ("bash", "python")
+        return plain and stand_ins.of(self.page) is not None
 
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
@@ -158,13 +172,16 @@ def _plain(text: str, figures: bool) -> str:
 
 
 class Runner:
-    """Runs the blocks of one page in the current directory, which has to be an empty one."""
+    """Runs the blocks of ``page`` in the current directory, which has to be an empty one."""
 
-    def __init__(self) -> None:
+    def __init__(self, page: Path | None = None) -> None:
         self.module = types.ModuleType("page")
         sys.modules[self.module.__name__] = self.module
         for name in SHIPPED:
             Path(name).symlink_to(ROOT / name)
+        here = None if page is None else stand_ins.of(page)
+        if here is not None:
+            vars(self.module).update(here.prepare() or {})
 
     def python(self, block: Block) -> str:
         """Run a block of Python; what it prints."""
@@ -233,7 +250,10 @@ def run(page: Path, runner: Runner, *, exact: bool = False) -> Iterator[Differen
             printed = None
             now: list[str] = []
             for command in commands(block):
-                code, output = runner.command(command.text)
+                if block.stands_in and stand_ins.why_not(page, command.text):
+                    continue
+                text = stand_ins.replaced(page, command.text) if block.stands_in else command.text
+                code, output = runner.command(text)
                 if code and not re.search("^error:", command.shown, re.MULTILINE):
                     yield Difference(block, f"{command.text}\nexits with {code}:\n{output}")
                     return
@@ -258,7 +278,7 @@ def main() -> None:
         page = (home / name).resolve()
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)
-            found = list(run(page, Runner(), exact=True))
+            found = list(run(page, Runner(page), exact=True))
             os.chdir(home)
         lines = page.read_text(encoding="utf-8").splitlines()
         for difference in reversed(found):  # from the end, so that line numbers stay true

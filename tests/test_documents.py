@@ -1,4 +1,7 @@
-"""No code block of the documentation is unchecked: tutorials run, everything else is parsed."""
+"""No code block of the documentation is unchecked: what can run runs, and all of it is parsed.
+
+What does not run, and why, stands in ``stand_ins.NOT_RUN``.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pathlib import Path
 
 import documents
 import pytest
+import stand_ins
 import typer
 from documents import ROOT, Block, Command
 
@@ -113,7 +117,7 @@ def test_page_does_what_it_says(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for difference in documents.run(page, documents.Runner()):
+    for difference in documents.run(page, documents.Runner(page)):
         pytest.fail(f"{difference.block}: {difference.what}")
 
 
@@ -126,8 +130,25 @@ def test_commands_parse(block: Block) -> None:
         check=True,
     )
     for command in documents.commands(block):
-        if not block.runs:
+        if block.stands_in or not block.runs:
             check_command(command.text)
+
+
+def test_what_does_not_run_has_a_reason() -> None:
+    """And no reason is left over."""
+    used: set[tuple[str, str]] = set()
+    for block in BLOCKS:
+        if block.language not in ("bash", "console", "python"):
+            continue
+        texts = [block.text]
+        if block.language != "python":
+            texts = [command.text for command in documents.commands(block)]
+        for text in texts:
+            why = stand_ins.why_not(block.page, text)
+            assert block.runs or why, f"{block}: does not run, for no reason: {text}"
+            used |= {(name_of(block.page), why)} if why else set()
+    reasons = {(page, why) for page, listed in stand_ins.NOT_RUN.items() for why in listed.values()}
+    assert used == reasons
 
 
 @pytest.mark.parametrize("block", of("python"), ids=str)
