@@ -331,6 +331,40 @@ def test_shells_complete(
     assert capsys.readouterr().out.split() == [expected]
 
 
+def test_wide_tables_go_on_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No word or number is broken on a screen of 80 columns; only sentences are wrapped."""
+    columns = ("#", *(f"a column {n}" for n in range(9)), "why", "sha256")
+    reason = "this line holds many words that may well stand one below the other " * 2
+    rows = [(n, *["FULLY_CONNECTED"] * 9, reason, "f" * 64) for n in range(2)]
+    text: dict[int, str] = {}
+    for width in (80, 400):
+        screen = StringIO()
+        monkeypatch.setattr(output, "stdout", Console(file=screen, width=width))
+        output.emit(None, False, output.table("title", columns, rows))
+        text[width] = screen.getvalue()
+        assert text[width].count("FULLY_CONNECTED") == 2 * 9
+        assert text[width].count("f" * 64) == 2
+        assert text[width].count("title") == 1
+        assert max(map(len, text[width].splitlines())) <= width
+    assert (text[80].count("┃ # ┃"), text[400].count("┃ # ┃")) == (4, 1)
+    assert set(reason.split()) <= set(text[80].split())
+    assert reason.strip() in text[400]
+
+
+def test_names_do_not_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = StringIO()
+    monkeypatch.setattr(output, "stdout", Console(file=screen, width=120))
+    names = ("weights [out, kh, kw, in]", "[/red]", "a\x1b]0;owned\x07b", "two\nlines")
+    output.emit(
+        None, False, output.table("model[red].tflite", ("", "value"), [names[:2], names[2:]])
+    )
+    shown = screen.getvalue()
+    assert "model[red].tflite" in shown
+    assert all(name in shown for name in names[:2])
+    assert r"a\x1b]0;owned\x07b" in shown and "\x1b]" not in shown
+    assert len(shown.splitlines()) == 8
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
     screen = StringIO()

@@ -11,6 +11,7 @@ import sys
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 import cactus_edge
 from cactus_edge.cli import (
@@ -30,7 +31,7 @@ from cactus_edge.cli import (
     signing,
     verbs,
 )
-from cactus_edge.cli.output import console
+from cactus_edge.cli.output import console, inert
 from cactus_edge.errors import CactusEdgeError, ToolError
 
 app = typer.Typer(
@@ -88,25 +89,26 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         app(args=arguments)
     except CactusEdgeError as error:
-        console.print(f"[red]error:[/red] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        _fail(str(error))
         return error.exit_code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     except OSError as error:  # such as a full disk behind stdout
         logging.getLogger(__name__).info("the refusal, in full", exc_info=True)
         text = f"{error}; the system refused this, --verbose shows where"
-        console.print(f"[red]error:[/red] {_plain(text)}", highlight=False, soft_wrap=True)
+        _fail(text)
         return ToolError.exit_code
     except KeyboardInterrupt:  # between the verbs: while they are read or when they are done
         return verbs.INTERRUPTED
     except Exception as error:  # a defect: still one line, and never the code of a verdict
         logging.getLogger(__name__).info("the defect, in full", exc_info=True)
         text = f"{type(error).__name__}: {error}; this is a defect, --verbose shows where"
-        console.print(f"[red]error:[/red] {_plain(text)}", highlight=False, soft_wrap=True)
+        _fail(text)
         return ToolError.exit_code
     return 0
 
 
-def _plain(text: str) -> str:
-    """One line, with nothing that rich would take for markup."""
-    return " ".join(text.split()).replace("[", r"\[")
+def _fail(text: str) -> None:
+    """One line, with nothing that rich would take for markup or a terminal for a command."""
+    line = inert(" ".join(text.split()))
+    console.print(Text.assemble(("error:", "red"), " ", line), highlight=False, soft_wrap=True)

@@ -189,7 +189,7 @@ def supported_ops(
         return
     operators = manual.supported()
     rows = [
-        (kind, "\n".join([summary, *(f"- {rule}" for rule in rules)]))
+        (kind, "\n".join([summary, *(f"- {rule}" for rule in rules)]).replace("``", "`"))
         for kind, (summary, rules) in operators.items()
     ]
     emit(operators, as_json, table("Supported operators", ("operator", "rules"), rows))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -20,7 +22,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from cactus_edge import files, shares
@@ -63,17 +65,71 @@ def emit(result: object, as_json: bool, *tables: Table) -> None:
         if title:
             line = Text(str(title), style="table.title")
             stdout.print(line, soft_wrap=not stdout.is_terminal)
-        stdout.print(table)
+        for part in _fitted(table, stdout.width):
+            stdout.print(part)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """A rich table; numbers stand to the right. Names are shown as they are, not as markup."""
-    result = Table(title=title)
+    """A rich table; numbers stand to the right, and what names hold is shown, never obeyed."""
+    result = Table(title=inert(title))
     for position, column in enumerate(columns):
         numeric = bool(rows) and all(_is_number(row[position]) for row in rows)
         result.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        result.add_row(*(Text(str(cell)) for cell in row))
+        result.add_row(*(Text(inert(str(cell))) for cell in row))
+    return result
+
+
+def inert(text: str) -> str:
+    """``text`` with what would steer a terminal, such as escape sequences in names, spelled out."""
+    return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+_CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+_LONG = 20  # Cells of sentences may be wrapped down to that many characters, all others never.
+_FRAME = 3  # What a cell takes beside its text: a space on either side and a line.
+
+
+def _fitted(whole: Table, width: int) -> Iterator[Table]:
+    """``whole``, or where the screen is too narrow its columns in parts, each behind the first.
+
+    Left alone, rich breaks every column of such a table in the middle of words and numbers.
+    """
+    needed = [_width(column) for column in whole.columns]
+    if len(needed) <= 2:
+        yield whole
+        return
+    part = [0]
+    for position in range(1, len(needed)):
+        if len(part) > 1 and 1 + sum(needed[i] for i in part) + needed[position] > width:
+            yield _part(whole, part, width)
+            part = [0]
+        part.append(position)
+    yield _part(whole, part, width)
+
+
+def _width(column: Column) -> int:
+    """The least width at which no word of a column is broken."""
+    cells = [str(column.header), *map(str, column.cells)]
+    words = max((cell_len(word) for cell in cells for word in cell.split()), default=0)
+    return max(words, min(max(map(cell_len, cells)), _LONG)) + _FRAME
+
+
+def _part(whole: Table, positions: Sequence[int], width: int) -> Table:
+    """Some columns of a table; what fits is not wrapped."""
+    result = Table()
+    columns = [whole.columns[position] for position in positions]
+    fits = 1 + sum(map(_width, columns)) <= width
+    for column in columns:
+        longest = max(cell_len(str(cell)) for cell in (column.header, *column.cells))
+        result.add_column(
+            column.header,
+            justify=column.justify,
+            overflow=column.overflow,
+            no_wrap=fits and longest + _FRAME <= _width(column),
+        )
+    for row in zip(*(column.cells for column in columns), strict=True):
+        result.add_row(*row)
     return result
 
 
