@@ -53,8 +53,8 @@ class Request:
         attack: strength of the attack on what stays open; None for no attack.
         models: (file name, bytes of the ``.tflite``); a verdict holds for every one of them.
         method: the strongest method that may be tried.
-        budget: seconds a sample for the methods beyond ``interval``; what they find in this time
-            may differ from machine to machine, and what they found is certified on all.
+        budget: seconds a sample for ``complete``; what it finds in this time may differ from
+            machine to machine, and what it found is certified on all.
         memory: bytes that such a method may use.
         shard: (i, n): only the i-th of n consecutive ranges of the samples.
         jobs: processes; None for this one.

@@ -79,7 +79,7 @@ MethodOption = Annotated[
     str, typer.Option("--method", help="Strongest method: interval, linear or complete.")
 ]
 BudgetOption = Annotated[
-    float, typer.Option("--budget", help="Seconds a sample for linear and complete.")
+    float, typer.Option("--budget", help="Seconds a sample for --method complete.")
 ]
 MemoryOption = Annotated[
     str, typer.Option("--memory", help="Memory of the complete search, such as 2G.")

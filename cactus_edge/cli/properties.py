@@ -326,7 +326,7 @@ def verify(
     profile: ProfileOption = None,
     method: MethodOption = "linear",
     budget: Annotated[
-        float, typer.Option("--budget", help="Seconds a box for linear and complete.")
+        float, typer.Option("--budget", help="Seconds a box for --method complete.")
     ] = 60.0,
     memory: MemoryOption = "2G",
     steps: Annotated[
