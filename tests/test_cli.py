@@ -173,6 +173,11 @@ def test_usage_errors(
     assert not model.with_suffix(".json").exists()
 
 
+def test_check_wants_the_certificate_first(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(capsys, "check", model, "claim.jsonl", "--data", "digits")
+    assert (code, "the certificate comes first" in err) == (2, True)
+
+
 def test_a_share_that_falls_short_is_no_hundred() -> None:
     """Of many thousand samples, one that is not certified shows."""
     verdicts = {"certified": 99_999, "refuted": 0, "unknown": 1, "error": 0}

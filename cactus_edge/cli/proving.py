@@ -290,6 +290,8 @@ def check(
 
     Example: cactus-edge check certificate.jsonl model.tflite --data mnist
     """
+    if certificate.suffix == ".tflite":
+        raise UsageError(f"{certificate} is a model; the certificate comes first, models follow")
     with certificate_stream.reading(certificate) as claim:
         asks = claim.head.query is not None
         if (query is not None, data is not None) != (asks, not asks):
