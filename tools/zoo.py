@@ -49,7 +49,7 @@ ENTRIES = {
         ("--sparsity", "0.8"), ("--precision", "bf16-mixed"),
     ),
     "mnist-20kb-0.1": Entry(
-        "MNIST in less than 20 kB", "mnist-20kb", "mnist", "0.1", ("--bits", "4"),
+        "MNIST in less than 20 kB", "mnist-20kb", "mnist", "0.1", ("--bits", "4", "--plain"),
     ),
     "mnist-0.3": Entry("MNIST", "mnist-0.3", "mnist", "0.3", ("--sparsity", "0.8")),
     "fashion-mnist-0.1": Entry(
