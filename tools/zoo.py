@@ -52,6 +52,9 @@ ENTRIES = {
         "MNIST in less than 20 kB", "mnist-20kb", "mnist", "0.1", ("--bits", "4", "--plain"),
     ),
     "mnist-0.3": Entry("MNIST", "mnist-0.3", "mnist", "0.3", ("--sparsity", "0.8")),
+    "mnist-0.3-long": Entry(
+        "MNIST, a longer ramp", "mnist-0.3-long", "mnist", "0.3", ("--sparsity", "0.8")
+    ),
     "fashion-mnist-0.1": Entry(
         "Fashion-MNIST", "fashion-quick", "fashion-mnist", "0.1", ("--sparsity", "0.5")
     ),
