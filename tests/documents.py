@@ -181,11 +181,12 @@ class Runner:
             Path(name).symlink_to(ROOT / name)
         here = None if page is None else stand_ins.of(page)
         if here is not None:
-            vars(self.module).update(here.prepare() or {})
+            here.prepare()
 
     def python(self, block: Block) -> str:
         """Run a block of Python; what it prints."""
-        code = compile("\n" * (block.line - 1) + block.text, str(block.page), "exec")
+        text = stand_ins.replaced(block.page, block.text) if block.stands_in else block.text
+        code = compile("\n" * (block.line - 1) + text, str(block.page), "exec")
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(code, vars(self.module))
