@@ -36,6 +36,7 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "about",
+    "counted",
     "meant",
     "shortened",
 ]

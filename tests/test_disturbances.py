@@ -19,7 +19,6 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-import libfaketime
 import numpy as np
 import pytest
 from typer.main import get_command
@@ -346,6 +345,7 @@ class TurningClock:
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / "clock"
+        libfaketime = pytest.importorskip("libfaketime", reason="installed on Linux alone")
         preload = libfaketime.get_reload_information()[1]
         self._environment = {**os.environ, **preload, "FAKETIME_NO_CACHE": "1"}
         self._environment |= {"FAKETIME_TIMESTAMP_FILE": str(self._file)}

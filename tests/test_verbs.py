@@ -94,7 +94,7 @@ IGNORED = (
     ("certify m.tflite --data digits --eps 0 -o c --radii-kind levels", "--radii-kind", "--radii"),
     ("certify m.tflite --data digits --eps 0.1 -o c --budget 60", "--budget", "--method complete"),
     ("radius m.tflite --data digits --memory 1G", "--memory", "--method complete"),
-    ("verify m.tflite q.vnnlib --method interval --budget 1", "--budget", "--method linear"),
+    ("verify m.tflite q.vnnlib --budget 1", "--budget", "--method complete"),
     ("verify m.tflite q.vnnlib --no-attack --steps 3", "--steps", "--no-attack"),
     ("verify m.tflite q.vnnlib --no-attack --strong", "--strong", "--no-attack"),
     ("convert m.onnx -o t --ranges mse --percentile 0.9", "--percentile", "--ranges percentile"),

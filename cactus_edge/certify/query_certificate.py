@@ -40,8 +40,8 @@ class QueryRequest:
         attack: strength of the search for a counterexample; None for no search.
         method: the strongest method that may be tried. Beyond ``interval`` every point is run where
             there are few.
-        budget: seconds a box for the methods beyond ``interval``.
-        memory: bytes that such a method may use.
+        budget: seconds a box for ``complete``.
+        memory: bytes that it may use.
     """
 
     model: tuple[str, bytes]

@@ -55,7 +55,7 @@ class Request:
         method: the strongest method that may be tried.
         budget: seconds a sample for ``complete``; what it finds in this time may differ from
             machine to machine, and what it found is certified on all.
-        memory: bytes that such a method may use.
+        memory: bytes that it may use.
         shard: (i, n): only the i-th of n consecutive ranges of the samples.
         jobs: processes; None for this one.
         dask: address of a Dask scheduler whose workers do the work instead.

@@ -43,8 +43,8 @@ RULES = (
     Rule(
         ("certify", "radius", "verify"),
         ("budget", "memory"),
-        lambda values: values["method"] == "interval",
-        "intervals need neither; give --method linear or --method complete, too",
+        lambda values: values["method"] in ("interval", "linear"),
+        "it is about the complete search; give --method complete, too",
     ),
     Rule(
         ("verify",),
