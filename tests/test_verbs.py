@@ -353,7 +353,8 @@ def test_wide_tables_go_on_below(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_names_do_not_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = StringIO()
-    monkeypatch.setattr(output, "stdout", Console(file=screen, width=120))
+    for name in ("stdout", "console"):
+        monkeypatch.setattr(output, name, Console(file=screen, width=120))
     names = ("weights [out, kh, kw, in]", "[/red]", "a\x1b]0;owned\x07b", "two\nlines")
     output.emit(
         None, False, output.table("model[red].tflite", ("", "value"), [names[:2], names[2:]])
@@ -363,6 +364,10 @@ def test_names_do_not_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(name in shown for name in names[:2])
     assert r"a\x1b]0;owned\x07b" in shown and "\x1b]" not in shown
     assert len(shown.splitlines()) == 8
+    for line in (output.say, output.tell):
+        screen.truncate(screen.seek(0))
+        line("\x1b]0;[red]\x07 of \udcff.tflite")
+        assert screen.getvalue() == "\\x1b]0;[red]\\x07 of \\udcff.tflite\n"
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from cactus_edge.cli.output import bar, console, emit, table
+from cactus_edge.cli.output import bar, emit, table, tell
 from cactus_edge.errors import RuntimesDisagreeError, UsageError, counted
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def validate_board(
         show_difference(options.device, report.first)
     if report.first_verdict is not None:
         found = report.first_verdict
-        _say(
+        tell(
             f"{options.device}: first verdict that differs: sample {found.sample}, {found.field}: "
             f"expected {found.expected}, found {found.found}"
         )
@@ -81,11 +81,7 @@ def validate_board(
 def show_difference(name: str, first: Difference) -> None:
     """One line that says where a runtime first differs."""
     where = f"layer {first.layer} ({first.kind} '{first.name}')"
-    _say(
+    tell(
         f"{name}: first difference in {where}, sample {first.sample}, "
         f"element {list(first.position)}: expected {first.expected}, found {first.found}"
     )
-
-
-def _say(text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -11,7 +11,7 @@ import typer
 from cactus_edge import datasets, files, flatbuffer, inputs
 from cactus_edge.cli.making import require_training
 from cactus_edge.cli.options import a_radius, split_of
-from cactus_edge.cli.output import JsonOption, bar, console, emit, percent, say, share, table
+from cactus_edge.cli.output import JsonOption, bar, emit, percent, say, share, table, tell
 from cactus_edge.errors import DataError, UsageError, about, counted, meant
 from cactus_edge.inputs import Perturbation
 
@@ -134,7 +134,7 @@ def compare(
     )
     emit(output, as_json, *_tables(output, found, costs))
     if note:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        tell(f"note: {note}")
     for sentence in () if as_json else output.advice:
         say(f"- {sentence}")
 

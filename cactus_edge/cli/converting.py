@@ -14,11 +14,11 @@ from cactus_edge.cli.output import (
     ForceOption,
     JsonOption,
     bar,
-    console,
     emit,
     percent,
     share,
     table,
+    tell,
     working,
 )
 from cactus_edge.errors import UsageError, about
@@ -174,7 +174,7 @@ def convert(
     with working("convert"), about(source):
         report = onnx_convert.convert(source, output, calibration, settings, force=force)
     for note in () if as_json else report.notes:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        tell(f"note: {note}")
     title = (
         f"{_title(output, report.bytes, report.universal)}; decides as the float network on "
         f"{share(report.same_decisions)} % of the samples that were compared"

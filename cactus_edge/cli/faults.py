@@ -25,10 +25,10 @@ from cactus_edge.cli.output import (
     ForceOption,
     JsonOption,
     bar,
-    console,
     emit,
     share,
     table,
+    tell,
 )
 from cactus_edge.errors import PropertyNotMetError, UsageError, counted
 from cactus_edge.fault_report import Report
@@ -159,9 +159,7 @@ def faults(
     shown = _shown(report, output, graph)
     emit(shown, as_json, *_tables(shown, f"weight faults in {model.name} on {data} {split}"))
     for name, reason in report.uncovered_profiles.items():
-        console.print(
-            f"not covered: {name}: {reason}", highlight=False, markup=False, soft_wrap=True
-        )
+        tell(f"not covered: {name}: {reason}")
     _judge(shown, require)
 
 
@@ -254,7 +252,7 @@ def _check(path: Path, model: Path, data: str, require: float | None, as_json: b
     emit(shown, as_json, outcome, *(_tables(stated, "what it states") if stated else ()))
     if not result.agrees:
         for problem in result.problems:
-            console.print(f"- {problem}", highlight=False, markup=False, soft_wrap=True)
+            tell(f"- {problem}")
         raise PropertyNotMetError(f"{path}: {counted(len(result.problems), 'problem')}, see above")
     if stated is not None:
         _judge(stated, require)

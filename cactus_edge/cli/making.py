@@ -23,6 +23,7 @@ from cactus_edge.cli.output import (
     emit,
     share,
     table,
+    tell,
 )
 from cactus_edge.errors import MissingExtraError, counted
 
@@ -151,12 +152,7 @@ def train(
         ):
             again += [] if value == default else [option, f"{value}"]
         again += ["--serve"] if serve else ["--tensorboard"] if tensorboard else []
-        console.print(
-            f"interrupted; go on with: {shlex.join(again)}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        tell(f"interrupted; go on with: {shlex.join(again)}")
         raise typer.Exit(130) from None
     summary = msgspec.structs.replace(summary, output=str(output))  # it may have been moved
     rows = [

@@ -10,7 +10,7 @@ import typer
 
 from cactus_edge import files, flatbuffer
 from cactus_edge.cli.options import ModelsArgument, training_samples
-from cactus_edge.cli.output import ForceOption, JsonOption, bar, console, drawn, emit, table
+from cactus_edge.cli.output import ForceOption, JsonOption, bar, drawn, emit, table, tell
 from cactus_edge.errors import counted
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def _show(results: list[tuple[Path, Benchmark]], best: Ceilings | None, as_json:
     emit(shown[0] if len(shown) == 1 else shown, as_json, *tables)
     for _, result in results:
         for name, reason in result.absent.items():
-            console.print(f"{name}: {reason}", highlight=False, markup=False)
+            tell(f"{name}: {reason}")
 
 
 def _draw(

@@ -85,7 +85,8 @@ def inert(text: str) -> str:
     return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
 
 
-_CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+# With what stands for a byte of a file's name that is no UTF-8, which stdout would refuse.
+_CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _LONG = 20  # Cells of sentences may be wrapped down to that many characters, all others never.
 _FRAME = 3  # What a cell takes beside its text: a space on either side and a line.
 
@@ -173,7 +174,12 @@ def quieted(quiet: bool) -> Generator[None]:
 
 def say(text: str) -> None:
     """A line on stdout, as it is."""
-    stdout.print(text, highlight=False, markup=False, soft_wrap=True)
+    stdout.print(inert(text), highlight=False, markup=False, soft_wrap=True)
+
+
+def tell(text: str) -> None:
+    """A line on stderr, as it is."""
+    console.print(inert(text), highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -181,7 +187,7 @@ def announced(page: AbstractContextManager[str] | None) -> Generator[None]:
     """Say where ``page`` is served, while it is; None: it is not."""
     with page or nullcontext("") as address:
         if address:
-            console.print(f"live view: {address}", highlight=False, markup=False, soft_wrap=True)
+            tell(f"live view: {address}")
         yield
 
 

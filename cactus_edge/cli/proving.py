@@ -51,11 +51,11 @@ from cactus_edge.cli.output import (
     ServeOption,
     announced,
     bar,
-    console,
     emit,
     save_json,
     share,
     table,
+    tell,
 )
 from cactus_edge.errors import PropertyNotMetError, ToolError, UsageError, counted
 
@@ -176,7 +176,7 @@ def resumable(output: Path | None) -> Generator[None]:
         kept = partial_of(output)
         left = f"what is done is in {kept}; --resume goes on from there"
         text = f"stopped; {left if kept.exists() else 'nothing was done yet'}"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        tell(text)
         raise typer.Exit(_INTERRUPTED) from None
 
 
@@ -222,12 +222,7 @@ def _show(
     emit(shown, as_json, table(title, ("", "value"), rows))
     for model, covered in zip(head.models, head.arithmetic, strict=True):
         for name, reason in covered.uncovered.items():
-            console.print(
-                f"{model.file}: not covered: {name}: {reason}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+            tell(f"{model.file}: not covered: {name}: {reason}")
 
 
 def _patch(patch: tuple[int, ...]) -> str:
@@ -319,7 +314,7 @@ def check(
     emit(shown, as_json, table(f"{certificate.name} with {names}", ("", "value"), rows))
     if not result.agrees:
         for problem in result.problems:
-            console.print(f"- {problem}", highlight=False, markup=False, soft_wrap=True)
+            tell(f"- {problem}")
         found = counted(len(result.problems), "problem")
         raise PropertyNotMetError(f"{certificate}: {found}, see above")
 

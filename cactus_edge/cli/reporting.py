@@ -10,7 +10,7 @@ import typer
 
 from cactus_edge import files
 from cactus_edge.cli.options import split_of
-from cactus_edge.cli.output import ForceOption, JsonOption, bar, console, emit, table
+from cactus_edge.cli.output import ForceOption, JsonOption, bar, emit, table, tell
 from cactus_edge.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def report(
         bom=None if bom is None else str(bom),
     )
     for note in notes:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        tell(f"note: {note}")
     rows: list[tuple[str, object]] = [("certificates", len(shown.certificates))]
     rows += shown.results.items()
     if output is not None:

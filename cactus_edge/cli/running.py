@@ -18,11 +18,11 @@ from cactus_edge.cli.output import (
     ForceOption,
     JsonOption,
     bar,
-    console,
     emit,
     say,
     share,
     table,
+    tell,
 )
 from cactus_edge.errors import RuntimesDisagreeError, UsageError, counted
 from cactus_edge.execute import execute
@@ -344,7 +344,7 @@ def demo(
 
     files.refuse_existing(output / "results.json", force)
     with training_bar() as progress:
-        result = demonstration.run(output, train_progress=progress, say=console.print, force=force)
+        result = demonstration.run(output, train_progress=progress, say=tell, force=force)
     rows = [
         (
             row.model,

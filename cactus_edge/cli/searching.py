@@ -15,11 +15,11 @@ from cactus_edge.cli.output import (
     ForceOption,
     JsonOption,
     bar,
-    console,
     emit,
     say,
     share,
     table,
+    tell,
 )
 from cactus_edge.errors import PropertyNotMetError, UsageError, counted
 
@@ -129,10 +129,10 @@ def search(
     )
     try:
         with bar("search") as progress:
-            found = run(request, output, force=force, progress=progress, say=_say)
+            found = run(request, output, force=force, progress=progress, say=tell)
     except KeyboardInterrupt:
         text = f"stopped; what is done is in {output}, and the same command goes on from there"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        tell(text)
         raise typer.Exit(_INTERRUPTED) from None
     _show(found, as_json)
     if found.chosen is None:
@@ -145,10 +145,6 @@ def search(
             f"{share(test.standard_accuracy)} %, certified {share(test.certified_accuracy)} %\n"
             + "\n".join(str(output / name) for name in (test.file, test.certificate, "front.svg"))
         )
-
-
-def _say(text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _numbers(option: str, text: str, kind: type[int] | type[float]) -> list[int] | list[float]:
@@ -185,7 +181,7 @@ def _show(found: Report, as_json: bool) -> None:
     emit(found, as_json, table(title, columns, rows))
     problems = {row.name: row.model.problem for row in found.rows if row.model.problem}
     for name, problem in {**problems, **found.failed}.items():
-        _say(f"{name}: {problem}")
+        tell(f"{name}: {problem}")
 
 
 def _costs(row: Row) -> tuple[str, ...]:

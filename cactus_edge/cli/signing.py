@@ -11,7 +11,7 @@ import typer
 from cactus_edge import files, flatbuffer, signing
 from cactus_edge.certificate import Data
 from cactus_edge.cli.options import split_of
-from cactus_edge.cli.output import ForceOption, JsonOption, console, emit, table, working
+from cactus_edge.cli.output import ForceOption, JsonOption, emit, table, tell, working
 from cactus_edge.errors import DataError, PropertyNotMetError, UsageError, counted
 
 DataFileOption = Annotated[
@@ -138,7 +138,7 @@ def verify_signature(
     emit(shown, as_json, table(title, ("", "sha256"), rows))
     if found:
         for problem in found:
-            console.print(f"- {problem}", highlight=False, markup=False, soft_wrap=True)
+            tell(f"- {problem}")
         raise PropertyNotMetError(f"{signature}: {counted(len(found), 'problem')}, see above")
 
 

@@ -19,7 +19,7 @@ from typer.models import OptionInfo
 
 from cactus_edge import certificate, datasets, profiles
 from cactus_edge.cli.ignored import refuse_ignored
-from cactus_edge.cli.output import console, quieted
+from cactus_edge.cli.output import quieted, tell
 from cactus_edge.errors import UsageError
 
 QuietOption = Annotated[
@@ -124,7 +124,7 @@ def _equipped(verb: Callable[..., None]) -> Callable[..., None]:
                 verb(**options)
         except KeyboardInterrupt:
             text = "stopped; no unfinished file was left, and the same command starts again"
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+            tell(text)
             raise typer.Exit(INTERRUPTED) from None
 
     # Typer reads options from the signature, and their types from the annotations.
