@@ -84,7 +84,8 @@ def multiply(a: Binary, b: Binary, width: int) -> Binary:
     """Product in IEEE arithmetic of ``width`` bits.
 
     Raises:
-        InvalidGraphError: the result would be subnormal, where runtimes may flush to zero.
+        InvalidGraphError: the result would be subnormal, where runtimes may flush to zero, or of 32
+            bits and infinite, where they abort.
     """
     product = nearest(a.significand * b.significand, 1, width)
     return _scaled(product, a.exponent + b.exponent, width)
@@ -94,7 +95,8 @@ def divide(a: Binary, b: Binary, width: int) -> Binary:
     """Quotient in IEEE arithmetic of ``width`` bits.
 
     Raises:
-        InvalidGraphError: the result would be subnormal, where runtimes may flush to zero.
+        InvalidGraphError: the result would be subnormal, where runtimes may flush to zero, or of 32
+            bits and infinite, where they abort.
     """
     quotient = nearest(a.significand, b.significand, width)
     return _scaled(quotient, a.exponent - b.exponent, width)
@@ -110,7 +112,9 @@ def _scaled(x: Binary, exponent: int, width: int) -> Binary:
 def _finite(x: Binary) -> Binary:
     """``x``, which a runtime holds in float32: where that overflows, runtimes abort."""
     if x.significand.bit_length() + x.exponent > _FLOAT32_BITS:
-        raise InvalidGraphError("a product of scales is too large for float32; rescale the model")
+        raise InvalidGraphError(
+            "a product or ratio of scales is too large for float32; rescale the model"
+        )
     return x
 
 

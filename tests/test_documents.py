@@ -20,7 +20,8 @@ import stand_ins
 import typer
 from documents import ROOT, Block, Command
 
-from cactus_edge.cli import app
+from cactus_edge.cli import app, verbs
+from cactus_edge.cli.ignored import refuse_ignored
 from cactus_edge.csource import generate
 from cactus_edge.errors import DataError
 from cactus_edge.flatbuffer import read_tflite
@@ -43,11 +44,15 @@ def of(language: str) -> list[Block]:
 
 
 def parse(words: list[str]) -> None:
-    """Parse a command line of ours without running it; every option and type has to be right."""
+    """Parse a command line of ours without running it; every option and type has to be right.
+
+    And heeded.
+    """
     context = VERBS.make_context("cactus-edge", words[1:2])
     verb = VERBS.get_command(context, words[1])
     assert verb is not None, f"there is no verb {words[1]}"
-    verb.make_context(words[1], words[2:], parent=context)
+    found = verb.make_context(words[1], words[2:], parent=context)
+    refuse_ignored(words[1], verbs._given(found), found.params)
 
 
 def check_command(text: str) -> None:

@@ -17,7 +17,7 @@ from cactus_edge.inputs import Perturbation
 from cactus_edge.shares import percent
 from cactus_edge.train.checkpoint import load_model
 from cactus_edge.train.recipe import load_recipe
-from tools.zoo import ENTRIES, MODELS, Claim, overview
+from tools.zoo import ENTRIES, MODELS, Claim, Metrics, card, overview
 
 FEW = 1_000
 """Test splits of up to so many samples are certified again."""
@@ -54,3 +54,12 @@ def test_a_model_is_what_its_card_says(name: str) -> None:
 
 def test_the_table_of_models_is_of_these_files() -> None:
     assert (MODELS / "README.md").read_text() == overview()
+
+
+def test_a_card_has_the_options_of_all_steps() -> None:
+    claim = msgspec.json.decode(
+        (MODELS / "digits-0.05" / "certificate.json").read_bytes(), type=Claim
+    )
+    for name, entry in ENTRIES.items():
+        text = card(name, entry, claim.summary, Metrics(1), 1)
+        assert all(option in text for option in (*entry.train, *entry.convert))

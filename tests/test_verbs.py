@@ -57,7 +57,8 @@ def test_every_example_parses(verb: str) -> None:
     for line in lines:
         _, name, *arguments = shlex.split(line)
         assert name == verb
-        found.command.make_context(verb, arguments)
+        context = found.command.make_context(verb, arguments)
+        ignored.refuse_ignored(verb, verbs._given(context), context.params)
     assert "Example:" not in found.command.help
 
 

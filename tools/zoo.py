@@ -113,12 +113,14 @@ def make(name: str) -> None:
 def card(name: str, entry: Entry, summary: Summary, metrics: Metrics, size: int) -> str:
     """What the model is and what holds for it."""
     total = sum(summary.verdicts.values())
-    options = " ".join(shlex.quote(word) for word in entry.convert)
+    options = shlex.join(entry.convert)
+    recipe = f"recipe `recipes/{entry.recipe}.toml`"
+    recipe += f", `train {shlex.join(entry.train)}`" if entry.train else ""
     return f"""# {name}: {entry.title}
 
 | | |
 | --- | --- |
-| network | {metrics.parameters:,} parameters before pruning; recipe `recipes/{entry.recipe}.toml` |
+| network | {metrics.parameters:,} parameters before pruning; {recipe} |
 | file | `model.tflite`, {size:,} bytes, made with `convert {options}` |
 | test split | {total:,} samples |
 | standard accuracy | {percent(summary.standard_accuracy)} % |

@@ -107,7 +107,7 @@ def certified_text(what: Property) -> str:
     """What the share of certified samples is a share of: those with the largest radius, or all."""
     if what.kind != "radius":
         return "certified accuracy"
-    return f"certified up to {counted(int(what.radius), 'level')}"
+    return f"certified up to {what.radius} {'level' if what.radius == '1' else 'levels'}"
 
 
 def _readable(exact: str) -> str:

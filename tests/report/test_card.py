@@ -16,6 +16,7 @@ from report.html import parse
 
 from cactus_edge import report
 from cactus_edge.cli import run
+from cactus_edge.report.page import certified_text
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,9 @@ def test_radii_are_named_as_such(sources: report.Sources, made: Made) -> None:
     assert "| certified up to 7 levels |" in text and "| certified accuracy |" not in text
     names = yaml.safe_load(text.split("---\n", 2)[1])["model-index"][0]["results"][0]["metrics"]
     assert names[1]["name"] == "certified up to 7 levels"
+    one, none = (msgspec.structs.replace(what, radius=radius) for radius in ("1", "?"))
+    assert certified_text(one) == "certified up to 1 level"
+    assert certified_text(none) == "certified up to ? levels", "no strange file ends a report"
     root = parse(report.render(report.Page("radii", found, None, None)))
     assert [dt.text for dt in root.every("dt")][::4][:2] == [
         "certified up to 7 levels",
