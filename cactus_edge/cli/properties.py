@@ -356,9 +356,7 @@ def verify(
         query=(query.name, text),
         variables="stored" if stored else "real",
         profiles=tuple(dict.fromkeys(profile)) if profile else None,
-        attack=settings_of(40 if steps is None else steps, restarts, strong)
-        if attack or strong
-        else None,
+        attack=settings_of(40 if steps is None else steps, restarts, strong) if attack else None,
         method=method_of(method),
         budget=budget,
         memory=bytes_of(memory),
