@@ -254,6 +254,10 @@ def test_training_is_disturbed(
     assert call(capsys, *train, parts, "--resume")[0] == 0
     for name in (MODEL_FILE, STATE_FILE, HISTORY_FILE):
         assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
+    turned = tmp_path / "turned"
+    code, out = TurningClock(tmp_path).run("-m", "cactus_edge", *train, turned)
+    assert code == 0, out
+    assert (whole / MODEL_FILE).read_bytes() == (turned / MODEL_FILE).read_bytes()
     closed = place / "closed-train"
     closed.mkdir(mode=0o555)
     with without_rights():
@@ -382,14 +386,6 @@ def test_the_clock_is_set_back(
     code, printed = clock.run("-m", "cactus_edge", *command(place, "certify", parts), "--resume")
     assert code == 0, printed
     assert parts.read_bytes() == whole.read_bytes()
-    recipe, run_whole, run_parts = tmp_path / "recipe.toml", tmp_path / "a", tmp_path / "b"
-    recipe.write_text(RECIPE)
-    train = ["train", recipe, "--device", "cpu", "-o"]
-    assert call(capsys, *train, run_whole)[0] == 0
-    code, printed = clock.run("-m", "cactus_edge", *train, run_parts, "--tensorboard")
-    assert code == 0, printed
-    for name in (MODEL_FILE, STATE_FILE, HISTORY_FILE):
-        assert (run_whole / name).read_bytes() == (run_parts / name).read_bytes(), name
 
 
 def test_the_platform_is_one_that_these_tests_know() -> None:

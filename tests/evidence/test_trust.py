@@ -100,6 +100,7 @@ FAULTS = {
         "tests/test_disturbances.py",
         (
             "test_the_clock_is_set_back",
+            "test_training_is_disturbed",
             "test_no_result_depends_on_the_clock",
             "test_wall_clocks_are_found",
         ),

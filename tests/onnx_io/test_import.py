@@ -90,7 +90,7 @@ def test_networks_of_torch_keep_their_accuracy(kind: str) -> None:
     assert accuracy > 0.9
     calibration = load("digits", 128)
     for chosen, loss in (
-        (Settings(), 0.005),
+        (Settings(), 0.01),  # of 450 samples, on any CPU's training
         (Settings(calibration=Calibration("mse"), correct_bias=False), 0.01),
         (Settings(4, per_tensor=True, equalize=True), 0.05),
         (Settings(4), 0.03),

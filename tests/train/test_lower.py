@@ -96,7 +96,7 @@ def test_every_network_lowers(architecture: str, bits: int, sparsity: float) -> 
     made = model(architecture, (1, side, side), width.get(architecture, 1.0))
     told: list[tuple[int, int]] = []
     lowering = lower(made, data, Settings(bits, sparsity, 0.05), lambda *state: told.append(state))
-    steps = 2 * len(lowering.report.layers)
+    steps = 2 * len(made.network.weighted())
     assert told == [(n, steps) for n in range(1, steps + 1)]
     graph, report = lowering.graph, lowering.report
     assert report.universal == universal.is_universal(graph)
