@@ -122,13 +122,14 @@ class Assembly:
                     f"layer '{stage.name}': a sum at the end has no deployed form; a layer must "
                     "make the logits"
                 )
-        total = sum(isinstance(stage, Layer) for stage in self._stages)
+        total, done = sum(isinstance(stage, Layer) for stage in self._stages), 0
         for index, stage in enumerate(self._stages):
             match stage:
                 case Layer():
                     self._layer(stage, index == last, universal)
+                    done += 1
                     if progress is not None:
-                        progress(len(self._reports), total)
+                        progress(done, total)
                 case Pool():
                     self._pool(stage)
                 case Flatten():
