@@ -525,6 +525,10 @@ def _wide_shape(file: File) -> int:
     return file.op("SHAPE", [file.input()], (4,), None, {"out_type": 4}, "INT64")
 
 
+def _shape_of_no_type(file: File) -> int:
+    return file.op("SHAPE", [file.input()], (4,), None, {"out_type": -1}, "INT32")
+
+
 REFUSED: list[tuple[Callable[[File], int], str]] = [
     (_shuffled, "the batch must be 1"),
     (_rank, "permutation .* of 4 dimensions"),
@@ -541,6 +545,7 @@ REFUSED: list[tuple[Callable[[File], int], str]] = [
     (_other_padding, "a padding other than the zero point"),
     (_unsigned_inside, "uint8 beside int8 weights"),
     (_wide_shape, "SHAPE.*of other than int32 shapes"),
+    (_shape_of_no_type, "SHAPE.*of other than int32 shapes"),
     (_kept_channels, "reshape behind the layer"),
 ]
 

@@ -36,6 +36,8 @@ def folded(
         constants: the same inputs, None where one holds no constant.
     """
     if kind == "SHAPE":
+        if options is None or schema.TYPE_NAMES.get(options.integer("out_type")) != "INT32":
+            return None
         return np.array(shapes[0], np.int32) if len(shapes) == 1 else None
     values: list[_Values] = []
     for constant in constants:
