@@ -64,9 +64,11 @@ evidence: $(STAMP)
 evidence-training: $(STAMP)
 	$(BIN)/pytest -m evidence -s tests/evidence/test_training.py
 
-# Kills, faults, changed bytes, endurance, the same bytes on an emulated Arm, installed wheels.
+# Kills, faults, changed bytes, endurance, the same bytes on an emulated Arm, installed wheels, and
+# fuzzing long enough for ten million executions, hours of it.
 evidence-trust: $(STAMP)
 	$(BIN)/pytest -m evidence -s -rs $(TRUST)
+	CACTUS_EDGE_FUZZ_SECONDS=$${CACTUS_EDGE_FUZZ_SECONDS:-300} $(MAKE) fuzz
 
 # Models, versions of runtimes, modes and emulated processors; goes on where it was stopped.
 evidence-runtimes: $(STAMP)
