@@ -104,12 +104,18 @@ _TABLE = (
 BOARDS: dict[str, Board] = {board.name: board for board in _TABLE}
 
 
-def board_of(cpu: str, board: str | Board | None) -> Board:
+USUAL_CPU = "cortex-m4"
+"""Where neither a CPU nor a board is asked for."""
+
+
+def board_of(cpu: str | None, board: str | Board | None) -> Board:
     """The board of this name, or the first one in the table with this CPU.
 
     Raises:
         UsageError: no such CPU or board, or a board with another CPU.
     """
+    if cpu is None:
+        cpu = USUAL_CPU if board is None else board_named(board).cpu
     if cpu not in CPUS:
         raise UsageError(f"no CPU '{cpu}'{meant(cpu, CPUS)} known: {', '.join(CPUS)}")
     if board is None:

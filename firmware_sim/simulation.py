@@ -69,7 +69,7 @@ def simulate(
     inputs: npt.ArrayLike,
     *,
     profile: str = profiles.DEFAULT,
-    cpu: str = "cortex-m4",
+    cpu: str | None = None,
     board: str | Board | None = None,
     trace: bool = False,
     by_layer: bool = False,
@@ -82,7 +82,7 @@ def simulate(
         graph: resolved, or else resolved under ``profile``.
         inputs: stored integers [n, ...], at least one sample.
         profile: name of a rounding profile.
-        cpu: a key of ``CPUS``.
+        cpu: a key of ``CPUS``; None for the board's, or without one for a Cortex-M4.
         board: a key of ``BOARDS``, a board of your own, or None for the first one with this CPU.
         trace: also return every activation.
         by_layer: also count the instructions of each layer.

@@ -340,6 +340,11 @@ def test_model_that_does_not_fit(board: Board, what: str) -> None:
         )
 
 
+def test_a_board_has_its_cpu() -> None:
+    assert board_of(None, "RP2040").cpu == "cortex-m0plus"
+    assert board_of(None, None).cpu == board_of("cortex-m4", None).cpu == "cortex-m4"
+
+
 def test_names_are_checked() -> None:
     graph = layer(2, 3)
     for call, message in (

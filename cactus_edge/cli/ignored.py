@@ -79,13 +79,13 @@ RULES = (
     Rule(
         ("supported-ops",),
         ("as_json",),
-        lambda values: values["write"] is not None,
+        _has("write"),
         "--write writes Markdown, and prints nothing; give one of them",
     ),
     Rule(
         ("faults",),
         (*_SITES, *_RANGE),
-        lambda values: values["check"] is not None,
+        _has("check"),
         "a report says itself which flips, boxes and samples it is about; leave it out of --check",
     ),
     Rule(
@@ -118,14 +118,14 @@ RULES = (
     Rule(
         ("validate",),
         ("onnx", "profile"),
-        lambda values: values["device"] is not None,
+        _has("device"),
         "a board says itself which rounding it has, and is compared with the reference alone; "
         "validate runtimes in a command of their own, without --device",
     ),
     Rule(
         ("validate",),
         ("baud", "timeout", "levels"),
-        lambda values: values["device"] is None,
+        _lacks("device"),
         "it is about a board; give --device, too",
     ),
     Rule(
@@ -143,7 +143,7 @@ RULES = (
     Rule(
         ("report",),
         ("data", "samples", "title"),
-        lambda values: values["output"] is None,
+        _lacks("output"),
         "it is about the page; give -o PAGE.html, too",
     ),
 )

@@ -225,9 +225,10 @@ def simulate(
     model: ModelArgument,
     data: DataOption,
     samples: SamplesOption = 100,
-    cpu: Annotated[str, typer.Option("--cpu", help="cortex-m3, cortex-m4, cortex-m7, ...")] = (
-        "cortex-m4"
-    ),
+    cpu: Annotated[
+        str | None,
+        typer.Option("--cpu", help="cortex-m3, cortex-m7, ...; the board's, or cortex-m4."),
+    ] = None,
     board: Annotated[
         str | None, typer.Option("--board", help="A named board instead of the CPU's usual one.")
     ] = None,
