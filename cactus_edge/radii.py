@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cactus_edge import files
-from cactus_edge.errors import DataError, UsageError
+from cactus_edge.errors import DataError, UsageError, shortened
 from cactus_edge.graph import Graph
 from cactus_edge.inputs import Perturbation, rational
 
@@ -67,7 +67,9 @@ def _exact(path: Path, value: str | int | float) -> Fraction:
     try:
         return rational(value.strip()) if isinstance(value, str) else Fraction(value)
     except (UsageError, ValueError, OverflowError):
-        raise DataError(f"{path}: '{value}' is not a radius such as 0.1 or 8/255") from None
+        raise DataError(
+            f"{path}: '{shortened(value)}' is not a radius such as 0.1 or 8/255"
+        ) from None
 
 
 def _array(path: Path, content: bytes) -> npt.NDArray[np.generic]:
@@ -80,7 +82,7 @@ def _array(path: Path, content: bytes) -> npt.NDArray[np.generic]:
     except DataError:
         raise
     except Exception as error:  # a damaged file can fail anywhere in NumPy's reader
-        raise DataError(f"{path}: not an array: {error}") from None
+        raise DataError(f"{path}: not an array: {shortened(error)}") from None
     if found.dtype.kind not in "biuf":
         raise DataError(f"{path}: an array of {found.dtype}; numbers or bool are needed")
     return found
@@ -102,7 +104,7 @@ def _texts(path: Path, content: bytes, suffix: str) -> npt.NDArray[np.generic]:
         else:
             values = json.loads(text, parse_float=str, parse_int=str, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not a list of numbers: {error}") from None
+        raise DataError(f"{path}: not a list of numbers: {shortened(error)}") from None
     cells = cast(list[object], values) if isinstance(values, list) else []
     if not cells or not all(isinstance(cell, str) for cell in cells):
         raise DataError(f'{path}: not a list of numbers; write [0.1, 0, "8/255", ...]')

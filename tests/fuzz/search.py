@@ -202,7 +202,9 @@ class Search:
             "accepted": self.accepted,
             "processor seconds": round(time.process_time() - self.begun),
         }
-        self.count_file.write_text(json.dumps(record))
+        written = self.count_file.with_suffix(".part")
+        written.write_text(json.dumps(record))
+        written.replace(self.count_file)
 
 
 def main() -> None:
